@@ -1,0 +1,30 @@
+# Everything a newcomer needs: make study, make test, make lab.
+PYTHON ?= python3
+PROFILE ?= workshop
+OUT ?= runs/$(PROFILE)
+SET ?=
+BIN = .venv/bin
+
+.PHONY: study test lab figures clean
+
+study: .venv/ready
+	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lab: .venv/ready
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks
+
+figures: .venv/ready
+	$(BIN)/kdlib figures --run $(OUT)
+
+# Set-up happens once, and again when what is to be installed changes.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv runs

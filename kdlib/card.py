@@ -1,0 +1,102 @@
+"""The model card that a student folder carries."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from kdlib import embedded
+from kdlib.metrics import headline
+from kdlib.store import Run
+
+
+def write_card(folder: Path, run: Run) -> None:
+    """Write README.md and the sentence-transformers settings into a student's folder.
+
+    Numbers come from the run's table of results; those not yet measured are left out, so write it again after the benchmark.
+    """
+    profile = run.profile
+    teacher = embedded.NAME if profile.teacher.source == "embedded" else profile.teacher.source
+    prefix = profile.teacher.prefix if profile.teacher.prefix is not None else embedded.PREFIX if profile.teacher.source == "embedded" else ""
+    licence = "mit" if profile.teacher.source == "embedded" else "other"
+    corpus = (
+        "the kit's own Tagalog corpus: CC0, machine-written, reread in part, not reviewed as a whole by a native speaker"
+        if profile.corpus.source == "embedded"
+        else profile.corpus.source
+    )
+    use = f'texts = ["{prefix}" + text for text in ["..."]]' if prefix else 'texts = ["..."]'
+    text = f"""---
+language: {profile.language}
+license: {licence}
+base_model: {teacher}
+library_name: transformers
+pipeline_tag: feature-extraction
+tags: [distillation, vocabulary-pruning]
+---
+
+# A small {profile.language} encoder, distilled from {teacher}
+
+{profile.student.layers} layers started from the teacher ({profile.student.init}), a vocabulary pruned to the language, and
+{profile.distill.epochs:g} passes of distillation (objectives {", ".join(profile.distill.objectives)}) over {corpus}.
+After Cruz and Aji 2025 (arXiv 2501.12660).
+
+## Use
+
+```python
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModel.from_pretrained(".")
+{use}
+batch = tokenizer(texts, padding=True, truncation=True, max_length={profile.teacher.max_length}, return_tensors="pt")
+with torch.inference_mode():
+    states = model(**batch).last_hidden_state
+mask = batch["attention_mask"].unsqueeze(-1)
+vectors = (states * mask).sum(1) / mask.sum(1)
+```
+
+With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the prefix" if prefix else ""} are set.
+
+## Numbers
+
+{_numbers(run.results())}
+
+## Limits
+
+- One language. Text in other scripts than the corpus's falls to the unknown token{" (characters: scripts)" if profile.vocabulary.characters == "scripts" else ""}.
+- It repeats what the teacher got wrong, and knows less of rare words and long texts (states were compared up to {profile.teacher.max_length} tokens).
+- The numbers above are of small tests; look at the intervals before choosing between models.
+- Licence: the teacher's ({licence}) and the corpus's bind whoever uses it.
+"""
+    (folder / "README.md").write_text(text, "utf-8")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    width = json.loads((folder / "config.json").read_text())["hidden_size"]
+    pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    prompts = {"prompts": {"query": prefix}, "default_prompt_name": "query"} if prefix else {}
+    files = {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": {"max_seq_length": profile.teacher.max_length, "do_lower_case": False},
+        "config_sentence_transformers.json": prompts,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1), "utf-8")
+
+
+def _numbers(results: pd.DataFrame) -> str:
+    rows = results[(results["stage"] == "benchmark") & results["model"].isin(["teacher", "student"]) & results["seed"].isna()]
+    rows = rows[rows["method"].isin(["probe", "finetune"])]
+    best = {"score"} | {headline(kind) for kind in ("classify", "multilabel", "tokens")}
+    rows = rows[rows["metric"].isin(best)].drop_duplicates(["model", "method", "task"])
+    if rows.empty:
+        return "Not measured yet: run the benchmark (notebook 04)."
+    lines = ["| how | task | metric | teacher | student | test items |", "| --- | --- | --- | --- | --- | --- |"]
+    for (method, task), group in rows.groupby(["method", "task"], sort=False):
+        by = {row.model: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in group.itertuples()}
+        first = group.iloc[0]
+        lines.append(f"| {method} | {task} | {first['metric']} | {by.get('teacher', '')} | {by.get('student', '')} | {first['n']} |")
+    return "\n".join(lines) + "\n\nBrackets: 95% bootstrap intervals over seeds and test items."

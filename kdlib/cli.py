@@ -1,0 +1,61 @@
+"""The command line: `kdlib run`, `kdlib parameters`, `kdlib figures`."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from kdlib.errors import UserError
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="From a multilingual teacher to a small single-language encoder, measured.")
+
+
+@app.command()
+def run(
+    profile: Annotated[str, typer.Option(help="smoke, workshop, paper, or a YAML file")] = "workshop",
+    out: Annotated[Optional[Path], typer.Option(help="run folder; default runs/<profile>")] = None,
+    set_: Annotated[Optional[list[str]], typer.Option("--set", help="override a parameter, such as distill.epochs=3; repeatable")] = None,
+    start: Annotated[Optional[str], typer.Option("--from", help="run this stage and those after it, even if done")] = None,
+    only: Annotated[Optional[list[str]], typer.Option(help="run this stage only, even if done; repeatable")] = None,
+) -> None:
+    """Run the notebooks of a study. Finished stages are kept: the same command again goes on where it stopped."""
+    from kdlib import runner
+
+    out = out or Path("runs") / Path(profile).stem
+    try:
+        runner.run_study(out, profile, list(set_ or []), list(only or []), start)
+    except UserError as error:
+        runner.fail(str(error), 2)
+    except runner.NotebookError as error:
+        runner.fail(f"{error}\n  the same command again goes on from this notebook", 2 if error.user else 1)
+    except KeyboardInterrupt:
+        runner.fail("stopped; the same command again goes on from the notebook that was running", 130)
+
+
+@app.command()
+def parameters(profile: Annotated[str, typer.Option(help="smoke, workshop, paper, or a YAML file")] = "workshop") -> None:
+    """Print every parameter of a profile, with its value, as YAML."""
+    import yaml
+
+    from kdlib import config, runner
+
+    try:
+        typer.echo(yaml.safe_dump(config.load_profile(profile).model_dump(), sort_keys=False, allow_unicode=True), nl=False)
+    except UserError as error:
+        runner.fail(str(error), 2)
+
+
+@app.command()
+def figures(
+    run_dir: Annotated[Path, typer.Option("--run", help="a finished run")] = Path("runs/workshop"),
+    to: Annotated[Path, typer.Option(help="where the README looks for its figures")] = Path("figures"),
+) -> None:
+    """Copy the figures of a finished run to where the README shows them."""
+    from kdlib import runner
+    from kdlib.store import Run
+
+    try:
+        for path in runner.refresh_figures(Run(run_dir), to):
+            typer.echo(path)
+    except UserError as error:
+        runner.fail(str(error), 2)

@@ -1,0 +1,270 @@
+"""Profiles: every parameter of a study, typed, with its default; overrides and the errors for wrong ones."""
+
+import difflib
+import re
+import shlex
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kdlib.errors import UserError
+
+Init = Literal["alternate", "first", "last", "random"] | list[int]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Source(Section):
+    """Where text or rows come from: `embedded`, a hub id, a local folder or a local file."""
+
+    source: str = "embedded"
+    subset: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set or a folder")
+    revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
+
+
+class Teacher(Section):
+    source: str = Field("embedded", description="embedded, a hub id, or a local folder")
+    revision: str | None = None
+    prefix: str | None = Field(None, description="put before every text; None: what the teacher was trained with")
+    max_length: int = Field(128, ge=8, description="tokens per text, the rest is cut")
+    allow_pickle: bool = Field(False, description="load .bin weights where there is no safetensors file")
+
+
+class Corpus(Source):
+    text: str = Field("text", description="column that holds the text")
+    document: str | None = Field(None, description="column that says which document a row belongs to")
+    heldout: float = Field(0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
+    max_documents: int | None = Field(None, ge=10)
+
+
+class Parallel(Source):
+    languages: list[str] = ["tgl", "eng", "spa", "ind", "ceb"]
+
+
+class Task(Source):
+    """One labelled task. Embedded: source `embedded`, name one of topic, sentiment, dengue, entailment, entities."""
+
+    name: str
+    kind: Literal["classify", "multilabel", "pair", "tokens"] = "classify"
+    text: str = "text"
+    second: str | None = Field(None, description="column of the second text (kind pair)")
+    label: str | list[str] = Field("label", description="label column; a list of 0/1 columns (kind multilabel)")
+    test: str | None = Field(None, description="file or split with the test rows; None: a fifth of the rows")
+
+
+class Probe(Section):
+    languages_rows: int = Field(500, ge=20, description="parallel sentences used")
+    cka_sentences: int = Field(200, ge=20)
+    train_rows: int = Field(600, ge=20, description="training items of a layer probe, per task")
+    test_rows: int = Field(400, ge=20)
+
+
+class Vocabulary(Section):
+    wordlist: bool = Field(True, description="keep the pieces of wordfreq's words for the language")
+    characters: Literal["scripts", "all"] = "scripts"
+    max_rows: int | None = Field(None, ge=100, description="embedding rows to keep at most")
+
+
+class Student(Section):
+    layers: int = Field(4, ge=1)
+    init: Init = "alternate"
+
+
+class Distill(Section):
+    objectives: dict[str, float] = Field({"hidden": 1.0, "sentence": 1.0}, description="weight of each objective by name")
+    epochs: float = Field(3.0, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
+    batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
+    windows: list[int] = Field([1, 2], description="texts are runs of so many neighbouring sentences")
+    freeze_embeddings: bool = True
+    cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")
+    cache_gigabytes: float = Field(8.0, ge=0, description="larger caches are not made; the teacher runs live")
+    precision: Precision = "auto"
+    compile: bool | None = Field(None, description="torch.compile; None: on a GPU")
+    evaluations: int = Field(8, ge=1, description="held-out evaluations, evenly spaced")
+    max_texts: int | None = Field(None, ge=50, description="use so many texts of the corpus at most")
+
+
+class Benchmark(Section):
+    seeds: list[int] = [0, 1, 2]
+    probe_share: float = Field(0.9, gt=0, le=1, description="share of the training set each probe seed draws")
+    finetune_tasks: list[str] | None = Field(None, description="tasks that are fine-tuned on; None: all")
+    finetune_rows: int | None = Field(None, ge=20, description="training rows of a fine-tuning run at most")
+    finetune_test_rows: int | None = Field(None, ge=20)
+    finetune_epochs: float = Field(3.0, gt=0)
+    finetune_rate: float = Field(2e-5, gt=0)
+    finetune_batch: int = Field(32, ge=1)
+    freeze_embeddings: bool = False
+    latency_runs: int = Field(30, ge=3)
+    bootstrap: int = Field(1000, ge=100)
+
+
+class Ablations(Section):
+    epochs: float = Field(1.0, gt=0)
+    max_texts: int | None = Field(None, ge=50)
+    fractions: list[float] = [0.1, 0.3, 0.5, 1.0]
+    inits: list[Init] = ["alternate", "last", "first", "random"]
+    objectives: dict[str, dict[str, float]] = {
+        "hidden": {"hidden": 1.0},
+        "sentence": {"sentence": 1.0},
+        "hidden + sentence": {"hidden": 1.0, "sentence": 1.0},
+        "hidden + attention": {"hidden": 1.0, "attention": 1.0},
+    }
+    tasks: list[str] | None = Field(None, description="tasks each arm is probed on; None: all")
+
+
+class Profile(Section):
+    """A whole study. Field descriptions are the documentation of the parameters."""
+
+    name: str = "workshop"
+    language: str = Field("tgl", min_length=2, description="ISO 639 code of the target language")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    teacher: Teacher = Teacher()
+    corpus: Corpus = Corpus()
+    parallel: Parallel | None = Parallel()
+    tasks: list[Task] = [
+        Task(name="topic"),
+        Task(name="sentiment"),
+        Task(name="dengue", kind="multilabel"),
+        Task(name="entailment", kind="pair"),
+        Task(name="entities", kind="tokens"),
+    ]
+    probe: Probe = Probe()
+    vocabulary: Vocabulary = Vocabulary()
+    student: Student = Student()
+    distill: Distill = Distill()
+    benchmark: Benchmark = Benchmark()
+    ablations: Ablations = Ablations()
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that come with the kit."""
+    return sorted(p.name.removesuffix(".yaml") for p in resources.files("kdlib.profiles").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] | dict[str, Any]" = ()) -> Profile:
+    """A profile by name or YAML file, with overrides on top, checked.
+
+    overrides: "distill.epochs=3 seed=1", a list of such assignments, or a dict of dotted keys. Values are read as
+    YAML. Raises UserError for an unknown profile, an unknown key (naming the closest valid ones) or a wrong value.
+    """
+    profile = str(profile)
+    if profile in profile_names():
+        text = (resources.files("kdlib.profiles") / f"{profile}.yaml").read_text("utf-8")
+    elif profile.endswith((".yaml", ".yml")):
+        try:
+            text = Path(profile).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"profile {profile}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+    else:
+        raise UserError(f"unknown profile {profile!r}: {', '.join(profile_names())}, or a .yaml file")
+    tree = _parse_yaml(text, profile)
+    for key, value in parse_overrides(overrides).items():
+        _assign(tree, key, value)
+    return check(tree, profile)
+
+
+def check(tree: dict, origin: str) -> Profile:
+    """A nested dict as a Profile. Raises UserError naming the key, what was found and what would be right."""
+    _refuse_unknown(tree, Profile, "")
+    try:
+        return Profile.model_validate(tree)
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            where = [str(part) for part in item["loc"] if not re.match(r"literal|list\[|float|int|str|dict\[", str(part))]
+            problem = f"{'.'.join(where)}: {item['msg'][0].lower() + item['msg'][1:]}, got {item['input']!r}"
+            problems.append(problem)
+        raise UserError(f"profile {origin}: {'; '.join(dict.fromkeys(problems))}") from None
+
+
+def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, Any]:
+    """`a.b=c` assignments as a dict of dotted keys; values are YAML."""
+    if isinstance(overrides, dict):
+        return dict(overrides)
+    if isinstance(overrides, str):
+        overrides = shlex.split(overrides)
+    parsed = {}
+    for item in overrides:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"--set {item!r}: write key=value, for example distill.epochs=3")
+        parsed[key.strip()] = _parse_yaml(value, f"--set {key.strip()}", mapping=False)
+    return parsed
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 5e-4 as a number, as people write it (YAML 1.1 wants 5.0e-4)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def _parse_yaml(text: str, origin: str, mapping: bool = True) -> Any:
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise UserError(f"{origin}: not valid YAML{where} ({getattr(error, 'problem', None) or error})") from None
+    if mapping and value is None:
+        return {}
+    if mapping and not isinstance(value, dict):
+        raise UserError(f"{origin}: a profile is a mapping of keys to values, found {type(value).__name__}")
+    return value
+
+
+def _assign(tree: dict, key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {key}: {parent!r} holds a value, not a section")
+    tree[last] = value
+
+
+def _refuse_unknown(tree: dict, model: type[BaseModel], path: str) -> None:
+    for key, value in tree.items():
+        dotted = f"{path}{key}"
+        if key not in model.model_fields:
+            valid = all_keys(Profile)
+            close = difflib.get_close_matches(dotted, valid, n=3, cutoff=0.5)
+            close = close or difflib.get_close_matches(str(key), [k.rpartition(".")[2] for k in valid], n=3)
+            raise UserError(f"unknown parameter {dotted!r}; closest: {', '.join(close) or ', '.join(model.model_fields)}")
+        inner = _section(model.model_fields[key].annotation)
+        if inner and isinstance(value, dict):
+            _refuse_unknown(value, inner, f"{dotted}.")
+        elif inner and isinstance(value, list):
+            for i, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown(item, inner, f"{dotted}.{i}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_section(arg) for arg in get_args(annotation) if get_origin(annotation) is not dict)
+    return next(filter(None, inner), None)
+
+
+def all_keys(model: type[BaseModel] = Profile, path: str = "") -> list[str]:
+    """Every dotted key of a profile."""
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(path + name)
+        inner = _section(field.annotation)
+        if inner and get_origin(field.annotation) is not list:
+            keys += all_keys(inner, f"{path}{name}.")
+    return keys

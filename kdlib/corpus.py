@@ -1,0 +1,129 @@
+"""The distillation corpus: documents of sentences, split by document so that nothing leaks into a test."""
+
+import hashlib
+import random
+import re
+from dataclasses import dataclass, field
+
+from kdlib import config, sources
+from kdlib.errors import UserError
+
+SENTENCE_END = re.compile(r"(?<=[.!?…。！？।])[\"”’)]*\s+")
+TEST_REGISTERS = ("everyday", "story")
+TEST_PER_CELL = 18  # documents of each topic and test register that the tasks are tested on
+HELDOUT_PER_CELL = 2  # documents of each topic and register that watch the distillation
+
+
+@dataclass
+class Document:
+    """A text as sentences, in order; `meta` holds what else is known of it (topic, register)."""
+
+    id: str
+    sentences: list[str]
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass
+class Corpus:
+    """train: what students are distilled on; heldout: what watches them; test: what embedded tasks test on."""
+
+    train: list[Document]
+    heldout: list[Document]
+    test: list[Document]
+
+
+def load_corpus(profile: config.Profile) -> Corpus:
+    """The profile's corpus, split by document. The split depends on the text alone, not on order or seed.
+
+    Raises UserError for a source that cannot be read, an empty text, or too few documents to hold any out.
+    """
+    spec = profile.corpus
+    if spec.source == "embedded":
+        if profile.language != "tgl":
+            raise UserError(f"the embedded corpus is Tagalog; for language {profile.language!r} set corpus.source to a file")
+        corpus = _split_embedded(_embedded())
+    else:
+        corpus = _split(_read(spec), spec.heldout)
+    if spec.max_documents and len(corpus.train) > spec.max_documents:
+        corpus.train = random.Random(profile.seed).sample(corpus.train, spec.max_documents)
+    check_leaks(corpus)
+    return corpus
+
+
+def _embedded() -> list[Document]:
+    rows = sources.embedded_rows("documents")
+    return [Document(r.id, list(r.sentences), {"topic": r.topic, "register": r.register}) for r in rows.itertuples()]
+
+
+def _read(spec: config.Corpus) -> list[Document]:
+    rows = sources.read_rows(spec, [spec.text, *([spec.document] if spec.document else [])])
+    rows = rows[rows[spec.text].map(lambda text: isinstance(text, str) and bool(text.strip()))]
+    group = spec.document or ("document" if "document" in rows and rows["document"].nunique() > 1 else None)
+    documents = []
+    grouped = rows.groupby(group, sort=False)[spec.text] if group else ((i, [t]) for i, t in zip(rows.index, rows[spec.text]))
+    for name, texts in grouped:
+        sentences = [s for text in texts for s in split_sentences(text)]
+        if sentences:
+            documents.append(Document(str(name), sentences))
+    if len(documents) < 10:
+        raise UserError(f"{spec.source}: {len(documents)} documents with text; at least 10 are needed, some are held out")
+    return documents
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut at sentence ends followed by space, and at line ends; white space collapsed."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return [s for line in lines for s in SENTENCE_END.split(line) if s]
+
+
+def _rank(document: Document) -> str:
+    return hashlib.sha256("\n".join(document.sentences).encode("utf-8", "replace")).hexdigest()
+
+
+def _split_embedded(documents: list[Document]) -> Corpus:
+    cells: dict[tuple, list[Document]] = {}
+    for document in sorted(documents, key=_rank):
+        cells.setdefault((document.meta["topic"], document.meta["register"]), []).append(document)
+    corpus = Corpus([], [], [])
+    for (_, register), cell in sorted(cells.items()):
+        tests = TEST_PER_CELL if register in TEST_REGISTERS else 0
+        corpus.test += cell[:tests]
+        corpus.heldout += cell[tests : tests + HELDOUT_PER_CELL]
+        corpus.train += cell[tests + HELDOUT_PER_CELL :]
+    return corpus
+
+
+def _split(documents: list[Document], heldout: float) -> Corpus:
+    """Hold out a share of the documents; sentences that stand on both sides are taken from the training side."""
+    ranked = sorted(documents, key=_rank)
+    count = max(1, round(len(ranked) * heldout))
+    held = {sentence for document in ranked[:count] for sentence in document.sentences}
+    train = [Document(d.id, [s for s in d.sentences if s not in held], d.meta) for d in ranked[count:]]
+    train = [d for d in train if d.sentences]
+    if not train:
+        raise UserError("corpus: every document repeats the same sentences; nothing is left to train on")
+    return Corpus(train, ranked[:count], [])
+
+
+def check_leaks(corpus: Corpus) -> None:
+    """Raises UserError if a held-out or test sentence stands in the training documents."""
+    train = {sentence for document in corpus.train for sentence in document.sentences}
+    for name in ("heldout", "test"):
+        leaked = [s for document in getattr(corpus, name) for s in document.sentences if s in train]
+        if leaked:
+            raise UserError(f"corpus: {len(leaked)} {name} sentences also stand in the training documents, such as {leaked[0]!r}")
+
+
+def sentences(documents: list[Document]) -> list[str]:
+    """All sentences, in order."""
+    return [sentence for document in documents for sentence in document.sentences]
+
+
+def windows(documents: list[Document], lengths: list[int]) -> list[str]:
+    """Texts to distil on: for each length n every document cut into runs of n sentences, joined by a space."""
+    return [
+        " ".join(document.sentences[i : i + n])
+        for n in lengths
+        for document in documents
+        for i in range(0, len(document.sentences), n)
+    ]

@@ -1,0 +1,46 @@
+"""Which device and which number format: measured, not assumed."""
+
+import contextlib
+import functools
+import time
+
+import torch
+
+from kdlib.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """ "auto" is the GPU where there is one. Raises UserError for "cuda" without one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but no CUDA GPU is visible; use device=auto or device=cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16. "auto": on a GPU that has it, and on a CPU where it measures at least 1.5 times as fast."""
+    if precision == "auto":
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_bf16_wins()
+    return precision == "bf16"
+
+
+@functools.cache
+def _cpu_bf16_wins() -> bool:
+    return matmul_speed(torch.bfloat16, seconds=0.1) > 1.5 * matmul_speed(torch.float32, seconds=0.1)
+
+
+def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, device: str = "cpu") -> float:
+    """The machine's own matrix-product speed in FLOP/s, for square matrices of `size`."""
+    a = torch.randn(size, size, dtype=dtype, device=device)
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    a @ a
+    wait()
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        a @ a
+        wait()
+        runs += 1
+    return 2 * size**3 * runs / (time.perf_counter() - start)
+
+
+def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

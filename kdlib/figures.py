@@ -1,0 +1,763 @@
+"""Figures: each takes the tidy table of results and gives a matplotlib Figure; and the headline table.
+
+What the table holds decides what is drawn: models, tasks, languages and arms are never named here, but for the five
+models of a study, which look the same in every figure.
+"""
+
+import functools
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from fontTools.unicodedata import script_name
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+
+from kdlib.errors import UserError
+from kdlib.store import new_file
+
+PALETTE = sns.color_palette("colorblind").as_hex()
+GREY, PALE, INK = PALETTE[7], "#d9d9d9", "#333333"
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*", "<", ">"]
+LINES = ["-", "--", "-.", ":"]
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same letters, so the same bytes, on every machine
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.labelsize": 12,
+    "figure.titlesize": 15,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 7,
+    "hatch.linewidth": 0.8,
+    "grid.color": "#e5e5e5",
+    "axes.edgecolor": "#999999",
+    "text.parse_math": False,  # a task may be called "$x$"
+    "pdf.fonttype": 42,
+}
+WIDTH = 10.0
+
+
+class Look(NamedTuple):
+    """How a model is drawn, everywhere."""
+
+    colour: str
+    marker: str
+    hatch: str
+
+
+LOOKS = {
+    "teacher": Look(PALETTE[0], "o", ""),
+    "pruned teacher": Look(PALETTE[9], "s", "//"),
+    "student": Look(PALETTE[3], "D", ""),
+    "no distillation": Look(GREY, "^", "\\\\"),
+    "from scratch": Look(PALETTE[4], "v", ".."),
+}
+SPARE_LOOKS = [Look(PALETTE[2], "P", "xx"), Look(PALETTE[5], "X", "++"), Look(PALETTE[8], "*", "--")]
+NUMBERS = ["x", "value", "low", "high", "n"]
+BASELINES = ["majority", "word overlap"]
+SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean of headline scores"}
+LOSSES = {
+    "loss": "loss (weighted sum, no unit)",
+    "hidden": "hidden (MSE / teacher's variance)",
+    "sentence": "sentence (1 − cosine)",
+    "attention": "attention (MSE of scores)",
+}
+SPLITS = {"train": "training texts", "heldout": "held-out texts"}
+TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to keep
+
+
+def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the house style, whatever the notebook's own settings are, and leave those as they were."""
+
+    @functools.wraps(draw)
+    def wrapper(*arguments, **named) -> Figure:
+        with matplotlib.style.context(["default", STYLE]):
+            figure = draw(*arguments, **named)
+            figure.draw_without_rendering()  # ticks are made at the first drawing, in the style of that moment
+        return figure
+
+    return wrapper
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
+    """Write `name`.png and `name`.pdf, whole or not at all; the same figure gives the same bytes."""
+    metadata = {
+        ".png": {"Software": None},
+        ".pdf": {"CreationDate": None, "Producer": "kdlib", "Creator": "kdlib"},
+    }
+    paths = [Path(folder) / f"{name}{suffix}" for suffix in metadata]
+    with matplotlib.style.context(["default", STYLE]):
+        for path in paths:
+            with new_file(path) as work:
+                figure.savefig(work, dpi=150, metadata=metadata[path.suffix])
+    return paths
+
+
+def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
+    """Draw and save every figure that the table has rows for: the files by name, and (name, why not) of the others."""
+    _check(table)
+    files, missing = {}, []
+    for name, draw in FIGURES.items():
+        try:
+            figure = draw(table)
+        except UserError as error:
+            missing.append((name, str(error)))
+        else:
+            files[name] = save(figure, folder, name)
+    return files, missing
+
+
+# --- reading the table
+
+
+def _check(table: pd.DataFrame) -> None:
+    if table.empty:
+        raise UserError("the table of results is empty; run the stages of the study first")
+
+
+def _select(table: pd.DataFrame, stage: str, what: str, **where: str | Sequence[str]) -> pd.DataFrame:
+    """The rows of `stage` with a finite value and these column values; UserError if there are none."""
+    _check(table)
+    rows = table[(table["stage"] == stage) & np.isfinite(table["value"].astype(float))]
+    for column, wanted in where.items():
+        rows = rows[rows[column].isin([wanted] if isinstance(wanted, str) else wanted)]
+    if rows.empty:
+        raise UserError(f"no {what} in the table of results; run the stage {stage!r} first")
+    return rows
+
+
+def _headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of `rows` that hold their task's headline metric, or the average over tasks."""
+    scores = table[table["task"].notna() & (table["task"] != "average")]
+    # The probe and the ablations name no other metric; the benchmark names the headline first.
+    scores = scores.iloc[np.argsort(scores["stage"] == "benchmark", kind="stable")]
+    headline = scores.drop_duplicates("task").set_index("task")["metric"].to_dict() | {"average": "score"}
+    return rows[rows["metric"] == rows["task"].map(headline)]
+
+
+def _summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """One row per `keys`: the row without a seed where there is one, else means over the seeds."""
+    places = rows.set_index(list(keys)).index
+    summarised = places.isin(places[rows["seed"].isna()])
+    chosen = rows[rows["seed"].isna() | ~summarised].astype(dict.fromkeys(NUMBERS, float))
+    return chosen.groupby([*keys, "metric"], sort=False)[NUMBERS].mean().reset_index()
+
+
+def _looks(table: pd.DataFrame) -> dict[str, Look]:
+    """The look of every model of the table, in the order in which models are named."""
+    found = [model for model in table["model"].dropna().unique() if model not in BASELINES]
+    others = [model for model in found if model not in LOOKS]
+    spare = {model: SPARE_LOOKS[i % len(SPARE_LOOKS)] for i, model in enumerate(others)}
+    return {model: look for model, look in (LOOKS | spare).items() if model in found}
+
+
+def _tasks(rows: pd.DataFrame) -> list[str]:
+    """Tasks in the table's order, the average last."""
+    found = list(rows["task"].dropna().unique())
+    return sorted(found, key=lambda task: task == "average")
+
+
+# --- drawing
+
+
+def _figure(title: str, height: float, width: float = WIDTH) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure.suptitle(title)
+    return figure
+
+
+def _panels(figure: Figure, count: int, columns: int, **share: bool) -> list[Axes]:
+    """`count` axes in a grid; those that share an axis with the first still show its numbers."""
+    columns = min(columns, count)
+    grid = figure.add_gridspec(-(-count // columns), columns)
+    axes: list[Axes] = []
+    for i in range(count):
+        first = axes[0] if axes else None
+        axes.append(figure.add_subplot(grid[i], **{name: first for name, wanted in share.items() if wanted}))
+    return axes
+
+
+def _wrap(label: str, width: int = 18) -> str:
+    return textwrap.fill(str(label), width)
+
+
+def _count(values: Iterable[float]) -> str:
+    """ "n = 204", or "n = 200 to 204" where the counts differ; nothing where there are none."""
+    counts = sorted({int(value) for value in values if pd.notna(value)})
+    if not counts:
+        return ""
+    return f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
+
+
+def _errors(rows: pd.DataFrame) -> np.ndarray:
+    """Distances from value to low and to high, [2, rows]; 0 where there is no interval."""
+    value, low, high = (rows[column].to_numpy(float) for column in ("value", "low", "high"))
+    return np.nan_to_num(np.maximum([value - low, high - value], 0))
+
+
+def _percent(axes: Axes, axis: str, label: str) -> None:
+    """Shares from 0 to 1 as percent."""
+    which = getattr(axes, f"{axis}axis")
+    which.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    which.set_major_formatter(PercentFormatter(1, symbol=""))
+    axes.set(**{f"{axis}label": f"{label} (%)"})
+
+
+def _layer_axis(axes: Axes) -> None:
+    axes.set_xlabel("layer (0 = embeddings)")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+
+
+def _band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, **line) -> None:
+    """A line with its interval."""
+    rows = rows.sort_values(x).astype({x: float, "value": float, "low": float, "high": float})
+    axes.plot(rows[x], rows["value"], color=colour, **line)
+    axes.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def _legend(figure: Figure, handles: list, columns: int = 5) -> None:
+    """Below all panels, so never over data."""
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+
+
+def _dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], looks: dict[str, Look]) -> None:
+    """Values with intervals, one line of dots per entry of `labels` (value of `column` -> label), downwards."""
+    models = [model for model in looks if model in set(rows["model"])]
+    step = min(0.8 / len(models), 0.2)
+    for i, model in enumerate(models):
+        mine = rows[rows["model"] == model]
+        place = mine[column].map({name: place for place, name in enumerate(labels)})
+        offset = (i - (len(models) - 1) / 2) * step
+        axes.errorbar(
+            mine["value"], place + offset, xerr=_errors(mine), fmt=looks[model].marker, color=looks[model].colour,
+            markeredgecolor="white", capsize=3, elinewidth=1.8,
+        )  # fmt: skip
+    for place in range(1, len(labels), 2):
+        axes.axhspan(place - 0.5, place + 0.5, color="#f5f5f5", zorder=0)
+    axes.set_yticks(range(len(labels)), labels.values())
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.yaxis.grid(False)
+    axes.margins(x=0.06)
+
+
+def _model_handles(models: Iterable[str], looks: dict[str, Look]) -> list[Line2D]:
+    return [
+        Line2D([], [], color=looks[m].colour, marker=looks[m].marker, markeredgecolor="white", label=_wrap(m, 30))
+        for m in looks
+        if m in set(models)
+    ]
+
+
+# --- probing the teacher
+
+
+@_styled
+def fertility(table: pd.DataFrame) -> Figure:
+    """How finely the teacher's tokenizer cuts each language: tokens per word, words split, unknown tokens."""
+    panels = {
+        "fertility": ("tokens per word", 1),
+        "split_words": ("words split (%)", 100),
+        "unknown_rate": ("unknown tokens (%)", 100),
+    }
+    _select(table, "probe", "tokens per word", metric="fertility")
+    rows = _select(table, "probe", "tokens per word", metric=list(panels)).drop_duplicates(["metric", "language"])
+    values = rows.pivot(index="language", columns="metric", values="value").sort_values("fertility", ascending=False)
+    found = [metric for metric in panels if metric in values]
+    own = table["language"].mode().iloc[0]
+    figure = _figure("How many pieces does the teacher need for a word?", 2.2 + 0.5 * len(values))
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for ax, metric in zip(axes, found):
+        label, scale = panels[metric]
+        colours = [PALETTE[0] if language == own else PALE for language in values.index]
+        bars = ax.barh([_wrap(language, 14) for language in values.index], values[metric] * scale, color=colours)
+        for bar, language in zip(bars, values.index):
+            bar.set(edgecolor=INK, linewidth=0.8, hatch="" if language == own else "//")
+        ax.bar_label(bars, fmt="{:.3g}", padding=4)
+        ax.set_xlim(0, (values[metric].max() * scale or 1) * 1.3)
+        ax.set_xlabel(label)
+        ax.yaxis.grid(False)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
+    axes[0].set_ylabel("language")
+    handles = [Patch(facecolor=PALETTE[0], edgecolor=INK, label="language of the study")]
+    handles.append(Patch(facecolor=PALE, edgecolor=INK, hatch="//", label="other languages"))
+    _legend(figure, handles)
+    return figure
+
+
+@_styled
+def layer_probe(table: pd.DataFrame) -> Figure:
+    """What a linear probe reads from each of the teacher's layers, task by task."""
+    rows = _select(table, "probe", "layer probe", method="layer probe")
+    states, chance = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
+    tasks = _tasks(_select(states, "probe", "layer probe"))
+    columns = 3 if len(tasks) > 4 else 2
+    figure = _figure("In which layer does the teacher know most about each task?", 1.4 + 2.9 * -(-len(tasks) // columns))
+    for ax, task in zip(_panels(figure, len(tasks), columns, sharex=True, sharey=True), tasks):
+        mine = states[states["task"] == task]
+        _band(ax, mine, "layer", PALETTE[0], marker="o", markersize=4)
+        best = mine.loc[mine["value"].idxmax()]
+        ax.plot(float(best["layer"]), best["value"], "o", markersize=13, markerfacecolor="none", color=INK)
+        for value in chance.loc[chance["task"] == task, "value"]:
+            ax.axhline(value, color=GREY, linestyle="--", linewidth=1.3)
+        ax.set_title(f"{_wrap(task, 24)} ({_count(mine['n'])})" if mine["n"].notna().any() else _wrap(task, 24))
+        metric = mine["metric"].iloc[0]
+        _percent(ax, "y", SCORES.get(metric, metric))
+        _layer_axis(ax)
+    handles = [
+        Line2D([], [], color=PALETTE[0], marker="o", markersize=4, label="linear probe"),
+        Patch(color=PALETTE[0], alpha=0.18, label="95% interval"),
+        Line2D([], [], color=INK, marker="o", markersize=13, markerfacecolor="none", linestyle="", label="best layer"),
+    ]
+    if not chance.empty:
+        handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1.3, label="always the commonest label"))
+    _legend(figure, handles)
+    return figure
+
+
+@_styled
+def retrieval(table: pd.DataFrame) -> Figure:
+    """How often a sentence's nearest neighbour in another language is its translation, layer by layer."""
+    panels = {"plain": "states as they are", "centred": "each language's mean subtracted"}
+    rows = _select(table, "probe", "sentence retrieval", metric="retrieval")
+    states, overlap = rows[rows["layer"].notna()], rows[rows["method"] == "baseline"]
+    states = _select(states, "probe", "sentence retrieval", method=list(panels))
+    languages = list(states["language"].unique())
+    colours = [colour for colour in PALETTE if colour != GREY]
+    look = {
+        language: {"color": colours[i % 9], "marker": MARKERS[i % 10], "linestyle": LINES[i % 4], "markersize": 6}
+        for i, language in enumerate(languages)
+    }
+    figure = _figure("In which layer does a sentence find its translation?", 5.2)
+    methods = [method for method in panels if method in set(states["method"])]
+    for ax, method in zip(_panels(figure, len(methods), 2, sharey=True), methods):
+        mine = states[states["method"] == method]
+        for language in languages:
+            line = dict(look[language])
+            colour = line.pop("color")
+            _band(ax, mine[mine["language"] == language], "layer", colour, **line)
+            for value in overlap.loc[overlap["language"] == language, "value"]:
+                ax.axhline(value, color=colour, linewidth=1.2, linestyle=(0, (1, 1.5)))
+        ax.set_title(f"{panels[method]} ({_count(mine['n'])})" if mine["n"].notna().any() else panels[method])
+        _percent(ax, "y", "translation found first")
+        _layer_axis(ax)
+    handles = [Line2D([], [], **look[language], label=_wrap(language)) for language in languages]
+    handles.append(Patch(color=GREY, alpha=0.3, label="95% interval"))
+    if not overlap.empty:
+        label = "by shared words alone"
+        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (1, 1.5)), label=label))
+    _legend(figure, handles, 6)
+    return figure
+
+
+@_styled
+def cka(table: pd.DataFrame) -> Figure:
+    """How alike the representations of every two layers are."""
+    rows = _select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
+    values = rows.pivot_table(index="layer", columns="x", values="value")
+    figure = _figure("Which layers say the same?", 6.4, 8)
+    ax = figure.subplots()
+    lowest = min(np.floor(values.min().min() * 10) / 10, 0.9)  # most pairs are close to 1: their differences must show
+    sns.heatmap(
+        values, vmin=lowest, vmax=1, cmap="cividis", square=True, ax=ax, cbar_kws={"label": "linear CKA (1 = the same)"}
+    )
+    ax.invert_yaxis()
+    ax.set(xlabel="layer (0 = embeddings)", ylabel="layer (0 = embeddings)")
+    ax.tick_params(rotation=0)
+    return figure
+
+
+# --- pruning and distilling
+
+
+@_styled
+def vocabulary(table: pd.DataFrame) -> Figure:
+    """How many vocabulary rows the language needs, and whose rows were cut."""
+    coverage = _select(table, "prune", "coverage of the vocabulary", metric="coverage")
+    kept = _select(table, "prune", "kept rows by script", metric=["rows_kept", "rows_cut"])
+    size = _select(table, "prune", "size of the pruned vocabulary", model="pruned teacher", metric="rows")["value"].iloc[0]
+    figure = _figure("How much of the vocabulary does the language need?", 5.2)
+    left, right = figure.subplots(1, 2)
+    for i, (method, mine) in enumerate(coverage.groupby("method", sort=False)):
+        mine = mine.sort_values("x")
+        label = {"corpus": "corpus", "heldout": "held-out texts"}.get(method, _wrap(method))
+        left.plot(mine["x"], mine["value"], color=PALETTE[i], linestyle=LINES[i % 4], marker=MARKERS[i], label=label)
+    left.axvline(size, color=PALETTE[3], linewidth=1.5, label=f"kept: {size:,.0f} rows")
+    left.set_xscale("log")
+    left.xaxis.set_major_locator(LogLocator())
+    left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    left.set_xlabel("rows, the most frequent first (log scale)")
+    _percent(left, "y", "running tokens covered")
+    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+    rows = kept.pivot_table(index="arm", columns="metric", values="value", aggfunc="sum", fill_value=0)
+    rows = rows.reindex(columns=["rows_kept", "rows_cut"], fill_value=0)
+    rows = rows.loc[rows.sum(axis=1).sort_values(ascending=False, kind="stable").index]
+    if len(rows) > 9:
+        rest = rows.iloc[8:].sum().to_frame(f"{len(rows) - 8} others").T
+        rows = pd.concat([rows.iloc[:8], rest])
+    names = [_wrap(script_name(arm, arm), 14) for arm in rows.index]
+    right.barh(names, rows["rows_kept"] / 1000, color=PALETTE[3], edgecolor=INK, linewidth=0.8, label="kept")
+    cut = right.barh(
+        names, rows["rows_cut"] / 1000, left=rows["rows_kept"] / 1000, color=PALE, edgecolor=INK, linewidth=0.8,
+        hatch="//", label="cut",
+    )  # fmt: skip
+    shares = rows["rows_kept"] / rows.sum(axis=1).clip(lower=1)
+    right.bar_label(cut, [f"{share:.0%} kept" for share in shares], padding=4)
+    right.set(xlabel="vocabulary rows (thousands)", ylabel="script")
+    right.set_xlim(0, rows.sum(axis=1).max() / 1000 * 1.35)
+    right.invert_yaxis()
+    right.yaxis.grid(False)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    return figure
+
+
+@_styled
+def learning_curve(table: pd.DataFrame) -> Figure:
+    """Training and held-out loss of the student over time."""
+    rows = _select(table, "distill", "learning curve", model="student", method=list(SPLITS))
+    _select(rows, "distill", "learning curve", metric="loss")
+    curve = rows.pivot_table(index=["method", "n", "x"], columns="metric", values="value").reset_index()
+    return live_curve(curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}))
+
+
+@_styled
+def live_curve(curve: pd.DataFrame) -> Figure:
+    """Loss and objectives against time, also while training goes on.
+
+    curve: one row per point; columns split ("train" or "heldout"), step, seconds, loss, and one per objective.
+    """
+    if curve.empty:
+        raise UserError("no learning curve yet; the stage 'distill' has not evaluated the student")
+    objectives = [name for name in curve.columns if name not in ("split", "step", "seconds", "loss")]
+    # A single objective is the loss itself.
+    names = ["loss", *objectives] if len(objectives) > 1 else ["loss"]
+    figure = _figure("How closely does the student follow the teacher?", 5, 10 if len(names) > 1 else 8)
+    columns = min(len(names), 3)
+    for ax, name in zip(_panels(figure, len(names), columns), names):
+        points = curve[["split", "seconds", name]].dropna()
+        for split, mine in points.groupby("split", sort=False):
+            look = {"color": PALETTE[0], "linewidth": 1.5} if split == "train" else {"color": PALETTE[3], "marker": "D"}
+            ax.plot(mine["seconds"] / 60, mine[name], **look)
+        lowest, highest = points[name].min(), points[name].max()
+        if 0 < lowest and highest > 10 * lowest:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_minor_locator(NullLocator())
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.set(xlabel="training time (minutes)", ylabel=LOSSES.get(name, name))
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
+    handles = [
+        Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
+        Line2D([], [], color=PALETTE[3], marker="D", label=SPLITS["heldout"]),
+    ]
+    _legend(figure, handles)
+    return figure
+
+
+@_styled
+def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int], matched: list[int]) -> Figure:
+    """Which teacher layers the student is copied from, and which it is compared with.
+
+    copied, matched: for each student layer, lowest first, a teacher layer (1 = first); copied is empty for a random start.
+    """
+    figure = _figure("Where does each layer of the student come from?", 4.6)
+    ax = figure.subplots()
+    height = 0.7  # of a box; teacher boxes are centred on y = 3, the student's on y = 0
+    # Student layers are spread so that evenly spaced teacher layers stand right above them.
+    places = [(i + 1) * teacher_layers / student_layers for i in range(student_layers)]
+    look = {"ha": "center", "va": "center", "fontsize": 12, "color": "white", "fontweight": "bold"}
+    for y, columns, colour in ((3, range(1, teacher_layers + 1), PALETTE[0]), (0, places, PALETTE[3])):
+        for i, x in enumerate(columns, 1):
+            ax.bar(x, height, 0.8, bottom=y - height / 2, color=colour, edgecolor=INK)
+            ax.text(x, y, str(i), **look)
+    for layers, shift, line in ((copied, -0.16, "-"), (matched, 0.16, ":")):
+        for x, layer in zip(places, layers):
+            arrow = {"arrowstyle": "-|>", "linestyle": line, "color": INK, "linewidth": 1.8, "shrinkA": 2, "shrinkB": 2}
+            ax.annotate("", (x + shift, height / 2), (layer + shift, 3 - height / 2), arrowprops=arrow)
+    for y, label in ((3, "teacher's\nlayers"), (0, "student's\nlayers")):
+        ax.text(0.2, y, label, ha="right", va="center")
+    ax.set(xlim=(-1 - 0.05 * teacher_layers, teacher_layers + 0.6), ylim=(-0.6, 3.6))
+    ax.axis("off")
+    handles = [
+        Line2D([], [], color=INK, linestyle="-", label="copied from" if copied else "copied from: none, starts at random"),
+        Line2D([], [], color=INK, linestyle=":", label="compared with while training"),
+    ]
+    _legend(figure, handles)
+    return figure
+
+
+# --- comparing models
+
+
+def _benchmark(table: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The headline score of every model on every task, a row each."""
+    what = {"probe": "probe score", "finetune": "fine-tuning score"}[method]
+    rows = _headline_rows(table, _select(table, "benchmark", what, method=method))
+    return _summary(_select(rows, "benchmark", what), "task", "model")
+
+
+def _task_labels(rows: pd.DataFrame) -> dict[str, str]:
+    """Task -> its name with metric and n, for an axis."""
+    labels = {}
+    for task in _tasks(rows):
+        mine = rows[rows["task"] == task]
+        metric = mine["metric"].iloc[0]
+        count = "" if task == "average" else _count(mine["n"])
+        detail = ", ".join(filter(None, [SCORES.get(metric, metric), count]))
+        labels[task] = "average of tasks" if task == "average" else f"{_wrap(task)}\n{_wrap(detail, 26)}"
+    return labels
+
+
+def _benchmark_figure(table: pd.DataFrame, method: str, title: str) -> Figure:
+    rows, looks = _benchmark(table, method), _looks(table)
+    labels = _task_labels(rows)
+    figure = _figure(title, 1.7 + 0.85 * len(labels))
+    ax = figure.subplots()
+    _dots(ax, rows, "task", labels, looks)
+    _percent(ax, "x", "score, with 95% interval over seeds and test items")
+    ax.set_ylabel("task")
+    _legend(figure, _model_handles(rows["model"], looks))
+    return figure
+
+
+@_styled
+def benchmark_probe(table: pd.DataFrame) -> Figure:
+    """Scores of a linear probe on each model's frozen sentence or token vectors."""
+    return _benchmark_figure(table, "probe", "What can a linear probe read from each frozen model?")
+
+
+@_styled
+def benchmark_finetune(table: pd.DataFrame) -> Figure:
+    """Scores of each model fine-tuned on each task."""
+    return _benchmark_figure(table, "finetune", "How far does each model get when it is fine-tuned?")
+
+
+@_styled
+def retention(table: pd.DataFrame) -> Figure:
+    """The student's probe scores in percent of the teacher's.
+
+    The intervals are the student's, divided by the teacher's mean: the teacher's own uncertainty is left out.
+    """
+    rows = _benchmark(table, "probe")
+    labels = _task_labels(rows)
+    teacher = rows[rows["model"] == "teacher"].set_index("task")["value"]
+    student = rows[rows["model"] == "student"].set_index("task")
+    both = [task for task in labels if teacher.get(task, 0) > 0 and task in student.index]
+    if not both:
+        raise UserError("no probe score of student and teacher on the same task; run the stage 'benchmark' first")
+    shares = student.loc[both, ["value", "low", "high"]].div(teacher[both], axis=0).assign(model="student").reset_index()
+    figure = _figure("How much of the teacher's probe score does the student keep?", 1.7 + 0.75 * len(both))
+    ax = figure.subplots()
+    _dots(ax, shares, "task", {task: labels[task] for task in both}, LOOKS)
+    for i, share in enumerate(shares["value"]):
+        ax.annotate(f"{share:.0%}", (share, i), (0, 9), textcoords="offset points", ha="center")
+    ax.axvline(1, color=LOOKS["teacher"].colour, linewidth=1.8)
+    ax.axvline(TEACHER_SHARE / 100, color=INK, linewidth=1.5, linestyle="--")
+    _percent(ax, "x", "student's score / teacher's mean score, with the student's 95% interval")
+    ax.set_ylabel("task")
+    handles = [
+        *_model_handles(["student"], LOOKS),
+        Line2D([], [], color=INK, linewidth=1.5, linestyle="--", label=f"{TEACHER_SHARE}% of the teacher"),
+        Line2D([], [], color=LOOKS["teacher"].colour, linewidth=1.8, label="teacher"),
+    ]
+    _legend(figure, handles)
+    return figure
+
+
+@_styled
+def efficiency(table: pd.DataFrame) -> Figure:
+    """What each model costs: parameters against score, latency, throughput."""
+    looks = _looks(table)
+    scores = _benchmark(table, "probe")
+    scores = scores[scores["task"] == "average"]
+    sizes = _select(table, "benchmark", "parameters", metric="parameters").drop_duplicates("model")
+    sizes = sizes.set_index("model")["value"] / 1e6
+    panels = {"latency_ms": "latency, 1 text (ms)", "sentences_per_second": "sentences / s, batch of 32"}
+    speeds = {metric: _select(table, "benchmark", label, metric=metric) for metric, label in panels.items()}
+    devices = [d for d in ("cpu", "cuda") if all(d in set(rows["method"]) for rows in speeds.values())]
+    if not devices:
+        raise UserError("no latency and throughput on the same device; run the stage 'benchmark' first")
+    figure = _figure("What does each model cost, and what is it worth?", 1.6 + 3.4 * len(devices))
+    axes = figure.subplot_mosaic(
+        [["size", *(f"{metric} {device}" for metric in panels)] for device in devices], width_ratios=[1.5, 1, 1]
+    )
+    ax = axes["size"]
+    for model in looks:
+        mine = scores[(scores["model"] == model) & scores["model"].isin(sizes.index)]
+        ax.errorbar(
+            mine["model"].map(sizes), mine["value"], yerr=_errors(mine), fmt=looks[model].marker, markersize=10,
+            color=looks[model].colour, markeredgecolor="white", capsize=3,
+        )  # fmt: skip
+    ax.set_xlabel("parameters (millions)")
+    ax.set_xlim(0, sizes.max() * 1.1)
+    ax.margins(y=0.1)
+    _percent(ax, "y", "average probe score, 95% interval")
+    for device in devices:
+        for metric, label in panels.items():
+            ax = axes[f"{metric} {device}"]
+            rows = speeds[metric][speeds[metric]["method"] == device].drop_duplicates("model").set_index("model")
+            models = [model for model in looks if model in rows.index]
+            rows = rows.loc[models]
+            bars = ax.barh(models, rows["value"], xerr=_errors(rows), capsize=3, ecolor=INK, edgecolor=INK, linewidth=0.8)
+            for bar, model in zip(bars, models):
+                bar.set(facecolor=looks[model].colour, hatch=looks[model].hatch)
+            ax.set_title({"cpu": "CPU", "cuda": "GPU"}[device])
+            ax.set_xlabel(f"{label}\nline: quartiles")
+            ax.set_yticks(range(len(models)), [_wrap(model, 12) for model in models])
+            ax.yaxis.grid(False)
+            ax.invert_yaxis()
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+        axes[f"latency_ms {device}"].set_ylabel("model")
+        ax.tick_params(labelleft=False)
+    _legend(figure, _model_handles(scores["model"], looks))
+    return figure
+
+
+# --- ablations
+
+
+def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Scores of the arms of a family, a row per task and arm; and of the models they are held against."""
+    what = f"ablation of {family}"
+    rows = _headline_rows(table, _select(table, "ablate", what, method=family, model="student"))
+    arms = _summary(_select(rows, "ablate", what), "task", "model", "arm")
+    reference = table[(table["stage"] == "ablate") & (table["method"] == "reference")]
+    return arms, _summary(_headline_rows(table, reference), "task", "model")
+
+
+def _references(axes: Axes, reference: pd.DataFrame, task: str, along: str, looks: dict[str, Look]) -> None:
+    """A line per model that is not ablated, with its interval; `along` is the axis that holds the scores."""
+    line, span = {"x": (axes.axvline, axes.axvspan), "y": (axes.axhline, axes.axhspan)}[along]
+    for row in reference[reference["task"] == task].itertuples():
+        colour = looks[row.model].colour
+        line(row.value, color=colour, linestyle=_reference_line(row.model), zorder=1)
+        if row.low < row.high:
+            span(row.low, row.high, color=colour, alpha=0.15, linewidth=0, zorder=0.5)
+
+
+def _reference_line(model: str) -> str:
+    return "--" if model == "teacher" else ":"
+
+
+def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, Look]) -> None:
+    handles = [*_model_handles(["student"], looks)]
+    for model in (model for model in looks if model in set(reference["model"])):
+        handles.append(Line2D([], [], color=looks[model].colour, linestyle=_reference_line(model), label=model))
+    _legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
+
+
+def _ablation_title(task: str) -> str:
+    return "average of tasks" if task == "average" else _wrap(task)
+
+
+def _arms_figure(table: pd.DataFrame, family: str, title: str) -> Figure:
+    """A panel per task, in it a line per arm."""
+    looks = _looks(table)
+    arms, reference = _ablation(table, family)
+    tasks = _tasks(arms)
+    labels = {arm: _wrap(arm, 20) for arm in arms["arm"].unique()}
+    columns = min(len(tasks), 4)
+    rows = -(-len(tasks) // columns)
+    figure = _figure(title, 1.4 + rows * (1.2 + 0.5 * len(labels)))
+    for i, (ax, task) in enumerate(zip(_panels(figure, len(tasks), columns, sharey=True), tasks)):
+        mine = arms[arms["task"] == task]
+        _dots(ax, mine, "arm", labels, looks)
+        _references(ax, reference, task, "x", looks)
+        ax.set_title(_ablation_title(task))
+        metric = mine["metric"].iloc[0]
+        _percent(ax, "x", "mean score" if task == "average" else SCORES.get(metric, metric))
+        if i % columns == 0:
+            ax.set_ylabel(family)
+        else:
+            ax.tick_params(labelleft=False)
+    _ablation_legend(figure, reference, looks)
+    return figure
+
+
+@_styled
+def ablation_fraction(table: pd.DataFrame) -> Figure:
+    """Score of students distilled on a part of the corpus."""
+    looks = _looks(table)
+    arms, reference = _ablation(table, "fraction")
+    tasks = _tasks(arms)
+    columns = min(len(tasks), 4 if len(tasks) % 4 == 0 else 3)
+    figure = _figure("How much text does the student need?", 1.4 + 3.2 * -(-len(tasks) // columns))
+    for ax, task in zip(_panels(figure, len(tasks), columns, sharex=True), tasks):
+        mine = arms[arms["task"] == task].sort_values("x")
+        look = looks["student"]
+        ax.errorbar(
+            mine["x"], mine["value"], yerr=_errors(mine), color=look.colour, marker=look.marker, markeredgecolor="white",
+            capsize=3, elinewidth=1.8,
+        )  # fmt: skip
+        _references(ax, reference, task, "y", looks)
+        ax.set_title(_ablation_title(task))
+        metric = mine["metric"].iloc[0]
+        _percent(ax, "y", "mean score" if task == "average" else SCORES.get(metric, metric))
+        _percent(ax, "x", "share of the corpus")
+        ax.set_xlim(left=0)
+    _ablation_legend(figure, reference, looks)
+    return figure
+
+
+@_styled
+def ablation_init(table: pd.DataFrame) -> Figure:
+    """Score of students started from different layers of the teacher."""
+    return _arms_figure(table, "init", "From which of the teacher's layers should a student start?")
+
+
+@_styled
+def ablation_objective(table: pd.DataFrame) -> Figure:
+    """Score of students distilled with different objectives."""
+    return _arms_figure(table, "objective", "What should the student have in common with the teacher?")
+
+
+FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
+    draw.__name__: draw
+    for draw in (
+        fertility, layer_probe, retrieval, cka, vocabulary, learning_curve, benchmark_probe, benchmark_finetune,
+        retention, efficiency, ablation_fraction, ablation_init, ablation_objective,
+    )
+}  # fmt: skip
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The study in one table: a row per model of the benchmark; what was not measured is NaN.
+
+    Latency (batch 1, median) and throughput (batch 32) are the CPU's where it was timed. Scores are averages over tasks.
+    """
+    rows = _select(table, "benchmark", "scores and sizes")
+    rows = rows.iloc[np.argsort(rows["method"] == "cuda", kind="stable")]
+    average = rows[(rows["task"] == "average") & rows["seed"].isna()]
+
+    def column(part: pd.DataFrame, **where: str) -> pd.Series:
+        for name, wanted in where.items():
+            part = part[part[name] == wanted]
+        return part.drop_duplicates("model").set_index("model")["value"]
+
+    probe = column(average, method="probe") * 100
+    columns = {
+        "parameters (M)": column(rows, metric="parameters") / 1e6,
+        "size (MB)": column(rows, metric="megabytes"),
+        "latency (ms)": column(rows, metric="latency_ms"),
+        "sentences/s": column(rows, metric="sentences_per_second"),
+        "probe score (%)": probe,
+        "fine-tuning score (%)": column(average, method="finetune") * 100,
+        "of teacher's probe score (%)": probe / probe.get("teacher", np.nan) * 100,
+    }
+    models = [model for model in _looks(rows)]
+    return pd.DataFrame(columns).reindex(models).rename_axis("model")

@@ -1,0 +1,92 @@
+"""Scores with intervals: every metric is a function of sums over test items, so that items can be resampled."""
+
+from dataclasses import dataclass
+from typing import Callable, Sequence
+
+import numpy as np
+from seqeval.metrics.sequence_labeling import get_entities
+
+from kdlib.tasks import Task
+
+
+@dataclass
+class Metric:
+    """items: float [items, k], what each test item adds to the sums; score: sums [..., k] -> score [...]."""
+
+    name: str
+    items: np.ndarray
+    score: Callable[[np.ndarray], np.ndarray]
+
+    @property
+    def value(self) -> float:
+        return float(self.score(self.items.sum(0)))
+
+
+def _f1(sums: np.ndarray) -> np.ndarray:
+    """Mean F1 over classes; sums [..., classes * 3] of true positives, predicted, gold. A class that is nowhere counts 0."""
+    hits, predicted, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    return (2 * hits / np.maximum(predicted + gold, 1)).mean(-1)
+
+
+def _mean(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def score(task: Task, predicted: Sequence) -> list[Metric]:
+    """The task's metrics, the headline one first.
+
+    classify and pair: accuracy, macro F1. multilabel: macro F1, accuracy (all labels of an item right). tokens: entity F1
+    as seqeval counts it (an entity is right if kind and both ends are), accuracy of tags.
+    predicted: one label index per item; for multilabel [items, labels] of 0/1; for tokens a list of indices per item.
+    """
+    gold = task.test.targets
+    if task.kind == "tokens":
+        pairs = [_entity_counts(g, p, task.labels) for g, p in zip(gold, predicted, strict=True)]
+        right = [[sum(a == b for a, b in zip(g, p)), len(g)] for g, p in zip(gold, predicted)]
+        return [Metric("f1", np.array(pairs, float), _f1), Metric("accuracy", np.array(right, float), _mean)]
+    gold, predicted = np.asarray(gold), np.asarray(predicted)
+    if task.kind == "multilabel":
+        hot_gold, hot_predicted = gold, predicted
+        exact = (gold == predicted).all(1)
+    else:
+        classes = np.arange(len(task.labels))
+        hot_gold, hot_predicted = (gold[:, None] == classes), (predicted[:, None] == classes)
+        exact = gold == predicted
+    counts = np.stack([hot_gold & hot_predicted, hot_predicted, hot_gold], -1).astype(float).reshape(len(gold), -1)
+    f1 = Metric("macro_f1", counts, _f1)
+    accuracy = Metric("accuracy", np.stack([exact, np.ones_like(exact)], 1).astype(float), _mean)
+    return [f1, accuracy] if task.kind == "multilabel" else [accuracy, f1]
+
+
+def _entity_counts(gold: Sequence[int], predicted: Sequence[int], labels: list[str]) -> list[int]:
+    true, found = (set(get_entities([labels[i] for i in tags])) for tags in (gold, predicted))
+    return [len(true & found), len(found), len(true)]
+
+
+def headline(kind: str) -> str:
+    """The metric a task of this kind is judged by."""
+    return {"tokens": "f1", "multilabel": "macro_f1"}.get(kind, "accuracy")
+
+
+def interval(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap percentile interval of the mean over seeds, resampling seeds and test items together.
+
+    runs: the same metric on the same items, one per seed. Follows the paired-items scheme of Efron and Tibshirani (1993), ch. 13.
+    """
+    samples = resampled(runs, resamples, seed)
+    tail = (1 - level) / 2
+    return float(np.quantile(samples, tail)), float(np.quantile(samples, 1 - tail))
+
+
+def resampled(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """Bootstrap samples [resamples] of the mean over seeds. The same seed draws the same items for every model, so
+    that differences between models are paired."""
+    rng = np.random.default_rng(seed)
+    stack = np.stack([run.items for run in runs])
+    count = stack.shape[1]
+    out = np.empty(resamples)
+    for i in range(resamples):
+        weights = np.bincount(rng.integers(0, count, count), minlength=count)
+        chosen = rng.integers(0, len(runs), len(runs))
+        out[i] = runs[0].score(np.einsum("n,snk->sk", weights, stack[chosen])).mean()
+    return out

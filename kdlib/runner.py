@@ -1,0 +1,211 @@
+"""Running the notebooks in order, headlessly, with progress; a failure leaves the partial notebook and a plain message."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import papermill
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kdlib import figures, progress
+from kdlib.errors import UserError
+from kdlib.store import Run
+from kdlib.study import NOTEBOOKS, STAGES, Study, stage_key
+
+PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
+
+
+class NotebookError(Exception):
+    """A notebook stopped: which, in which cell, why. `user`: the error is one the user can mend."""
+
+    def __init__(self, message: str, user: bool):
+        super().__init__(message)
+        self.user = user
+
+
+def notebook_folder() -> Path:
+    """Where the notebooks lie: beside the package in a checkout, or under the current folder."""
+    for folder in (Path(__file__).parents[1] / "notebooks", Path.cwd() / "notebooks"):
+        if (folder / f"{NOTEBOOKS['probe']}.ipynb").is_file():
+            return folder
+    raise UserError("the notebooks were not found: run kdlib in a checkout of the project, or install it from one (pip install -e .)")
+
+
+def wanted_stages(only: list[str], start: str | None) -> list[str]:
+    """The stages to run. Raises UserError for an unknown one, naming them all."""
+    for name in [*only, *([start] if start else [])]:
+        if name not in STAGES:
+            raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+    if only:
+        return [stage for stage in STAGES if stage in only]
+    return STAGES[STAGES.index(start) :] if start else STAGES
+
+
+def run_study(out: Path, profile: str, overrides: list[str], only: list[str] = (), start: str | None = None, console: Console | None = None) -> None:
+    """Run the notebooks of a study into the run folder `out`.
+
+    A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after `start`.
+    Raises UserError for bad input, before anything runs, and NotebookError when a notebook stops.
+    """
+    console = console or Console()
+    stages = wanted_stages(list(only), start)
+    study = Study(out, profile, overrides)
+    study.tasks  # reads corpus and tasks: what is wrong with them is said now, not after the first stage
+    study.parallel
+    source = notebook_folder()
+    target = study.run.folder("notebooks")
+    begun = time.time()
+    for stage in stages:
+        key = stage_key(study.profile, stage)
+        if not only and not start and study.run.done(stage, key):
+            console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
+            continue
+        started = time.time()
+        name = f"{NOTEBOOKS[stage]}.ipynb"
+        parameters = {"profile": profile, "run_dir": str(Path(out).resolve()), "overrides": overrides}
+        execute(source / name, target / name, parameters, console)
+        seconds = time.time() - started
+        study.run.mark(stage, key, seconds)
+        console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
+    if not only:
+        summary(study.run, time.time() - begun, console)
+
+
+def execute(source: Path, target: Path, parameters: dict[str, Any], console: Console) -> None:
+    """Run one notebook by papermill. The output is saved after every cell. Raises NotebookError naming notebook, cell and error."""
+    with tempfile.TemporaryDirectory() as folder, _report(source.stem, Path(folder) / "progress.json", console) as report:
+        _Engine.report = report
+        try:
+            papermill.execute_notebook(source, target, parameters, engine_name="kdlib", kernel_name="python3", progress_bar=False, request_save_on_cell_execute=True)
+        except PapermillExecutionError as error:
+            reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
+            raise NotebookError(f"notebook {source.stem}, cell {error.cell_index}: {reason}\n  as far as it came: {target}", error.ename == "UserError") from None
+        except (DeadKernelError, CellTimeoutError) as error:
+            reason = "its kernel died (killed, or out of memory)" if isinstance(error, DeadKernelError) else "a cell took too long"
+            raise NotebookError(f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", False) from None
+
+
+class _Engine(NBClientEngine):
+    """papermill's own engine, telling the report which cell runs."""
+
+    report: "_Report"
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+        start, total = nb_man.cell_start, len(nb_man.nb.cells)
+
+        def cell_start(cell, cell_index=None, **options):
+            cls.report.enter(cell_index, total)
+            return start(cell, cell_index, **options)
+
+        nb_man.cell_start = cell_start
+        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+papermill_engines.register("kdlib", _Engine)
+
+
+class _Report:
+    """What the terminal shows: stage, cell, step within the cell, time left of the step."""
+
+    def __init__(self, name: str, file: Path, console: Console):
+        self.name, self.file, self.console, self.cell, self.total = name, file, console, 0, 0
+        self.stopped = threading.Event()
+        self.bar = Progress(
+            SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/bold] cell {task.completed}/{task.total}"), BarColumn(20),
+            TextColumn("{task.fields[step]}"), TimeElapsedColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self.row = self.bar.add_task("", stage=name, step="", total=None)
+
+    def enter(self, cell: int, total: int) -> None:
+        self.cell, self.total = cell + 1, total
+        self.file.unlink(missing_ok=True)
+        self.bar.update(self.row, completed=self.cell, total=total, step="")
+
+    def step(self) -> str:
+        try:
+            at = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return ""
+        left = f", {clock(at['left'])} left" if at["left"] is not None else ""
+        return f"{at['label']} {at['done']}/{at['total']}{left}{', ' + at['note'] if at['note'] else ''}"
+
+    def watch(self) -> None:
+        said = time.time()
+        while not self.stopped.wait(0.5):
+            step = self.step()
+            self.bar.update(self.row, step=step)
+            if not self.console.is_terminal and time.time() - said > PLAIN_SECONDS:
+                said = time.time()
+                self.console.print(f"{self.name}: cell {self.cell}/{self.total} {step}")
+
+
+@contextmanager
+def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
+    report = _Report(name, file, console)
+    before = os.environ.get(progress.FILE)
+    os.environ[progress.FILE] = str(file)
+    thread = threading.Thread(target=report.watch, daemon=True)
+    if console.is_terminal:
+        report.bar.start()
+    thread.start()
+    try:
+        yield report
+    finally:
+        report.stopped.set()
+        thread.join()
+        report.bar.stop()
+        os.environ.pop(progress.FILE)
+        if before is not None:
+            os.environ[progress.FILE] = before
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 3 min 20 s."""
+    seconds = round(seconds)
+    return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
+
+
+def summary(run: Run, seconds: float, console: Console) -> None:
+    """Where everything is, and the headline: size, speed and accuracy of the student against the teacher."""
+    shown = [("student", run.path / "student"), ("table", run.results_file), ("figures", run.path / "figures"), ("notebooks", run.path / "notebooks")]
+    console.print()
+    for name, path in shown:
+        if path.exists():
+            console.print(f"{name:>10}  {path}", soft_wrap=True)
+    try:
+        headline = figures.headline(run.results())
+    except UserError:
+        return
+    table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})")
+    for column in ["model", *headline.columns]:
+        table.add_column(str(column), justify="left" if column == "model" else "right")
+    for model, row in headline.iterrows():
+        table.add_row(str(model), *("" if value != value else f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row))
+    console.print(table)
+
+
+def refresh_figures(run: Run, target: Path) -> list[Path]:
+    """Copy a finished run's figures to the project's `figures/`. Raises UserError where there are none."""
+    files = sorted((run.path / "figures").glob("*.png"))
+    if not files:
+        raise UserError(f"{run.path}: no figures yet; finish the run first")
+    target.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(file, target / file.name)) for file in files]
+
+
+def fail(message: str, code: int) -> None:
+    print(f"kdlib: {message}", file=sys.stderr)
+    raise SystemExit(code)

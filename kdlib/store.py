@@ -1,0 +1,161 @@
+"""Files that are whole or absent: atomic writes, the cache folder, and a run's folder with its table of results."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator
+
+import pandas as pd
+import yaml
+
+from kdlib.config import Profile, check, load_profile
+from kdlib.errors import UserError
+
+# What a row says: `model` has `value` for `metric`, on `task` in `language`, got by `method`, in the ablation `arm`, at
+# `layer`, as a function of `x` (rows, seconds, another layer); low and high bound a 95% interval over `n` test items.
+COLUMNS = ["stage", "model", "language", "task", "metric", "value", "seed", "method", "arm", "layer", "x", "low", "high", "n"]
+TEXT_COLUMNS = ["stage", "model", "language", "task", "metric", "method", "arm"]
+
+
+def cache_folder() -> Path:
+    """Where conversions shared by runs lie: $KDLIB_CACHE, or kdlib under the user's cache folder."""
+    root = os.environ.get("KDLIB_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlib"
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, moved to `target` only when the block ends without an error.
+
+    An older folder at `target` is replaced. Raises UserError when the place cannot be written or the disk is full.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"{target.parent}: cannot write there ({error.strerror})") from None
+    try:
+        work.chmod(0o755)
+        yield work
+        if target.exists():
+            shutil.rmtree(target)
+        work.rename(target)
+    except OSError as error:
+        raise UserError(f"{target}: could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A path to write to, moved to `target` only when the block ends without an error; errors as `new_folder`."""
+    target = Path(target)
+    work = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield work
+        work.replace(target)
+    except OSError as error:
+        raise UserError(f"{target}: could not be written ({error.strerror or error})") from error
+    finally:
+        work.unlink(missing_ok=True)
+
+
+def write_json(target: Path, value: Any) -> None:
+    with new_file(target) as path:
+        path.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+
+
+def fingerprint(*values: Any) -> str:
+    """A short hash of JSON-like values: the same values, the same 12 letters, on every machine."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+class Run:
+    """A run's folder: its profile, the artefacts of its stages, and the table of results.
+
+    path: the folder; made if absent. profile: kept as `profile.yaml`; None reads the one that is there.
+    Raises UserError when the folder cannot be written or holds something that is not a run.
+    """
+
+    def __init__(self, path: str | Path, profile: Profile | None = None):
+        self.path = Path(path)
+        kept = self.path / "profile.yaml"
+        if profile is None:
+            if not kept.is_file():
+                raise UserError(f"{self.path}: no run here (profile.yaml is missing)")
+            profile = check(yaml.safe_load(kept.read_text("utf-8")) or {}, str(kept))
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; a run needs a folder")
+        self.profile = profile
+        text = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True)
+        if not kept.is_file() or kept.read_text("utf-8") != text:
+            with new_file(kept) as path:
+                path.write_text(text, "utf-8")
+
+    def folder(self, name: str) -> Path:
+        """A sub-folder, made if absent."""
+        folder = self.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.csv"
+
+    def results(self) -> pd.DataFrame:
+        """The table of results, tidy, one number a row; empty (but with its columns) before the first stage."""
+        if not self.results_file.is_file():
+            return pd.DataFrame(columns=COLUMNS)
+        return read_results(self.results_file)
+
+    def record(self, stage: str, rows: list[dict] | pd.DataFrame) -> pd.DataFrame:
+        """Put `rows` into the table in place of the stage's earlier ones; returns them as a table.
+
+        Rows need model, metric and value; language defaults to the profile's.
+        """
+        table = pd.DataFrame(rows)
+        table["stage"] = stage
+        if "language" not in table:
+            table["language"] = None
+        table["language"] = table["language"].fillna(self.profile.language)
+        table = table.reindex(columns=COLUMNS)
+        others = self.results()
+        others = others[others["stage"] != stage]
+        merged = table if others.empty else pd.concat([others, table], ignore_index=True)
+        with new_file(self.results_file) as path:
+            merged.to_csv(path, index=False)
+        return read_results(self.results_file).query("stage == @stage").reset_index(drop=True)
+
+    def done(self, stage: str, key: str) -> bool:
+        """Whether `stage` finished with the same `key` (a fingerprint of all it depends on)."""
+        try:
+            return json.loads((self.path / "stages" / f"{stage}.json").read_text("utf-8"))["key"] == key
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+    def mark(self, stage: str, key: str, seconds: float) -> None:
+        write_json(self.folder("stages") / f"{stage}.json", {"key": key, "seconds": round(seconds, 1)})
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """A results.csv as a table. Raises UserError if it is not one."""
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str) | dict.fromkeys(["seed", "layer", "n"], "Int64"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a table of results ({str(error).splitlines()[0]})") from None
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        raise UserError(f"{path}: not a table of results (no column {', '.join(missing)})")
+    return table
+
+
+def open_run(run_dir: str | Path, profile: str = "workshop", overrides: Any = ()) -> Run:
+    """The run that a notebook works on: profile by name, overrides on top, folder made if absent."""
+    return Run(run_dir, load_profile(profile, overrides))
