@@ -5,6 +5,7 @@ models of a study, which look the same in every figure.
 """
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ import pandas as pd
 import seaborn as sns
 from fontTools.unicodedata import script_name
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from kdlib.errors import UserError
 from kdlib.store import new_file
@@ -68,7 +70,7 @@ LOOKS = {
 SPARE_LOOKS = [Look(PALETTE[2], "P", "xx"), Look(PALETTE[5], "X", "++"), Look(PALETTE[8], "*", "--")]
 NUMBERS = ["x", "value", "low", "high", "n"]
 BASELINES = ["majority", "word overlap"]
-SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean of headline scores"}
+SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
 LOSSES = {
     "loss": "loss (weighted sum, no unit)",
     "hidden": "hidden (MSE / teacher's variance)",
@@ -79,6 +81,16 @@ SPLITS = {"train": "training texts", "heldout": "held-out texts"}
 TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to keep
 
 
+class _Figure(Figure):
+    """A figure that a notebook shows as a picture with no `%matplotlib inline` before."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.style.context(["default", STYLE]):
+            self.savefig(buffer, format="png", dpi=100)
+        return buffer.getvalue()
+
+
 def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Draw in the house style, whatever the notebook's own settings are, and leave those as they were."""
 
@@ -87,6 +99,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         with matplotlib.style.context(["default", STYLE]):
             figure = draw(*arguments, **named)
             figure.draw_without_rendering()  # ticks are made at the first drawing, in the style of that moment
+            figure.set_layout_engine("none")  # all is in its place: drawing again need not look for it
         return figure
 
     return wrapper
@@ -134,6 +147,10 @@ def _select(table: pd.DataFrame, stage: str, what: str, **where: str | Sequence[
     rows = table[(table["stage"] == stage) & np.isfinite(table["value"].astype(float))]
     for column, wanted in where.items():
         rows = rows[rows[column].isin([wanted] if isinstance(wanted, str) else wanted)]
+    return _need(rows, stage, what)
+
+
+def _need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
     if rows.empty:
         raise UserError(f"no {what} in the table of results; run the stage {stage!r} first")
     return rows
@@ -174,21 +191,26 @@ def _tasks(rows: pd.DataFrame) -> list[str]:
 
 
 def _figure(title: str, height: float, width: float = WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     figure.suptitle(title)
     return figure
 
 
-def _panels(figure: Figure, count: int, columns: int, **share: bool) -> list[Axes]:
-    """`count` axes in a grid; those that share an axis with the first still show its numbers."""
-    columns = min(columns, count)
-    grid = figure.add_gridspec(-(-count // columns), columns)
+def _panels(title: str, count: int, most: int, height: float, **share: bool) -> tuple[Figure, list[Axes], int]:
+    """A figure of `count` panels, at most `most` side by side, rows `height` inches high; and how many are side by side.
+
+    Panels that share an axis with the first still show its numbers.
+    """
+    rows = -(-count // most)
+    columns = -(-count // rows)
+    figure = _figure(title, 1.4 + height * rows)
+    grid = figure.add_gridspec(rows, columns)
     axes: list[Axes] = []
     for i in range(count):
-        first = axes[0] if axes else None
-        axes.append(figure.add_subplot(grid[i], **{name: first for name, wanted in share.items() if wanted}))
-    return axes
+        shared = {name: axes[0] for name, wanted in share.items() if wanted and axes}
+        axes.append(figure.add_subplot(grid[i], **shared))
+    return figure, axes, columns
 
 
 def _wrap(label: str, width: int = 18) -> str:
@@ -196,7 +218,7 @@ def _wrap(label: str, width: int = 18) -> str:
 
 
 def _count(values: Iterable[float]) -> str:
-    """ "n = 204", or "n = 200 to 204" where the counts differ; nothing where there are none."""
+    """`n = 204`, or `n = 200 to 204` where the counts differ; nothing where there are none."""
     counts = sorted({int(value) for value in values if pd.notna(value)})
     if not counts:
         return ""
@@ -209,12 +231,24 @@ def _errors(rows: pd.DataFrame) -> np.ndarray:
     return np.nan_to_num(np.maximum([value - low, high - value], 0))
 
 
-def _percent(axes: Axes, axis: str, label: str) -> None:
+def _percent(axis: Axis, label: str) -> None:
     """Shares from 0 to 1 as percent."""
-    which = getattr(axes, f"{axis}axis")
-    which.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    which.set_major_formatter(PercentFormatter(1, symbol=""))
-    axes.set(**{f"{axis}label": f"{label} (%)"})
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, place: f"{100 * value:.4g}")
+    axis.set_label_text(label)
+
+
+def _score_label(rows: pd.DataFrame) -> str:
+    """Name of the metric of `rows`, with its unit."""
+    metric = rows["metric"].iloc[0]
+    return f"{SCORES.get(metric, metric)} (%)"
+
+
+def _panel_title(task: str, rows: pd.DataFrame) -> str:
+    """Task, with the number of test items."""
+    if task == "average":
+        return "average of tasks"
+    return f"{_wrap(task)}\n{_count(rows['n'])}".strip()
 
 
 def _layer_axis(axes: Axes) -> None:
@@ -229,9 +263,13 @@ def _band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, **line) -> None:
     axes.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
 
 
-def _legend(figure: Figure, handles: list, columns: int = 5) -> None:
+def _legend(figure: Figure, handles: list) -> None:
     """Below all panels, so never over data."""
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
+    widths = np.array([max(map(len, handle.get_label().split("\n"))) + 8 for handle in handles])  # in letters; 8: line, gaps
+    for columns in range(len(handles), 0, -1):
+        if sum(part.max() for part in np.array_split(widths, columns)) <= 95:
+            break
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
 def _dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], looks: dict[str, Look]) -> None:
@@ -246,7 +284,7 @@ def _dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], l
             mine["value"], place + offset, xerr=_errors(mine), fmt=looks[model].marker, color=looks[model].colour,
             markeredgecolor="white", capsize=3, elinewidth=1.8,
         )  # fmt: skip
-    for place in range(1, len(labels), 2):
+    for place in range(1, len(labels), 2) if len(models) > 1 else ():
         axes.axhspan(place - 0.5, place + 0.5, color="#f5f5f5", zorder=0)
     axes.set_yticks(range(len(labels)), labels.values())
     axes.set_ylim(len(labels) - 0.5, -0.5)
@@ -256,7 +294,7 @@ def _dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], l
 
 def _model_handles(models: Iterable[str], looks: dict[str, Look]) -> list[Line2D]:
     return [
-        Line2D([], [], color=looks[m].colour, marker=looks[m].marker, markeredgecolor="white", label=_wrap(m, 30))
+        Line2D([], [], color=looks[m].colour, marker=looks[m].marker, markeredgecolor="white", label=_wrap(m, 40))
         for m in looks
         if m in set(models)
     ]
@@ -269,24 +307,24 @@ def _model_handles(models: Iterable[str], looks: dict[str, Look]) -> list[Line2D
 def fertility(table: pd.DataFrame) -> Figure:
     """How finely the teacher's tokenizer cuts each language: tokens per word, words split, unknown tokens."""
     panels = {
-        "fertility": ("tokens per word", 1),
-        "split_words": ("words split (%)", 100),
-        "unknown_rate": ("unknown tokens (%)", 100),
+        "fertility": ("tokens per word", 1, "{:.2f}"),
+        "split_words": ("words split (%)", 100, "{:.3g}"),
+        "unknown_rate": ("unknown tokens (%)", 100, "{:.2g}"),
     }
     _select(table, "probe", "tokens per word", metric="fertility")
     rows = _select(table, "probe", "tokens per word", metric=list(panels)).drop_duplicates(["metric", "language"])
     values = rows.pivot(index="language", columns="metric", values="value").sort_values("fertility", ascending=False)
     found = [metric for metric in panels if metric in values]
     own = table["language"].mode().iloc[0]
-    figure = _figure("How many pieces does the teacher need for a word?", 2.2 + 0.5 * len(values))
+    figure = _figure("Into how many pieces does the teacher's tokenizer cut a word?", 2.2 + 0.5 * len(values))
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, metric in zip(axes, found):
-        label, scale = panels[metric]
+        label, scale, number = panels[metric]
         colours = [PALETTE[0] if language == own else PALE for language in values.index]
         bars = ax.barh([_wrap(language, 14) for language in values.index], values[metric] * scale, color=colours)
         for bar, language in zip(bars, values.index):
             bar.set(edgecolor=INK, linewidth=0.8, hatch="" if language == own else "//")
-        ax.bar_label(bars, fmt="{:.3g}", padding=4)
+        ax.bar_label(bars, fmt=number, padding=4)
         ax.set_xlim(0, (values[metric].max() * scale or 1) * 1.3)
         ax.set_xlabel(label)
         ax.yaxis.grid(False)
@@ -303,19 +341,18 @@ def layer_probe(table: pd.DataFrame) -> Figure:
     """What a linear probe reads from each of the teacher's layers, task by task."""
     rows = _select(table, "probe", "layer probe", method="layer probe")
     states, chance = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
-    tasks = _tasks(_select(states, "probe", "layer probe"))
-    columns = 3 if len(tasks) > 4 else 2
-    figure = _figure("In which layer does the teacher know most about each task?", 1.4 + 2.9 * -(-len(tasks) // columns))
-    for ax, task in zip(_panels(figure, len(tasks), columns, sharex=True, sharey=True), tasks):
+    tasks = _tasks(_need(states, "probe", "layer probe"))
+    title = "In which layer does the teacher know most about each task?"
+    figure, axes, _ = _panels(title, len(tasks), 3, 3.0, sharex=True, sharey=True)
+    for ax, task in zip(axes, tasks):
         mine = states[states["task"] == task]
         _band(ax, mine, "layer", PALETTE[0], marker="o", markersize=4)
         best = mine.loc[mine["value"].idxmax()]
         ax.plot(float(best["layer"]), best["value"], "o", markersize=13, markerfacecolor="none", color=INK)
         for value in chance.loc[chance["task"] == task, "value"]:
             ax.axhline(value, color=GREY, linestyle="--", linewidth=1.3)
-        ax.set_title(f"{_wrap(task, 24)} ({_count(mine['n'])})" if mine["n"].notna().any() else _wrap(task, 24))
-        metric = mine["metric"].iloc[0]
-        _percent(ax, "y", SCORES.get(metric, metric))
+        ax.set_title(_panel_title(task, mine))
+        _percent(ax.yaxis, _score_label(mine))
         _layer_axis(ax)
     handles = [
         Line2D([], [], color=PALETTE[0], marker="o", markersize=4, label="linear probe"),
@@ -334,32 +371,30 @@ def retrieval(table: pd.DataFrame) -> Figure:
     panels = {"plain": "states as they are", "centred": "each language's mean subtracted"}
     rows = _select(table, "probe", "sentence retrieval", metric="retrieval")
     states, overlap = rows[rows["layer"].notna()], rows[rows["method"] == "baseline"]
-    states = _select(states, "probe", "sentence retrieval", method=list(panels))
+    states = _select(states, "probe", "sentence retrieval by layer", method=list(panels))
     languages = list(states["language"].unique())
     colours = [colour for colour in PALETTE if colour != GREY]
-    look = {
-        language: {"color": colours[i % 9], "marker": MARKERS[i % 10], "linestyle": LINES[i % 4], "markersize": 6}
-        for i, language in enumerate(languages)
-    }
-    figure = _figure("In which layer does a sentence find its translation?", 5.2)
+    looks = {language: (colours[i % 9], MARKERS[i % 10]) for i, language in enumerate(languages)}
     methods = [method for method in panels if method in set(states["method"])]
-    for ax, method in zip(_panels(figure, len(methods), 2, sharey=True), methods):
+    title = "In which layer does a sentence find its translation?"
+    figure, axes, _ = _panels(title, len(methods), 2, 3.9, sharey=True)
+    for ax, method in zip(axes, methods):
         mine = states[states["method"] == method]
-        for language in languages:
-            line = dict(look[language])
-            colour = line.pop("color")
-            _band(ax, mine[mine["language"] == language], "layer", colour, **line)
+        for language, (colour, marker) in looks.items():
+            _band(ax, mine[mine["language"] == language], "layer", colour, marker=marker, markersize=6)
             for value in overlap.loc[overlap["language"] == language, "value"]:
-                ax.axhline(value, color=colour, linewidth=1.2, linestyle=(0, (1, 1.5)))
-        ax.set_title(f"{panels[method]} ({_count(mine['n'])})" if mine["n"].notna().any() else panels[method])
-        _percent(ax, "y", "translation found first")
+                ax.axhline(value, color=colour, linewidth=1.3, linestyle="--")
+        ax.set_title(f"{panels[method]}\n{_count(mine['n'])}".strip())
+        _percent(ax.yaxis, "translation found first (%)")
         _layer_axis(ax)
-    handles = [Line2D([], [], **look[language], label=_wrap(language)) for language in languages]
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markersize=6, label=_wrap(language))
+        for language, (colour, marker) in looks.items()
+    ]
     handles.append(Patch(color=GREY, alpha=0.3, label="95% interval"))
     if not overlap.empty:
-        label = "by shared words alone"
-        handles.append(Line2D([], [], color=INK, linewidth=1.2, linestyle=(0, (1, 1.5)), label=label))
-    _legend(figure, handles, 6)
+        handles.append(Line2D([], [], color=INK, linewidth=1.3, linestyle="--", label="by shared words alone"))
+    _legend(figure, handles)
     return figure
 
 
@@ -368,7 +403,7 @@ def cka(table: pd.DataFrame) -> Figure:
     """How alike the representations of every two layers are."""
     rows = _select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
     values = rows.pivot_table(index="layer", columns="x", values="value")
-    figure = _figure("Which layers say the same?", 6.4, 8)
+    figure = _figure("Which layers of the teacher hold alike representations?", 6.4, 8)
     ax = figure.subplots()
     lowest = min(np.floor(values.min().min() * 10) / 10, 0.9)  # most pairs are close to 1: their differences must show
     sns.heatmap(
@@ -393,15 +428,14 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     left, right = figure.subplots(1, 2)
     for i, (method, mine) in enumerate(coverage.groupby("method", sort=False)):
         mine = mine.sort_values("x")
-        label = {"corpus": "corpus", "heldout": "held-out texts"}.get(method, _wrap(method))
+        label = {"heldout": "held-out texts"}.get(method, _wrap(method))
         left.plot(mine["x"], mine["value"], color=PALETTE[i], linestyle=LINES[i % 4], marker=MARKERS[i], label=label)
-    left.axvline(size, color=PALETTE[3], linewidth=1.5, label=f"kept: {size:,.0f} rows")
+    left.axvline(size, color=PALETTE[3], label=f"kept: {size:,.0f} rows")
     left.set_xscale("log")
     left.xaxis.set_major_locator(LogLocator())
     left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     left.set_xlabel("rows, the most frequent first (log scale)")
-    _percent(left, "y", "running tokens covered")
-    left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    _percent(left.yaxis, "running tokens covered (%)")
 
     rows = kept.pivot_table(index="arm", columns="metric", values="value", aggfunc="sum", fill_value=0)
     rows = rows.reindex(columns=["rows_kept", "rows_cut"], fill_value=0)
@@ -416,12 +450,12 @@ def vocabulary(table: pd.DataFrame) -> Figure:
         hatch="//", label="cut",
     )  # fmt: skip
     shares = rows["rows_kept"] / rows.sum(axis=1).clip(lower=1)
-    right.bar_label(cut, [f"{share:.0%} kept" for share in shares], padding=4)
+    right.bar_label(cut, [f"{100 * share:.2g}% kept" for share in shares], padding=4)
     right.set(xlabel="vocabulary rows (thousands)", ylabel="script")
     right.set_xlim(0, rows.sum(axis=1).max() / 1000 * 1.35)
     right.invert_yaxis()
     right.yaxis.grid(False)
-    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    _legend(figure, [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
     return figure
 
 
@@ -445,9 +479,8 @@ def live_curve(curve: pd.DataFrame) -> Figure:
     objectives = [name for name in curve.columns if name not in ("split", "step", "seconds", "loss")]
     # A single objective is the loss itself.
     names = ["loss", *objectives] if len(objectives) > 1 else ["loss"]
-    figure = _figure("How closely does the student follow the teacher?", 5, 10 if len(names) > 1 else 8)
-    columns = min(len(names), 3)
-    for ax, name in zip(_panels(figure, len(names), columns), names):
+    figure, axes, _ = _panels("How closely does the student follow the teacher?", len(names), 3, 3.6)
+    for ax, name in zip(axes, names):
         points = curve[["split", "seconds", name]].dropna()
         for split, mine in points.groupby("split", sort=False):
             look = {"color": PALETTE[0], "linewidth": 1.5} if split == "train" else {"color": PALETTE[3], "marker": "D"}
@@ -459,8 +492,7 @@ def live_curve(curve: pd.DataFrame) -> Figure:
             ax.yaxis.set_minor_locator(NullLocator())
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.set(xlabel="training time (minutes)", ylabel=LOSSES.get(name, name))
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(MaxNLocator(5))
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
     handles = [
         Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
         Line2D([], [], color=PALETTE[3], marker="D", label=SPLITS["heldout"]),
@@ -485,19 +517,18 @@ def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int]
         for i, x in enumerate(columns, 1):
             ax.bar(x, height, 0.8, bottom=y - height / 2, color=colour, edgecolor=INK)
             ax.text(x, y, str(i), **look)
-    for layers, shift, line in ((copied, -0.16, "-"), (matched, 0.16, ":")):
+    side = 0.16 if sum(copied) > sum(matched) else -0.16  # copies come from the side where their source is
+    for layers, shift, line, tip in ((copied, side, "-", "-|>"), (matched, -side if copied else 0, ":", "-")):
         for x, layer in zip(places, layers):
-            arrow = {"arrowstyle": "-|>", "linestyle": line, "color": INK, "linewidth": 1.8, "shrinkA": 2, "shrinkB": 2}
+            arrow = {"arrowstyle": tip, "linestyle": line, "color": INK, "linewidth": 2, "shrinkA": 2, "shrinkB": 2}
             ax.annotate("", (x + shift, height / 2), (layer + shift, 3 - height / 2), arrowprops=arrow)
     for y, label in ((3, "teacher's\nlayers"), (0, "student's\nlayers")):
         ax.text(0.2, y, label, ha="right", va="center")
     ax.set(xlim=(-1 - 0.05 * teacher_layers, teacher_layers + 0.6), ylim=(-0.6, 3.6))
     ax.axis("off")
-    handles = [
-        Line2D([], [], color=INK, linestyle="-", label="copied from" if copied else "copied from: none, starts at random"),
-        Line2D([], [], color=INK, linestyle=":", label="compared with while training"),
-    ]
-    _legend(figure, handles)
+    start = {"linestyle": "-", "label": "copied from"} if copied else {"linestyle": "", "label": "nothing copied: a random start"}
+    compared = Line2D([], [], color=INK, linestyle=":", label="compared with while training")
+    _legend(figure, [Line2D([], [], color=INK, **start), compared])
     return figure
 
 
@@ -517,9 +548,8 @@ def _task_labels(rows: pd.DataFrame) -> dict[str, str]:
     for task in _tasks(rows):
         mine = rows[rows["task"] == task]
         metric = mine["metric"].iloc[0]
-        count = "" if task == "average" else _count(mine["n"])
-        detail = ", ".join(filter(None, [SCORES.get(metric, metric), count]))
-        labels[task] = "average of tasks" if task == "average" else f"{_wrap(task)}\n{_wrap(detail, 26)}"
+        detail = ", ".join(filter(None, [SCORES.get(metric, metric), _count(mine["n"])]))
+        labels[task] = "average of tasks" if task == "average" else f"{_wrap(task)}\n{detail}"
     return labels
 
 
@@ -529,7 +559,7 @@ def _benchmark_figure(table: pd.DataFrame, method: str, title: str) -> Figure:
     figure = _figure(title, 1.7 + 0.85 * len(labels))
     ax = figure.subplots()
     _dots(ax, rows, "task", labels, looks)
-    _percent(ax, "x", "score, with 95% interval over seeds and test items")
+    _percent(ax.xaxis, "score (%), with 95% intervals over seeds and test items")
     ax.set_ylabel("task")
     _legend(figure, _model_handles(rows["model"], looks))
     return figure
@@ -565,10 +595,11 @@ def retention(table: pd.DataFrame) -> Figure:
     ax = figure.subplots()
     _dots(ax, shares, "task", {task: labels[task] for task in both}, LOOKS)
     for i, share in enumerate(shares["value"]):
-        ax.annotate(f"{share:.0%}", (share, i), (0, 9), textcoords="offset points", ha="center")
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.annotate(f"{share:.0%}", (share, i), (0, 9), textcoords="offset points", ha="center", bbox=ground)
     ax.axvline(1, color=LOOKS["teacher"].colour, linewidth=1.8)
     ax.axvline(TEACHER_SHARE / 100, color=INK, linewidth=1.5, linestyle="--")
-    _percent(ax, "x", "student's score / teacher's mean score, with the student's 95% interval")
+    _percent(ax.xaxis, "student's score in % of the teacher's mean, with the student's 95% interval")
     ax.set_ylabel("task")
     handles = [
         *_model_handles(["student"], LOOKS),
@@ -587,12 +618,16 @@ def efficiency(table: pd.DataFrame) -> Figure:
     scores = scores[scores["task"] == "average"]
     sizes = _select(table, "benchmark", "parameters", metric="parameters").drop_duplicates("model")
     sizes = sizes.set_index("model")["value"] / 1e6
-    panels = {"latency_ms": "latency, 1 text (ms)", "sentences_per_second": "sentences / s, batch of 32"}
-    speeds = {metric: _select(table, "benchmark", label, metric=metric) for metric, label in panels.items()}
+    panels = {
+        "latency_ms": "latency (ms)\nof one sentence",
+        "sentences_per_second": "sentences / s\nin batches of 32",
+    }
+    speeds = {metric: _select(table, "benchmark", metric, metric=metric) for metric in panels}
     devices = [d for d in ("cpu", "cuda") if all(d in set(rows["method"]) for rows in speeds.values())]
     if not devices:
         raise UserError("no latency and throughput on the same device; run the stage 'benchmark' first")
-    figure = _figure("What does each model cost, and what is it worth?", 1.6 + 3.4 * len(devices))
+    height = max(3.4, 0.6 * len(looks))
+    figure = _figure("What does each model cost, and what is it worth?", 1.8 + height * len(devices))
     axes = figure.subplot_mosaic(
         [["size", *(f"{metric} {device}" for metric in panels)] for device in devices], width_ratios=[1.5, 1, 1]
     )
@@ -606,7 +641,7 @@ def efficiency(table: pd.DataFrame) -> Figure:
     ax.set_xlabel("parameters (millions)")
     ax.set_xlim(0, sizes.max() * 1.1)
     ax.margins(y=0.1)
-    _percent(ax, "y", "average probe score, 95% interval")
+    _percent(ax.yaxis, "average probe score (%)\nwith 95% interval")
     for device in devices:
         for metric, label in panels.items():
             ax = axes[f"{metric} {device}"]
@@ -617,14 +652,15 @@ def efficiency(table: pd.DataFrame) -> Figure:
             for bar, model in zip(bars, models):
                 bar.set(facecolor=looks[model].colour, hatch=looks[model].hatch)
             ax.set_title({"cpu": "CPU", "cuda": "GPU"}[device])
-            ax.set_xlabel(f"{label}\nline: quartiles")
-            ax.set_yticks(range(len(models)), [_wrap(model, 12) for model in models])
+            ax.set_xlabel(label)
+            ax.set_yticks(range(len(models)), [_wrap(model, 20) for model in models])
             ax.yaxis.grid(False)
             ax.invert_yaxis()
             ax.xaxis.set_major_locator(MaxNLocator(4))
         axes[f"latency_ms {device}"].set_ylabel("model")
         ax.tick_params(labelleft=False)
-    _legend(figure, _model_handles(scores["model"], looks))
+    times = Line2D([], [], color=INK, marker="|", markersize=9, label="quartiles of the timings")
+    _legend(figure, [*_model_handles(scores["model"], looks), times])
     return figure
 
 
@@ -661,28 +697,21 @@ def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, L
     _legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
 
 
-def _ablation_title(task: str) -> str:
-    return "average of tasks" if task == "average" else _wrap(task)
-
-
-def _arms_figure(table: pd.DataFrame, family: str, title: str) -> Figure:
+def _arms_figure(table: pd.DataFrame, family: str, title: str, label: str) -> Figure:
     """A panel per task, in it a line per arm."""
     looks = _looks(table)
     arms, reference = _ablation(table, family)
     tasks = _tasks(arms)
     labels = {arm: _wrap(arm, 20) for arm in arms["arm"].unique()}
-    columns = min(len(tasks), 4)
-    rows = -(-len(tasks) // columns)
-    figure = _figure(title, 1.4 + rows * (1.2 + 0.5 * len(labels)))
-    for i, (ax, task) in enumerate(zip(_panels(figure, len(tasks), columns, sharey=True), tasks)):
+    figure, axes, columns = _panels(title, len(tasks), 4, 1.4 + 0.5 * len(labels), sharey=True)
+    for i, (ax, task) in enumerate(zip(axes, tasks)):
         mine = arms[arms["task"] == task]
         _dots(ax, mine, "arm", labels, looks)
         _references(ax, reference, task, "x", looks)
-        ax.set_title(_ablation_title(task))
-        metric = mine["metric"].iloc[0]
-        _percent(ax, "x", "mean score" if task == "average" else SCORES.get(metric, metric))
+        ax.set_title(_panel_title(task, mine))
+        _percent(ax.xaxis, _score_label(mine))
         if i % columns == 0:
-            ax.set_ylabel(family)
+            ax.set_ylabel(label)
         else:
             ax.tick_params(labelleft=False)
     _ablation_legend(figure, reference, looks)
@@ -695,9 +724,8 @@ def ablation_fraction(table: pd.DataFrame) -> Figure:
     looks = _looks(table)
     arms, reference = _ablation(table, "fraction")
     tasks = _tasks(arms)
-    columns = min(len(tasks), 4 if len(tasks) % 4 == 0 else 3)
-    figure = _figure("How much text does the student need?", 1.4 + 3.2 * -(-len(tasks) // columns))
-    for ax, task in zip(_panels(figure, len(tasks), columns, sharex=True), tasks):
+    figure, axes, _ = _panels("How much text does the student need?", len(tasks), 4, 3.4, sharex=True)
+    for ax, task in zip(axes, tasks):
         mine = arms[arms["task"] == task].sort_values("x")
         look = looks["student"]
         ax.errorbar(
@@ -705,10 +733,9 @@ def ablation_fraction(table: pd.DataFrame) -> Figure:
             capsize=3, elinewidth=1.8,
         )  # fmt: skip
         _references(ax, reference, task, "y", looks)
-        ax.set_title(_ablation_title(task))
-        metric = mine["metric"].iloc[0]
-        _percent(ax, "y", "mean score" if task == "average" else SCORES.get(metric, metric))
-        _percent(ax, "x", "share of the corpus")
+        ax.set_title(_panel_title(task, mine))
+        _percent(ax.yaxis, _score_label(mine))
+        _percent(ax.xaxis, "corpus used (%)")
         ax.set_xlim(left=0)
     _ablation_legend(figure, reference, looks)
     return figure
@@ -717,13 +744,13 @@ def ablation_fraction(table: pd.DataFrame) -> Figure:
 @_styled
 def ablation_init(table: pd.DataFrame) -> Figure:
     """Score of students started from different layers of the teacher."""
-    return _arms_figure(table, "init", "From which of the teacher's layers should a student start?")
+    return _arms_figure(table, "init", "From which of the teacher's layers should a student start?", "layers copied")
 
 
 @_styled
 def ablation_objective(table: pd.DataFrame) -> Figure:
     """Score of students distilled with different objectives."""
-    return _arms_figure(table, "objective", "What should the student have in common with the teacher?")
+    return _arms_figure(table, "objective", "What should the student have in common with the teacher?", "objectives")
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
@@ -759,5 +786,4 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
         "fine-tuning score (%)": column(average, method="finetune") * 100,
         "of teacher's probe score (%)": probe / probe.get("teacher", np.nan) * 100,
     }
-    models = [model for model in _looks(rows)]
-    return pd.DataFrame(columns).reindex(models).rename_axis("model")
+    return pd.DataFrame(columns).reindex(list(_looks(rows))).rename_axis("model")

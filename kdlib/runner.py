@@ -74,7 +74,7 @@ def run_study(out: Path, profile: str, overrides: list[str], only: list[str] = (
             continue
         started = time.time()
         name = f"{NOTEBOOKS[stage]}.ipynb"
-        parameters = {"profile": profile, "run_dir": str(Path(out).resolve()), "overrides": overrides}
+        parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
         execute(source / name, target / name, parameters, console)
         seconds = time.time() - started
         study.run.mark(stage, key, seconds)
@@ -91,7 +91,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], console: Con
             papermill.execute_notebook(source, target, parameters, engine_name="kdlib", kernel_name="python3", progress_bar=False, request_save_on_cell_execute=True)
         except PapermillExecutionError as error:
             reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-            raise NotebookError(f"notebook {source.stem}, cell {error.cell_index}: {reason}\n  as far as it came: {target}", error.ename == "UserError") from None
+            raise NotebookError(f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", error.ename == "UserError") from None
         except (DeadKernelError, CellTimeoutError) as error:
             reason = "its kernel died (killed, or out of memory)" if isinstance(error, DeadKernelError) else "a cell took too long"
             raise NotebookError(f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", False) from None

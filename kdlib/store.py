@@ -156,6 +156,15 @@ def read_results(path: Path) -> pd.DataFrame:
     return table
 
 
-def open_run(run_dir: str | Path, profile: str = "workshop", overrides: Any = ()) -> Run:
+def run_folder(run_dir: str | Path | None, profile: str) -> Path:
+    """The run folder a notebook or command means: `run_dir`, or runs/<profile>.
+
+    Relative to the current folder, or to the project when that is its `notebooks/`, as it is for a notebook opened by hand.
+    """
+    base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
+    return base / (run_dir or Path("runs") / Path(profile).stem)
+
+
+def find_run(run_dir: str | Path | None, profile: str = "workshop", overrides: Any = ()) -> Run:
     """The run that a notebook works on: profile by name, overrides on top, folder made if absent."""
-    return Run(run_dir, load_profile(profile, overrides))
+    return Run(run_folder(run_dir, profile), load_profile(profile, overrides))

@@ -24,7 +24,7 @@ from kdlib.encoder import Encoder, text_vectors
 from kdlib.errors import UserError
 from kdlib.objectives import check_objectives
 from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
-from kdlib.store import Run, fingerprint, new_folder, write_json
+from kdlib.store import find_run, fingerprint, new_folder, write_json
 from kdlib.student import build_student, layer_map
 from kdlib.tasks import Task, load_tasks
 from kdlib.teacher import load_encoder, load_teacher
@@ -58,8 +58,8 @@ def stage_key(profile: config.Profile, stage: str) -> str:
 class Study:
     """A run's artefacts: corpus, tasks, teacher, pruned teacher, student, and the rows of each stage."""
 
-    def __init__(self, run_dir: str | Path, profile: str = "workshop", overrides: Any = ()):
-        self.run = Run(run_dir, config.load_profile(profile, overrides))
+    def __init__(self, run_dir: str | Path | None = None, profile: str = "workshop", overrides: Any = ()):
+        self.run = find_run(run_dir, profile, overrides)
         self.profile = self.run.profile
         check_objectives(self.profile.distill.objectives)
         for weights in self.profile.ablations.objectives.values():
@@ -343,8 +343,10 @@ class Study:
         return rows
 
     def _kept(self, what: Any, make: Callable[[], list[dict]], **labels) -> list[dict]:
-        profile = self.profile.model_dump()
-        key = fingerprint(what, stage_key(self.profile, "prune"), *(profile[s] for s in ("distill", "student", "ablations", "tasks", "benchmark", "seed")))
+        full = self.profile.model_dump()
+        shared = [full["distill"], full["student"], full["tasks"], full["ablations"]["tasks"], full["seed"]]
+        shared += [full["ablations"][k] for k in ("epochs", "max_texts")] + [full["benchmark"][k] for k in ("seeds", "probe_share", "bootstrap")]
+        key = fingerprint(what, stage_key(self.profile, "prune"), shared)
         file = self.run.folder("ablations") / key / "rows.json"
         if not file.is_file():
             rows = make()

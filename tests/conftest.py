@@ -26,11 +26,6 @@ def parallel():
 
 
 @pytest.fixture(scope="session")
-def documents():
-    return read_rows("documents.jsonl")
-
-
-@pytest.fixture(scope="session")
 def teacher_folder():
     """The embedded teacher, converted once into the cache of this machine."""
     from kdlib import embedded

@@ -157,7 +157,7 @@ def test_dequantise_puts_the_low_nibbles_first():
 
 def test_built_model_runs(tiny):
     model = embedded.build_model(embedded.read_file(tiny))
-    assert not model.training
+    assert not model.training and model.config.layer_norm_eps == pytest.approx(1e-12)
     with torch.no_grad():
         out = model(torch.tensor([[0, 5, 6, 2]]), output_hidden_states=True)
     assert len(out.hidden_states) == LAYERS + 1
@@ -194,7 +194,8 @@ def test_converted_tokenizer_splits_and_names_its_special_tokens(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     assert tokenizer("bata ñ").input_ids == [0, 5, 6, 4, 10, 2]
     assert tokenizer("bata", "ñ").input_ids == [0, 5, 6, 2, 2, 4, 10, 2]
-    assert tokenizer("bata\u200b\x07ba").input_ids == tokenizer("bata ba").input_ids
+    assert tokenizer("bata\u200b\x07ba").input_ids == tokenizer("bata ba").input_ids == [0, 5, 6, 5, 2]
+    assert tokenizer("  ｂａｔａ   n\u0303 ").input_ids == tokenizer("bata ñ").input_ids
     names = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token, tokenizer.mask_token)
     assert names == ("<s>", "</s>", "<pad>", "<unk>", "<mask>")
     assert tokenizer.model_max_length == POSITIONS
@@ -454,20 +455,34 @@ def test_real_model_has_the_shape_of_its_name(teacher_model, teacher_folder):
     assert embedded.folder() == teacher_folder
 
 
-def embed(teacher_model, teacher_tokenizer, texts):
+def test_cached_folder_is_what_the_code_makes_now(teacher_model, teacher_tokenizer):
+    contents = embedded.read_file(embedded.data_file())
+    assert embedded.build_tokenizer(contents).backend_tokenizer.to_str() == _without_padding(teacher_tokenizer)
+    built = embedded.build_model(contents).state_dict()
+    cached = teacher_model.state_dict()
+    assert built.keys() == cached.keys() and all(torch.equal(built[name], cached[name]) for name in built)
+
+
+def _without_padding(tokenizer):
+    tokenizer("", padding=False, truncation=False)  # what an earlier call left on goes
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def embed(model, tokenizer, texts):
     """Mean-pooled last states of `query: text`, of length one."""
     pooled = []
     for start in range(0, len(texts), 25):
         prefixed = [embedded.PREFIX + text for text in texts[start : start + 25]]
-        batch = teacher_tokenizer(prefixed, padding=True, return_tensors="pt")
-        states, mask = teacher_model(**batch).last_hidden_state, batch.attention_mask[..., None]
+        batch = tokenizer(prefixed, padding=True, return_tensors="pt")
+        states, mask = model(**batch).last_hidden_state, batch.attention_mask[..., None]
         pooled.append((states * mask).sum(1) / mask.sum(1))
     return torch.nn.functional.normalize(torch.cat(pooled), dim=1)
 
 
 @torch.no_grad()
 def test_tagalog_sentences_lie_nearest_to_their_translations(teacher_model, teacher_tokenizer, parallel):
-    tagalog, english = (embed(teacher_model, teacher_tokenizer, [row[code] for row in parallel[:100]]) for code in ("tgl", "eng"))
+    tagalog = embed(teacher_model, teacher_tokenizer, [row["tgl"] for row in parallel[:100]])
+    english = embed(teacher_model, teacher_tokenizer, [row["eng"] for row in parallel[:100]])
     nearest = (tagalog @ english.T).argmax(1)
     assert (nearest == torch.arange(100)).float().mean() >= 0.9
 

@@ -55,7 +55,7 @@ ACCENTED = [
 ]
 PIECES = 1600
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-KINDS = ["wordpiece", "unigram", "bpe", "bpe shifted"]
+KINDS = ["wordpiece", "unigram", "unigram shifted", "bpe", "bpe shifted"]  # shifted: the special ids change
 
 
 def edit(tokenizer, change):
@@ -93,21 +93,22 @@ def train_wordpiece(texts):
     )  # fmt: skip
 
 
-def train_unigram(texts):
+def train_unigram(texts, before=()):
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
     backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     backend.decoder = decoders.Metaspace()
-    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    specials = [*before, "<s>", "<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(
         vocab_size=PIECES, special_tokens=specials, unk_token="<unk>", show_progress=False, max_piece_length=12
     )
     backend.train_from_iterator(texts, trainer)
+    ids = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+        single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ids
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
+        tokenizer_object=edit(backend, forget(*before)), bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
         unk_token="<unk>", pad_token="<pad>", mask_token="<mask>",
     )  # fmt: skip
 
@@ -150,8 +151,7 @@ def build(kind, tokenizer):
     Config, Model = {
         "unigram": (XLMRobertaConfig, XLMRobertaForMaskedLM),
         "bpe": (RobertaConfig, RobertaForMaskedLM),
-        "bpe shifted": (RobertaConfig, RobertaForMaskedLM),
-    }[kind]
+    }[kind.split()[0]]
     return fill(Model(Config(vocab_size=rows, **SHAPE, max_position_embeddings=140, **config_ids(tokenizer))))
 
 
@@ -175,6 +175,7 @@ def tokenizers(training):
             made[kind] = {
                 "wordpiece": lambda: train_wordpiece(training),
                 "unigram": lambda: train_unigram(training),
+                "unigram shifted": lambda: train_unigram(training, before=["<old>", "<older>"]),
                 "bpe": lambda: train_bpe(training),
                 "bpe shifted": lambda: train_bpe(training, before=["<old>", "<older>"]),
             }[kind]()

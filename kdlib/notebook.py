@@ -1,0 +1,42 @@
+"""What the notebooks use to show things: figures, sentences that quote results, and a picture that grows while training."""
+
+import io
+from typing import Callable
+
+import pandas as pd
+from IPython.display import DisplayHandle, Image, Markdown, display
+from matplotlib.figure import Figure
+
+from kdlib import figures
+
+WIDTH = 820  # pixels on the page; the picture itself has twice as many
+
+
+def picture(figure: Figure) -> Image:
+    """A figure as a PNG that shows in any notebook viewer, trusted or not."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=160, metadata={"Software": None})
+    return Image(data.getvalue(), width=WIDTH)
+
+
+def show(figure: Figure) -> None:
+    display(picture(figure))
+
+
+def say(text: str) -> None:
+    """A sentence that quotes this run's results: numbers in prose come from the table, never from the author."""
+    display(Markdown(text))
+
+
+def live_curve() -> Callable[[pd.DataFrame], None]:
+    """A learning curve that is redrawn in place: pass it as `on_point`."""
+    handle: list[DisplayHandle] = []
+
+    def redraw(curve: pd.DataFrame) -> None:
+        image = picture(figures.live_curve(curve))
+        if handle:
+            handle[0].update(image)
+        else:
+            handle.append(display(image, display_id=True))
+
+    return redraw
