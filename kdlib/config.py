@@ -2,10 +2,11 @@
 
 import difflib
 import re
+import reprlib
 import shlex
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,7 +18,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -84,7 +85,7 @@ class Distill(Section):
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
-    windows: list[int] = Field([1, 2], description="texts are runs of so many neighbouring sentences")
+    windows: list[Annotated[int, Field(ge=1)]] = Field([1, 2], min_length=1, description="texts are runs of so many neighbouring sentences")
     freeze_embeddings: bool = True
     cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")
     cache_gigabytes: float = Field(8.0, ge=0, description="larger caches are not made; the teacher runs live")
@@ -95,7 +96,7 @@ class Distill(Section):
 
 
 class Benchmark(Section):
-    seeds: list[int] = [0, 1, 2]
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0, 1, 2], min_length=1)
     probe_share: float = Field(0.9, gt=0, le=1, description="share of the training set each probe seed draws")
     finetune_tasks: list[str] | None = Field(None, description="tasks that are fine-tuned on; None: all")
     finetune_rows: int | None = Field(None, ge=20, description="training rows of a fine-tuning run at most")
@@ -111,7 +112,7 @@ class Benchmark(Section):
 class Ablations(Section):
     epochs: float = Field(1.0, gt=0)
     max_texts: int | None = Field(None, ge=50)
-    fractions: list[float] = [0.1, 0.3, 0.5, 1.0]
+    fractions: list[Annotated[float, Field(gt=0, le=1)]] = [0.1, 0.3, 0.5, 1.0]
     inits: list[Init] = ["alternate", "last", "first", "random"]
     objectives: dict[str, dict[str, float]] = {
         "hidden": {"hidden": 1.0},
@@ -127,7 +128,7 @@ class Profile(Section):
 
     name: str = "workshop"
     language: str = Field("tgl", min_length=2, description="ISO 639 code of the target language")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
@@ -164,14 +165,27 @@ def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] |
     elif profile.endswith((".yaml", ".yml")):
         try:
             text = Path(profile).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"profile {profile}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'})") from None
+        except UnicodeDecodeError:
+            raise UserError(f"profile {profile}: cannot be read (not UTF-8 text)") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"profile {profile!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     else:
         raise UserError(f"unknown profile {profile!r}: {', '.join(profile_names())}, or a .yaml file")
     tree = _parse_yaml(text, profile)
     for key, value in parse_overrides(overrides).items():
         _assign(tree, key, value)
     return check(tree, profile)
+
+
+_SHORT = reprlib.Repr()  # a value as a message quotes it; YAML aliases can make one that fills the memory when written out
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
+_WORDS = {
+    "model_type": "should be a section of keys",
+    "list_type": "should be a list",
+    "dict_type": "should be a mapping of names to values",
+    "string_type": "should be text (in YAML, quotes make it so)",
+    "missing": "is missing",
+}
 
 
 def check(tree: dict, origin: str) -> Profile:
@@ -182,21 +196,24 @@ def check(tree: dict, origin: str) -> Profile:
     except ValidationError as error:
         problems = []
         for item in error.errors():
-            where = [str(part) for part in item["loc"] if not re.match(r"literal|list\[|float|int|str|dict\[", str(part))]
-            problem = f"{'.'.join(where)}: {item['msg'][0].lower() + item['msg'][1:]}, got {item['input']!r}"
-            problems.append(problem)
+            where = ".".join(str(part) for part in item["loc"] if not re.fullmatch(r"(literal|list)\[.*\]", str(part)))
+            words = _WORDS.get(item["type"]) or item["msg"].removeprefix("Input ").removeprefix("List ")
+            problems.append(f"{where}: {words}, got {_SHORT.repr(item['input'])}")
         raise UserError(f"profile {origin}: {'; '.join(dict.fromkeys(problems))}") from None
 
 
 def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, Any]:
     """`a.b=c` assignments as a dict of dotted keys; values are YAML."""
     if isinstance(overrides, dict):
-        return dict(overrides)
+        return {str(key): value for key, value in overrides.items()}
     if isinstance(overrides, str):
-        overrides = shlex.split(overrides)
+        try:
+            overrides = shlex.split(overrides)
+        except ValueError as error:
+            raise UserError(f"overrides {overrides!r}: {error}") from None
     parsed = {}
     for item in overrides:
-        key, equals, value = item.partition("=")
+        key, equals, value = str(item).partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {item!r}: write key=value, for example distill.epochs=3")
         parsed[key.strip()] = _parse_yaml(value, f"--set {key.strip()}", mapping=False)
@@ -204,9 +221,14 @@ def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number, as people write it (YAML 1.1 wants 5.0e-4)."""
+    """YAML that reads 5e-4 as a number, as people write it (YAML 1.1 wants 5.0e-4), and `no` as text: a language's code."""
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != _BOOL] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
 )
@@ -218,7 +240,8 @@ def _parse_yaml(text: str, origin: str, mapping: bool = True) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise UserError(f"{origin}: not valid YAML{where} ({getattr(error, 'problem', None) or error})") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{origin}: not valid YAML{where} ({problem})") from None
     if mapping and value is None:
         return {}
     if mapping and not isinstance(value, dict):
@@ -229,7 +252,9 @@ def _parse_yaml(text: str, origin: str, mapping: bool = True) -> Any:
 def _assign(tree: dict, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:  # absent, or switched off with null
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise UserError(f"--set {key}: {parent!r} holds a value, not a section")
     tree[last] = value
@@ -239,7 +264,10 @@ def _refuse_unknown(tree: dict, model: type[BaseModel], path: str) -> None:
     for key, value in tree.items():
         dotted = f"{path}{key}"
         if key not in model.model_fields:
-            valid = all_keys(Profile)
+            while isinstance(value, dict) and value:  # the whole path says best what was meant
+                inside, value = next(iter(value.items()))
+                dotted += f".{inside}"
+            valid = all_keys(Profile) + [path + name for name in model.model_fields]
             close = difflib.get_close_matches(dotted, valid, n=3, cutoff=0.5)
             close = close or difflib.get_close_matches(str(key), [k.rpartition(".")[2] for k in valid], n=3)
             raise UserError(f"unknown parameter {dotted!r}; closest: {', '.join(close) or ', '.join(model.model_fields)}")

@@ -18,6 +18,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from kdlib.encoder import save_tokenizer
 from kdlib.errors import UserError
 from kdlib.store import cache_folder, new_folder
 
@@ -29,7 +30,7 @@ BLOCK = 32
 BLOCK_BYTES = 18
 MAX_PIECES = 4_000_000
 MAX_ROWS = 4_000_000
-CONVERSION = 1  # raise when the converted folder changes, so that an old one is not taken for it
+CONVERSION = 2  # raise when the converted folder changes, so that an old one is not taken for it
 
 LAYER_PARTS = {
     "q": "attention.self.query",
@@ -336,7 +337,7 @@ def convert(path: Path, target: Path) -> Path:
     contents = read_file(path)
     with new_folder(target) as folder:
         build_model(contents).save_pretrained(folder)
-        build_tokenizer(contents).save_pretrained(folder)
+        save_tokenizer(build_tokenizer(contents), folder)
         (folder / "source.json").write_text(json.dumps({"file": path.name, "model": NAME, "conversion": CONVERSION}))
     return target
 

@@ -1,5 +1,6 @@
 """An encoder: a model and its tokenizer, and the vectors that they give texts and words."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Sequence
@@ -49,9 +50,21 @@ class Encoder:
         return self.tokenizer(**arguments, truncation=True, max_length=self.max_length).encodings
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder; the prefix goes where sentence-transformers looks for it."""
+        """Write a plain Hugging Face folder that transformers 5 and 4.4x load alike."""
         self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a tokenizer without the truncation that calls left on, under a class name that transformers 4 knows too."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.save_pretrained(folder)
+    file = Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,7 +87,7 @@ class _Figure(Figure):
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
         with matplotlib.style.context(["default", STYLE]):
-            self.savefig(buffer, format="png", dpi=100)
+            self.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
         return buffer.getvalue()
 
 
@@ -160,7 +160,7 @@ def _headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Those of `rows` that hold their task's headline metric, or the average over tasks."""
     scores = table[table["task"].notna() & (table["task"] != "average")]
     # The probe and the ablations name no other metric; the benchmark names the headline first.
-    scores = scores.iloc[np.argsort(scores["stage"] == "benchmark", kind="stable")]
+    scores = scores.sort_values("stage", key=lambda stage: stage == "benchmark", kind="stable")
     headline = scores.drop_duplicates("task").set_index("task")["metric"].to_dict() | {"average": "score"}
     return rows[rows["metric"] == rows["task"].map(headline)]
 
@@ -198,9 +198,9 @@ def _figure(title: str, height: float, width: float = WIDTH) -> Figure:
 
 
 def _panels(title: str, count: int, most: int, height: float, **share: bool) -> tuple[Figure, list[Axes], int]:
-    """A figure of `count` panels, at most `most` side by side, rows `height` inches high; and how many are side by side.
+    """A figure of `count` panels, at most `most` side by side; its axes; how many are side by side.
 
-    Panels that share an axis with the first still show its numbers.
+    height: of a row of panels, in inches. Panels that share an axis with the first still show its numbers.
     """
     rows = -(-count // most)
     columns = -(-count // rows)
@@ -265,7 +265,8 @@ def _band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, **line) -> None:
 
 def _legend(figure: Figure, handles: list) -> None:
     """Below all panels, so never over data."""
-    widths = np.array([max(map(len, handle.get_label().split("\n"))) + 8 for handle in handles])  # in letters; 8: line, gaps
+    # In letters; 8 of them are the room of the line and the gaps.
+    widths = np.array([max(map(len, handle.get_label().split("\n"))) + 8 for handle in handles])
     for columns in range(len(handles), 0, -1):
         if sum(part.max() for part in np.array_split(widths, columns)) <= 95:
             break
@@ -423,7 +424,8 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     """How many vocabulary rows the language needs, and whose rows were cut."""
     coverage = _select(table, "prune", "coverage of the vocabulary", metric="coverage")
     kept = _select(table, "prune", "kept rows by script", metric=["rows_kept", "rows_cut"])
-    size = _select(table, "prune", "size of the pruned vocabulary", model="pruned teacher", metric="rows")["value"].iloc[0]
+    rows = _select(table, "prune", "size of the pruned vocabulary", model="pruned teacher", metric="rows")
+    size = rows["value"].iloc[0]
     figure = _figure("How much of the vocabulary does the language need?", 5.2)
     left, right = figure.subplots(1, 2)
     for i, (method, mine) in enumerate(coverage.groupby("method", sort=False)):
@@ -505,7 +507,7 @@ def live_curve(curve: pd.DataFrame) -> Figure:
 def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int], matched: list[int]) -> Figure:
     """Which teacher layers the student is copied from, and which it is compared with.
 
-    copied, matched: for each student layer, lowest first, a teacher layer (1 = first); copied is empty for a random start.
+    copied, matched: for each student layer, lowest first, a teacher layer (1 = first); nothing copied: a random start.
     """
     figure = _figure("Where does each layer of the student come from?", 4.6)
     ax = figure.subplots()
@@ -519,16 +521,16 @@ def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int]
             ax.text(x, y, str(i), **look)
     side = 0.16 if sum(copied) > sum(matched) else -0.16  # copies come from the side where their source is
     for layers, shift, line, tip in ((copied, side, "-", "-|>"), (matched, -side if copied else 0, ":", "-")):
-        for x, layer in zip(places, layers):
+        for x, layer in zip(places, layers, strict=True) if layers else ():
             arrow = {"arrowstyle": tip, "linestyle": line, "color": INK, "linewidth": 2, "shrinkA": 2, "shrinkB": 2}
             ax.annotate("", (x + shift, height / 2), (layer + shift, 3 - height / 2), arrowprops=arrow)
     for y, label in ((3, "teacher's\nlayers"), (0, "student's\nlayers")):
         ax.text(0.2, y, label, ha="right", va="center")
     ax.set(xlim=(-1 - 0.05 * teacher_layers, teacher_layers + 0.6), ylim=(-0.6, 3.6))
     ax.axis("off")
-    start = {"linestyle": "-", "label": "copied from"} if copied else {"linestyle": "", "label": "nothing copied: a random start"}
-    compared = Line2D([], [], color=INK, linestyle=":", label="compared with while training")
-    _legend(figure, [Line2D([], [], color=INK, **start), compared])
+    start = ("-", "copied from") if copied else ("", "nothing copied: a random start")
+    lines = (start, (":", "compared with while training"))
+    _legend(figure, [Line2D([], [], color=INK, linestyle=line, label=label) for line, label in lines])
     return figure
 
 
@@ -539,7 +541,7 @@ def _benchmark(table: pd.DataFrame, method: str) -> pd.DataFrame:
     """The headline score of every model on every task, a row each."""
     what = {"probe": "probe score", "finetune": "fine-tuning score"}[method]
     rows = _headline_rows(table, _select(table, "benchmark", what, method=method))
-    return _summary(_select(rows, "benchmark", what), "task", "model")
+    return _summary(_need(rows, "benchmark", what), "task", "model")
 
 
 def _task_labels(rows: pd.DataFrame) -> dict[str, str]:
@@ -590,7 +592,8 @@ def retention(table: pd.DataFrame) -> Figure:
     both = [task for task in labels if teacher.get(task, 0) > 0 and task in student.index]
     if not both:
         raise UserError("no probe score of student and teacher on the same task; run the stage 'benchmark' first")
-    shares = student.loc[both, ["value", "low", "high"]].div(teacher[both], axis=0).assign(model="student").reset_index()
+    shares = student.loc[both, ["value", "low", "high"]].div(teacher[both], axis=0)
+    shares = shares.assign(model="student").reset_index()
     figure = _figure("How much of the teacher's probe score does the student keep?", 1.7 + 0.75 * len(both))
     ax = figure.subplots()
     _dots(ax, shares, "task", {task: labels[task] for task in both}, LOOKS)
@@ -615,7 +618,7 @@ def efficiency(table: pd.DataFrame) -> Figure:
     """What each model costs: parameters against score, latency, throughput."""
     looks = _looks(table)
     scores = _benchmark(table, "probe")
-    scores = scores[scores["task"] == "average"]
+    scores = _need(scores[scores["task"] == "average"], "benchmark", "average probe score")
     sizes = _select(table, "benchmark", "parameters", metric="parameters").drop_duplicates("model")
     sizes = sizes.set_index("model")["value"] / 1e6
     panels = {
@@ -648,7 +651,8 @@ def efficiency(table: pd.DataFrame) -> Figure:
             rows = speeds[metric][speeds[metric]["method"] == device].drop_duplicates("model").set_index("model")
             models = [model for model in looks if model in rows.index]
             rows = rows.loc[models]
-            bars = ax.barh(models, rows["value"], xerr=_errors(rows), capsize=3, ecolor=INK, edgecolor=INK, linewidth=0.8)
+            line = {"ecolor": INK, "edgecolor": INK, "linewidth": 0.8}
+            bars = ax.barh(models, rows["value"], xerr=_errors(rows), capsize=3, **line)
             for bar, model in zip(bars, models):
                 bar.set(facecolor=looks[model].colour, hatch=looks[model].hatch)
             ax.set_title({"cpu": "CPU", "cuda": "GPU"}[device])
@@ -671,7 +675,7 @@ def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFr
     """Scores of the arms of a family, a row per task and arm; and of the models they are held against."""
     what = f"ablation of {family}"
     rows = _headline_rows(table, _select(table, "ablate", what, method=family, model="student"))
-    arms = _summary(_select(rows, "ablate", what), "task", "model", "arm")
+    arms = _summary(_need(rows, "ablate", what), "task", "model", "arm")
     reference = table[(table["stage"] == "ablate") & (table["method"] == "reference")]
     return arms, _summary(_headline_rows(table, reference), "task", "model")
 
@@ -729,8 +733,8 @@ def ablation_fraction(table: pd.DataFrame) -> Figure:
         mine = arms[arms["task"] == task].sort_values("x")
         look = looks["student"]
         ax.errorbar(
-            mine["x"], mine["value"], yerr=_errors(mine), color=look.colour, marker=look.marker, markeredgecolor="white",
-            capsize=3, elinewidth=1.8,
+            mine["x"], mine["value"], yerr=_errors(mine), color=look.colour, marker=look.marker,
+            markeredgecolor="white", capsize=3, elinewidth=1.8,
         )  # fmt: skip
         _references(ax, reference, task, "y", looks)
         ax.set_title(_panel_title(task, mine))
@@ -765,10 +769,10 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 def headline(table: pd.DataFrame) -> pd.DataFrame:
     """The study in one table: a row per model of the benchmark; what was not measured is NaN.
 
-    Latency (batch 1, median) and throughput (batch 32) are the CPU's where it was timed. Scores are averages over tasks.
+    Scores are averages over tasks; latency (batch 1, median) and throughput (batch 32) the CPU's if it was timed.
     """
     rows = _select(table, "benchmark", "scores and sizes")
-    rows = rows.iloc[np.argsort(rows["method"] == "cuda", kind="stable")]
+    rows = rows.sort_values("method", key=lambda method: method == "cuda", kind="stable")
     average = rows[(rows["task"] == "average") & rows["seed"].isna()]
 
     def column(part: pd.DataFrame, **where: str) -> pd.Series:

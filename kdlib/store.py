@@ -42,6 +42,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         work.chmod(0o755)
         yield work
+        for file in work.rglob("*"):  # safetensors writes for the owner alone; a cache may be shared
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():
             shutil.rmtree(target)
         work.rename(target)

@@ -133,13 +133,13 @@ def select(
 
     def claim(ids: Iterable[int], why: str, limit: int | None = None) -> bool:
         """Keep `ids` unless they exceed `limit`; says whether they fitted."""
-        new = [i for i in dict.fromkeys(ids) if i not in reason]
+        new = asked = {i: None for i in ids if i not in reason}
         if kind == "BPE":
-            new = ancestors.closure(new, reason)
+            new = ancestors.closure(asked, reason)
         if limit is not None and len(reason) + len(new) > limit:
             return False
         for i in new:
-            reason[i] = why
+            reason[i] = why if i in asked else "corpus" if counts[i] else "merge"
         return True
 
     ancestors = _Merges(tokenizer) if kind == "BPE" else None

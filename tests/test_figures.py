@@ -1,13 +1,11 @@
-"""Figures: every one draws from a tidy table, twice the same bytes, with labels; a table with gaps says what is missing."""
-
-import warnings
+"""Figures: each draws from a tidy table, with labels, twice the same bytes; a table with gaps says what is missing."""
 
 import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.text import Text
 
 from kdlib import figures
 from kdlib.errors import UserError
@@ -29,7 +27,8 @@ def scored(rng, value, n):
 def make_probe(rng, tasks, languages):
     rows = []
     for i, language in enumerate(languages):
-        for metric, value in (("fertility", 1.2 + 0.13 * i), ("unknown_rate", 0.0002 * i), ("split_words", 0.3 + 0.05 * i)):
+        values = {"fertility": 1.2 + 0.13 * i, "unknown_rate": 0.0002 * i, "split_words": 0.3 + 0.05 * i}
+        for metric, value in values.items():
             rows.append({"language": language, "metric": metric, "value": value, "method": "parallel"})
     rows += [{"metric": "vocabulary_share", "value": 0.07}, {"metric": "vocabulary_used", "value": 17012}]
     for k, (task, metric) in enumerate(tasks.items()):
@@ -56,7 +55,7 @@ def make_prune(rng):
     for model, count in (("teacher", 250037), ("pruned teacher", 20400)):
         sizes = {"parameters": 21.5e6 + 384 * count, "megabytes": (21.5e6 + 384 * count) * 4 / 1e6, "rows": count}
         rows += [{"model": model, "metric": metric, "value": value} for metric, value in sizes.items()]
-    scripts = ["Latn", "Cyrl", "Hani", "neutral", "Arab", "Hang", "Deva", "Grek", "Thai", "Hebr", "Beng", "Taml", "Cans"]
+    scripts = "Latn Cyrl Hani neutral Arab Hang Deva Grek Thai Hebr Beng Taml Cans".split()
     for i, script in enumerate(scripts):
         kept = {"Latn": 17500, "neutral": 2900}.get(script, 0)
         rows.append({"metric": "rows_kept", "arm": script, "value": kept})
@@ -86,18 +85,18 @@ def make_benchmark(rng, tasks, models):
             for k, (task, metric) in enumerate(tasks.items()):
                 for name in dict.fromkeys((metric, "accuracy", "macro_f1")):
                     common = {"model": model, "method": method, "task": task, "metric": name}
-                    for seed in (0, 1, 2, None):
-                        rows.append(common | {"seed": seed} | scored(rng, skill + gain + 0.03 * (k - 2), ITEMS.get(task, 100)))
+                    value, n = skill + gain + 0.03 * (k - 2), ITEMS.get(task, 100)
+                    rows += [common | {"seed": seed} | scored(rng, value, n) for seed in (0, 1, 2, None)]
             average = {"model": model, "method": method, "task": "average", "metric": "score"}
             rows += [average | {"seed": seed} | scored(rng, skill + gain, 1700) for seed in (0, 1, 2, None)]
         size = {"teacher": 117.5e6, "pruned teacher": 29.3e6}.get(model, 15.0e6)
-        rows += [{"model": model, "metric": metric, "value": size * scale} for metric, scale in (("parameters", 1), ("megabytes", 4e-6))]
+        rows.append({"model": model, "metric": "parameters", "value": size})
+        rows.append({"model": model, "metric": "megabytes", "value": size * 4e-6})
         for device, speed in (("cpu", 1.0), ("cuda", 0.1)):
-            value = speed * (30 if m < 2 else 11)
-            spread = {"low": value * 0.9, "high": value * 1.15}
-            rows.append({"model": model, "method": device, "metric": "latency_ms", "value": value} | spread)
-            value = 4000 / value
-            rows.append({"model": model, "method": device, "metric": "sentences_per_second", "value": value} | spread | {"low": value * 0.9, "high": value * 1.1})
+            latency = speed * (30 if m < 2 else 11)
+            for metric, value in (("latency_ms", latency), ("sentences_per_second", 4000 / latency)):
+                spread = {"value": value, "low": value * 0.9, "high": value * 1.15}
+                rows.append({"model": model, "method": device, "metric": metric} | spread)
     return rows
 
 
@@ -120,7 +119,8 @@ def make_ablate(rng, tasks):
     for model in ("teacher", "no distillation"):
         for task, metric in chosen.items():
             n = 1000 if task == "average" else ITEMS.get(task, 100)
-            rows.append({"model": model, "method": "reference", "task": task, "metric": metric} | scored(rng, SKILL[model], n))
+            common = {"model": model, "method": "reference", "task": task, "metric": metric}
+            rows.append(common | scored(rng, SKILL[model], n))
     return rows
 
 
@@ -134,6 +134,190 @@ def make_table(path, tasks=TASKS, languages=("tgl", "eng", "spa", "ind", "ceb"),
         "benchmark": make_benchmark(rng, tasks, models),
         "ablate": make_ablate(rng, tasks),
     }
-    rows = [{"stage": stage, "model": "teacher", "language": languages[0]} | row for stage, rows in stages.items() for row in rows]
+    defaults = {"model": "teacher", "language": languages[0]}
+    rows = [defaults | {"stage": stage} | row for stage, rows in stages.items() for row in rows]
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False)
     return read_results(path)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return make_table(tmp_path_factory.mktemp("table") / "results.csv")
+
+
+@pytest.fixture(scope="module")
+def drawn(table, tmp_path_factory):
+    """What `draw_all` gave for the whole table."""
+    return figures.draw_all(table, tmp_path_factory.mktemp("figures"))
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_visible()]
+
+
+def test_a_whole_table_gives_every_figure(drawn):
+    files, missing = drawn
+    assert missing == []
+    assert list(files) == list(figures.FIGURES)
+    for name, paths in files.items():
+        assert [path.name for path in paths] == [f"{name}.png", f"{name}.pdf"]
+        assert paths[0].read_bytes().startswith(b"\x89PNG")
+        assert paths[1].read_bytes().startswith(b"%PDF") and b"Date" not in paths[1].read_bytes()
+    assert plt.get_fignums() == []
+
+
+def test_the_same_table_gives_the_same_bytes(table, drawn, tmp_path):
+    somebodys = {"font.size": 30, "axes.grid": False, "savefig.bbox": "tight"}
+    with matplotlib.rc_context(somebodys):
+        again, _ = figures.draw_all(table, tmp_path)
+        assert matplotlib.rcParams["font.size"] == 30
+    for name, paths in drawn[0].items():
+        for first, second in zip(paths, again[name]):
+            assert first.read_bytes() == second.read_bytes(), first.name
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(table, name):
+    figure = figures.FIGURES[name](table)
+    for axes in figure.axes:
+        assert axes.get_xlabel() or axes.get_label() == "<colorbar>"
+        numbered = any(label.get_visible() and label.get_text() for label in axes.get_yticklabels())
+        assert axes.get_ylabel() or not numbered
+    assert min(text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()) >= 12
+    drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert 8 <= width <= 10
+    assert drawn.x0 > 0 and drawn.y0 > 0 and drawn.x1 < width and drawn.y1 < height
+
+
+@pytest.mark.parametrize(
+    "stage, names",
+    {
+        "probe": ["fertility", "layer_probe", "retrieval", "cka"],
+        "prune": ["vocabulary"],
+        "distill": ["learning_curve"],
+        "benchmark": ["benchmark_probe", "benchmark_finetune", "retention", "efficiency"],
+        "ablate": ["ablation_fraction", "ablation_init", "ablation_objective"],
+    }.items(),
+)
+def test_a_missing_stage_is_named(table, stage, names):
+    for name in names:
+        with pytest.raises(UserError, match=f"run the stage '{stage}' first"):
+            figures.FIGURES[name](table[table["stage"] != stage])
+
+
+def test_draw_all_draws_what_it_can(table, tmp_path):
+    files, missing = figures.draw_all(table[table["stage"] == "distill"], tmp_path)
+    assert list(files) == ["learning_curve"]
+    assert [name for name, _ in missing] == [name for name in figures.FIGURES if name != "learning_curve"]
+    assert dict(missing)["cka"] == "no comparison of layers (CKA) in the table of results; run the stage 'probe' first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["learning_curve.pdf", "learning_curve.png"]
+
+
+def test_an_empty_table_is_refused(tmp_path):
+    empty = pd.DataFrame(columns=COLUMNS)
+    for use in (*figures.FIGURES.values(), figures.headline, lambda table: figures.draw_all(table, tmp_path)):
+        with pytest.raises(UserError, match="table of results is empty"):
+            use(empty)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_any_language_task_and_model_can_be_drawn(tmp_path):
+    tasks = {"ปัญหา": "accuracy", "主题 分类": "macro_f1", "$x$ and $y": "f1"}
+    models = {"teacher": 0.8, "student": 0.75, "somebody/else-base": 0.7}
+    table = make_table(tmp_path / "results.csv", tasks, ("ไทย", "中文"), models)
+    for draw in figures.FIGURES.values():
+        draw(table)
+    figure = figures.benchmark_probe(table)
+    figures.save(figure, tmp_path, "benchmark_probe")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
+    assert "主题 分类\nmacro F1, n = 100" in texts(figure)
+
+
+def test_a_model_looks_the_same_in_every_table(table):
+    def look(rows, model):
+        handles = figures.benchmark_probe(rows).legends[0].legend_handles
+        return next((h.get_color(), h.get_marker()) for h in handles if h.get_label() == model)
+
+    assert look(table[table["model"] != "teacher"], "student") == look(table, "student")
+    assert len({look(table, model) for model in SKILL}) == len(SKILL)
+
+
+def test_the_headline_metric_is_drawn_whatever_the_order_of_rows(table):
+    labels = texts(figures.benchmark_probe(table.sort_values("metric", kind="stable")))
+    assert "dengue\nmacro F1, n = 400" in labels
+    assert "entities\nentity F1, n = 317" in labels
+
+
+def test_retention_is_student_over_teacher(table):
+    rows = table[(table["stage"] == "benchmark") & (table["method"] == "probe") & table["seed"].isna()]
+    topic = rows[(rows["task"] == "topic") & (rows["metric"] == "accuracy")].set_index("model")["value"]
+    assert f"{topic['student'] / topic['teacher']:.0%}" in texts(figures.retention(table))
+
+
+def test_ablations_over_seeds_show_the_mean(table):
+    arms = table[(table["stage"] == "ablate") & (table["method"] == "fraction") & (table["task"] == "topic")]
+    other = arms.assign(seed=1, value=arms["value"] + 0.1)
+    figure = figures.ablation_fraction(pd.concat([arms, other]))
+    assert np.allclose(figure.axes[0].containers[0].lines[0].get_ydata(), arms["value"] + 0.05)
+
+
+def curve(losses):
+    return pd.DataFrame(
+        [
+            {"split": split, "step": i, "seconds": 60.0 * i, "loss": loss, "hidden": loss / 2, "sentence": loss / 4}
+            for i, loss in enumerate(losses)
+            for split in ("train", "heldout")
+        ]
+    )
+
+
+def test_live_curve_from_the_first_point_on():
+    assert len(figures.live_curve(curve([1.0])).axes) == 3
+    one_objective = curve([1.0, 0.5]).drop(columns="sentence")
+    assert len(figures.live_curve(one_objective).axes) == 1
+    with pytest.raises(UserError, match="no learning curve yet"):
+        figures.live_curve(curve([]))
+
+
+def test_live_curve_is_logarithmic_when_the_loss_falls_far():
+    assert figures.live_curve(curve([1.0, 0.5])).axes[0].get_yscale() == "linear"
+    assert figures.live_curve(curve([1.0, 0.05])).axes[0].get_yscale() == "log"
+    assert figures.live_curve(curve([0.0, 1.0])).axes[0].get_yscale() == "linear"  # no logarithm of 0
+
+
+@pytest.mark.parametrize("copied, arrows", [([3, 6, 9, 12], 8), ([9, 10, 11, 12], 8), ([], 4)])
+def test_layer_map_has_an_arrow_per_pair(copied, arrows, tmp_path):
+    figure = figures.layer_map_figure(12, 4, copied, [3, 6, 9, 12])
+    assert len([text for text in figure.axes[0].texts if getattr(text, "arrow_patch", None)]) == arrows
+    assert len(figure.axes[0].patches) == 16
+    assert all(path.is_file() for path in figures.save(figure, tmp_path, "layers"))
+
+
+def test_a_notebook_shows_a_figure_without_inline():
+    assert figures.layer_map_figure(4, 2, [2, 4], [2, 4])._repr_png_().startswith(b"\x89PNG")
+
+
+def test_save_says_where_it_cannot_write(tmp_path):
+    (tmp_path / "layers.png").mkdir()
+    with pytest.raises(UserError, match="layers.png: could not be written"):
+        figures.save(figures.layer_map_figure(4, 2, [2, 4], [2, 4]), tmp_path, "layers")
+    assert [path.name for path in tmp_path.iterdir()] == ["layers.png"]
+
+
+def test_headline_has_a_row_per_model(table):
+    summary = figures.headline(table)
+    assert list(summary.index) == list(SKILL)
+    teacher, student = summary.loc["teacher"], summary.loc["student"]
+    assert (student["parameters (M)"], student["size (MB)"]) == (15.0, 60.0)
+    assert student["latency (ms)"] == 11.0  # on the CPU, though the GPU was timed, too
+    assert teacher["of teacher's probe score (%)"] == 100
+    assert student["of teacher's probe score (%)"] == pytest.approx(
+        100 * student["probe score (%)"] / teacher["probe score (%)"]
+    )
+
+
+def test_headline_leaves_open_what_was_not_measured(table):
+    sizes = table[(table["stage"] == "benchmark") & table["metric"].isin(["parameters", "megabytes"])]
+    summary = figures.headline(sizes)
+    assert summary["parameters (M)"].notna().all()
+    assert summary[["latency (ms)", "probe score (%)", "of teacher's probe score (%)"]].isna().all(axis=None)

@@ -1,5 +1,6 @@
 """Vocabulary pruning: the same tokens, the same states and the same logits from fewer rows."""
 
+import copy
 import json
 import random
 import unicodedata
@@ -31,12 +32,16 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
+from kdlib.encoder import Encoder
 from kdlib.errors import UserError
 from kdlib.vocabulary import (
     count_pieces,
+    coverage_curve,
+    main_script,
     piece_list,
     prune_model,
     prune_tokenizer,
+    prove,
     script_of,
     select,
     word_list,
@@ -579,6 +584,8 @@ def test_bpe_piece_is_kept_with_all_it_is_merged_from(studies):
     made = {left + right for left, right in model["merges"]}
     special = set(study.small.all_special_tokens)
     assert all(piece in made for piece in model["vocab"] if len(piece) > 1 and piece not in special)
+    merged = [i for i, why in study.chosen.reason.items() if why == "merge"]
+    assert merged and not study.chosen.counts[merged].any()
 
 
 def test_rows_run_out_for_the_rarest_pieces_first(study):
@@ -694,6 +701,36 @@ def test_real_teacher_is_pruned_exactly(teacher_tokenizer, teacher_model, parall
         assert torch.equal(pruned(**few).last_hidden_state, teacher_model(**full).last_hidden_state)
 
 
+# the curve and the proof that the notebook shows
+
+
+def test_coverage_rises_to_what_the_kept_rows_cover(study, parallel):
+    unseen = count_pieces(study.tokenizer, [row["tgl"] for row in parallel[300:340]])
+    for counts, share in ((study.chosen.counts, 1.0), (unseen, unseen[study.chosen.ids].sum() / unseen.sum())):
+        curve = coverage_curve(study.chosen, counts)
+        assert curve[-1] == (len(study.chosen.ids), pytest.approx(share))
+        for (fewer, lower), (more, higher) in zip(curve, curve[1:]):
+            assert fewer < more and lower <= higher
+
+
+def encoders(study, pruned):
+    full = Encoder(study.model.base_model, study.tokenizer, "full", max_length=32)
+    return full, Encoder(pruned.base_model, study.small, "pruned", max_length=32)
+
+
+def test_proof_holds_for_a_pruned_model(study):
+    table = prove(*encoders(study, study.pruned), np.array(study.chosen.ids), study.corpus, states_of=5)
+    assert table[["texts", "holds"]].values.tolist() == [[len(study.corpus)] * 2, [5, 5]]
+
+
+def test_proof_fails_for_rows_and_ids_that_are_wrong(studies):
+    study = studies("wordpiece")
+    rolled = copy.deepcopy(study.pruned)
+    rolled.get_input_embeddings().weight.data = study.pruned.get_input_embeddings().weight.data.roll(1, 0)
+    table = prove(*encoders(study, rolled), np.array(study.chosen.ids)[::-1], study.corpus, states_of=5)
+    assert table.holds.tolist() == [0, 0]
+
+
 # words and scripts
 
 
@@ -735,3 +772,4 @@ def test_what_is_no_language_code_is_refused(code):
 )  # fmt: skip
 def test_script_of_a_piece(piece, scripts):
     assert script_of(piece) == scripts
+    assert main_script(piece) == ("mixed" if len(scripts) > 1 else (*scripts, "neutral")[0])
