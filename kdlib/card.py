@@ -7,7 +7,7 @@ import pandas as pd
 
 from kdlib import embedded
 from kdlib.metrics import headline
-from kdlib.store import Run
+from kdlib.store import Run, new_file, write_json
 
 
 def write_card(folder: Path, run: Run) -> None:
@@ -26,7 +26,7 @@ def write_card(folder: Path, run: Run) -> None:
     )
     use = f'texts = ["{prefix}" + text for text in ["..."]]' if prefix else 'texts = ["..."]'
     text = f"""---
-language: {profile.language}
+language: "{profile.language}"
 license: {licence}
 base_model: {teacher}
 library_name: transformers
@@ -68,14 +68,14 @@ With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the p
 - The numbers above are of small tests; look at the intervals before choosing between models.
 - Licence: the teacher's ({licence}) and the corpus's bind whoever uses it.
 """
-    (folder / "README.md").write_text(text, "utf-8")
+    with new_file(folder / "README.md") as path:
+        path.write_text(text, "utf-8")
     modules = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
         {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     ]
     width = json.loads((folder / "config.json").read_text())["hidden_size"]
     pooling = {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True}
-    (folder / "1_Pooling").mkdir(exist_ok=True)
     prompts = {"prompts": {"query": prefix}, "default_prompt_name": "query"} if prefix else {}
     files = {
         "modules.json": modules,
@@ -84,7 +84,7 @@ With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the p
         "config_sentence_transformers.json": prompts,
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1), "utf-8")
+        write_json(folder / name, content)
 
 
 def _numbers(results: pd.DataFrame) -> str:

@@ -177,13 +177,14 @@ def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] |
     return check(tree, profile)
 
 
-_SHORT = reprlib.Repr()  # a value as a message quotes it; YAML aliases can make one that fills the memory when written out
+_SHORT = reprlib.Repr()  # values as messages quote them: YAML aliases can make one too large to write out
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 _WORDS = {
     "model_type": "should be a section of keys",
     "list_type": "should be a list",
     "dict_type": "should be a mapping of names to values",
-    "string_type": "should be text (in YAML, quotes make it so)",
+    "string_type": "should be text (quotes make it so)",
+    "too_short": "should hold one value at least",
     "missing": "is missing",
 }
 
@@ -197,7 +198,7 @@ def check(tree: dict, origin: str) -> Profile:
         problems = []
         for item in error.errors():
             where = ".".join(str(part) for part in item["loc"] if not re.fullmatch(r"(literal|list)\[.*\]", str(part)))
-            words = _WORDS.get(item["type"]) or item["msg"].removeprefix("Input ").removeprefix("List ")
+            words = _WORDS.get(item["type"]) or item["msg"].removeprefix("Input ").removeprefix("String ")
             problems.append(f"{where}: {words}, got {_SHORT.repr(item['input'])}")
         raise UserError(f"profile {origin}: {'; '.join(dict.fromkeys(problems))}") from None
 
@@ -211,6 +212,8 @@ def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, 
             overrides = shlex.split(overrides)
         except ValueError as error:
             raise UserError(f"overrides {overrides!r}: {error}") from None
+    if not isinstance(overrides, (list, tuple)):
+        raise UserError(f"overrides {overrides!r}: write key=value, for example distill.epochs=3")
     parsed = {}
     for item in overrides:
         key, equals, value = str(item).partition("=")
@@ -221,12 +224,16 @@ def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number, as people write it (YAML 1.1 wants 5.0e-4), and `no` as text: a language's code."""
+    """YAML that reads 5e-4 as a number, as people write it (YAML 1.1 wants 5.0e-4), and `no` as text, a language's code.
+
+    Merge keys (<<) are no part of it: nested ones can fill the memory.
+    """
 
 
-_BOOL = "tag:yaml.org,2002:bool"
+_BOOL, _MERGE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:merge"
 _Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != _BOOL] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    first: [(tag, form) for tag, form in pairs if tag not in (_BOOL, _MERGE)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver(
@@ -264,12 +271,11 @@ def _refuse_unknown(tree: dict, model: type[BaseModel], path: str) -> None:
     for key, value in tree.items():
         dotted = f"{path}{key}"
         if key not in model.model_fields:
-            while isinstance(value, dict) and value:  # the whole path says best what was meant
-                inside, value = next(iter(value.items()))
-                dotted += f".{inside}"
-            valid = all_keys(Profile) + [path + name for name in model.model_fields]
+            if isinstance(value, dict) and value:  # the longer path says best what was meant
+                dotted += f".{next(iter(value))}"
+            valid = dict.fromkeys(all_keys(Profile) + [path + name for name in model.model_fields])
             close = difflib.get_close_matches(dotted, valid, n=3, cutoff=0.5)
-            close = close or difflib.get_close_matches(str(key), [k.rpartition(".")[2] for k in valid], n=3)
+            close = close or difflib.get_close_matches(str(key), {k.rpartition(".")[2]: None for k in valid}, n=3)
             raise UserError(f"unknown parameter {dotted!r}; closest: {', '.join(close) or ', '.join(model.model_fields)}")
         inner = _section(model.model_fields[key].annotation)
         if inner and isinstance(value, dict):

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from kdlib import config, sources
 from kdlib.errors import UserError
 
-SENTENCE_END = re.compile(r"(?<=[.!?…。！？।])[\"”’)]*\s+")
+SENTENCE_END = re.compile(  # space behind an end and up to two closing marks; behind a wide end no space is needed
+    r"(?:(?<=[.!?…؟۔።।])|(?<=[.!?…؟۔።।][\"'”’»)])|(?<=[.!?…؟۔።।][\"'”’»)]{2}))\s+"
+    r"|(?:(?<=[。！？])|(?<=[。！？][”’」』）]))(?![。！？…”’」』）])\s*"
+)
 TEST_REGISTERS = ("everyday", "story")
 TEST_PER_CELL = 18  # documents of each topic and test register that the tasks are tested on
 HELDOUT_PER_CELL = 2  # documents of each topic and register that watch the distillation
@@ -40,7 +43,7 @@ def load_corpus(profile: config.Profile) -> Corpus:
     spec = profile.corpus
     if spec.source == "embedded":
         if profile.language != "tgl":
-            raise UserError(f"the embedded corpus is Tagalog; for language {profile.language!r} set corpus.source to a file")
+            raise UserError(f"the embedded corpus is Tagalog (tgl); for language {profile.language!r} set corpus.source to a file")
         corpus = _split_embedded(_embedded())
     else:
         corpus = _split(_read(spec), spec.heldout)
@@ -60,7 +63,7 @@ def _read(spec: config.Corpus) -> list[Document]:
     rows = rows[rows[spec.text].map(lambda text: isinstance(text, str) and bool(text.strip()))]
     group = spec.document or ("document" if "document" in rows and rows["document"].nunique() > 1 else None)
     documents = []
-    grouped = rows.groupby(group, sort=False)[spec.text] if group else ((i, [t]) for i, t in zip(rows.index, rows[spec.text]))
+    grouped = rows.groupby(group, sort=False, dropna=False)[spec.text] if group else ((i, [t]) for i, t in zip(rows.index, rows[spec.text]))
     for name, texts in grouped:
         sentences = [s for text in texts for s in split_sentences(text)]
         if sentences:
@@ -71,7 +74,7 @@ def _read(spec: config.Corpus) -> list[Document]:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut at sentence ends followed by space, and at line ends; white space collapsed."""
+    """Cut at sentence ends followed by space (behind 。！？ also without), and at line ends; white space collapsed."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return [s for line in lines for s in SENTENCE_END.split(line) if s]
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from kdlib import config
 from kdlib.batches import BudgetSampler
 from kdlib.cache import TeacherStates, gigabytes, teacher_states
-from kdlib.device import autocast
+from kdlib.device import autocast, training_attention
 from kdlib.encoder import Encoder, pad
 from kdlib.errors import UserError
 from kdlib.objectives import States, check_objectives, total_loss
@@ -282,7 +282,8 @@ def distill(
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     last = get_last_checkpoint(str(work)) if Path(work).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    with training_attention(student):
+        trainer.train(resume_from_checkpoint=last)
     for module, p in dropouts.items():
         module.p = p
     student.requires_grad_(True).eval()

@@ -41,9 +41,11 @@ class Encoder:
 
     def tokenize(self, texts: Sequence) -> list:
         """Encodings of texts (str), pairs (str, str) or word lists, with the prefix, cut at max_length."""
-        if texts and isinstance(texts[0], tuple):
+        if not texts:
+            return []
+        if isinstance(texts[0], tuple):
             arguments = dict(text=[self.prefix + a for a, _ in texts], text_pair=[b for _, b in texts])
-        elif texts and isinstance(texts[0], list):
+        elif isinstance(texts[0], list):
             arguments = dict(text=[self.prefix.split() + words for words in texts], is_split_into_words=True)
         else:
             arguments = dict(text=[self.prefix + text for text in texts])
@@ -110,7 +112,7 @@ def word_vectors(encoder: Encoder, texts: Sequence[list[str]], layers: Sequence[
     encodings = encoder.tokenize(list(texts))
     skip = len(encoder.prefix.split())
     firsts = [first_tokens(encoding.word_ids, skip) for encoding in encodings]
-    places = np.array([(t, word) for t, words in enumerate(firsts) for word, _ in words]).reshape(-1, 2)
+    places = np.array([(t, word) for t, words in enumerate(firsts) for word, _ in words], int).reshape(-1, 2)
     starts = np.cumsum([0] + [len(words) for words in firsts])
     out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
     for batch, states, _ in _run(encoder, [e.ids for e in encodings], label):

@@ -159,8 +159,8 @@ def _need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
 def _headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """Those of `rows` that hold their task's headline metric, or the average over tasks."""
     scores = table[table["task"].notna() & (table["task"] != "average")]
-    # The probe and the ablations name no other metric; the benchmark names the headline first.
-    scores = scores.sort_values("stage", key=lambda stage: stage == "benchmark", kind="stable")
+    # The layer probe names no other metric; the other stages name the headline first.
+    scores = scores.sort_values("stage", key=lambda stage: stage != "probe", kind="stable")
     headline = scores.drop_duplicates("task").set_index("task")["metric"].to_dict() | {"average": "score"}
     return rows[rows["metric"] == rows["task"].map(headline)]
 
@@ -310,7 +310,7 @@ def fertility(table: pd.DataFrame) -> Figure:
     panels = {
         "fertility": ("tokens per word", 1, "{:.2f}"),
         "split_words": ("words split (%)", 100, "{:.3g}"),
-        "unknown_rate": ("unknown tokens (%)", 100, "{:.2g}"),
+        "unknown_rate": ("unknown tokens (%)", 100, "{:.3g}"),
     }
     _select(table, "probe", "tokens per word", metric="fertility")
     rows = _select(table, "probe", "tokens per word", metric=list(panels)).drop_duplicates(["metric", "language"])
@@ -428,13 +428,17 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     size = rows["value"].iloc[0]
     figure = _figure("How much of the vocabulary does the language need?", 5.2)
     left, right = figure.subplots(1, 2)
+    left.axvline(size, color=INK, linewidth=1.2, linestyle=":", label=f"after pruning: {size:,.0f} rows")
     for i, (method, mine) in enumerate(coverage.groupby("method", sort=False)):
         mine = mine.sort_values("x")
+        look = {"color": PALETTE[i], "linestyle": LINES[i % 4], "marker": MARKERS[i]}
         label = {"heldout": "held-out texts"}.get(method, _wrap(method))
-        left.plot(mine["x"], mine["value"], color=PALETTE[i], linestyle=LINES[i % 4], marker=MARKERS[i], label=label)
-    left.axvline(size, color=PALETTE[3], label=f"kept: {size:,.0f} rows")
+        left.plot(mine["x"], mine["value"], **look | {"marker": ""})
+        left.plot(size, np.interp(size, mine["x"], mine["value"]), **look, markeredgecolor="white", label=label)
     left.set_xscale("log")
-    left.xaxis.set_major_locator(LogLocator())
+    wide = coverage["x"].max() > 30 * coverage["x"].min()
+    left.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     left.set_xlabel("rows, the most frequent first (log scale)")
     _percent(left.yaxis, "running tokens covered (%)")
@@ -452,9 +456,9 @@ def vocabulary(table: pd.DataFrame) -> Figure:
         hatch="//", label="cut",
     )  # fmt: skip
     shares = rows["rows_kept"] / rows.sum(axis=1).clip(lower=1)
-    right.bar_label(cut, [f"{100 * share:.2g}% kept" for share in shares], padding=4)
+    right.bar_label(cut, [f"{share:.1%} kept" for share in shares], padding=4)
     right.set(xlabel="vocabulary rows (thousands)", ylabel="script")
-    right.set_xlim(0, rows.sum(axis=1).max() / 1000 * 1.35)
+    right.set_xlim(0, rows.sum(axis=1).max() / 1000 * 1.5)
     right.invert_yaxis()
     right.yaxis.grid(False)
     _legend(figure, [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
@@ -467,7 +471,7 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     rows = _select(table, "distill", "learning curve", model="student", method=list(SPLITS))
     _select(rows, "distill", "learning curve", metric="loss")
     curve = rows.pivot_table(index=["method", "n", "x"], columns="metric", values="value").reset_index()
-    return live_curve(curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}))
+    return live_curve(curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}).sort_values("seconds"))
 
 
 @_styled
@@ -674,9 +678,9 @@ def efficiency(table: pd.DataFrame) -> Figure:
 def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Scores of the arms of a family, a row per task and arm; and of the models they are held against."""
     what = f"ablation of {family}"
-    rows = _headline_rows(table, _select(table, "ablate", what, method=family, model="student"))
-    arms = _summary(_need(rows, "ablate", what), "task", "model", "arm")
-    reference = table[(table["stage"] == "ablate") & (table["method"] == "reference")]
+    rows = _headline_rows(table, _select(table, "ablations", what, method=family, model="student"))
+    arms = _summary(_need(rows, "ablations", what), "task", "model", "arm")
+    reference = table[(table["stage"] == "ablations") & (table["method"] == "reference")]
     return arms, _summary(_headline_rows(table, reference), "task", "model")
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from kdlib import config
 from kdlib.batches import BudgetSampler, budget_batches
-from kdlib.device import autocast
+from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, first_tokens, mean_pool, pad
 from kdlib.metrics import Metric, score
 from kdlib.progress import Progress
@@ -119,7 +119,8 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
                 trainer.remove_callback(callback)
-        trainer.train()
+        with training_attention(model.encoder):
+            trainer.train()
     return score(small, predict(model.eval(), _Rows(encoder, task.kind, small.test), small, encoder.bf16))
 
 

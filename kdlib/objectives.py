@@ -38,8 +38,10 @@ def hidden_loss(student: States, teacher: States) -> torch.Tensor:
     keep = student.mask.bool()
     losses = []
     for mine, theirs in zip(student.hidden, teacher.hidden, strict=True):
-        target = theirs[keep].float()
-        losses.append(F.mse_loss(mine[keep].float(), target) / target.var().clamp(min=1e-6))
+        # Padding is zeroed rather than cut out: the gradient of a cut is a slow scatter.
+        difference = (mine.float() - theirs.float()).masked_fill(~keep.unsqueeze(-1), 0)
+        variance = theirs[keep].float().var().clamp(min=1e-6)
+        losses.append(difference.square().sum() / (keep.sum() * mine.shape[-1]) / variance)
     return torch.stack(losses).mean()
 
 

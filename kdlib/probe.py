@@ -11,7 +11,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedTokenizerFast
 
 from kdlib.encoder import Encoder, text_vectors, word_vectors
-from kdlib.metrics import Metric, headline, interval, score
+from kdlib.metrics import Metric, interval, score
 from kdlib.tasks import Split, Task
 
 PENALTY = 0.05  # C of the logistic regression: strong, since there are as many features as texts
@@ -81,8 +81,10 @@ def linear_probe(task: Task, train: np.ndarray, targets: np.ndarray, test: np.nd
         count = max(2, round(len(train) * share))
         chosen = np.random.default_rng(seed).permutation(len(train))[:count]
         train, targets = train[chosen], targets[chosen]
-    model = _classifier(task.kind).fit(train, targets)
-    predicted = model.predict(test)
+    if targets.ndim == 1 and len(np.unique(targets)) < 2:  # so few items that one class is all there is
+        predicted = np.full(len(test), targets[0])
+    else:
+        predicted = _classifier(task.kind).fit(train, targets).predict(test)
     if task.kind == "tokens":
         rows = [[0] * len(words) for words in task.test.texts]
         for (text, word), label in zip(places, predicted):

@@ -11,10 +11,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
+import pandas as pd
 import papermill
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -88,7 +90,7 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], console: Con
     with tempfile.TemporaryDirectory() as folder, _report(source.stem, Path(folder) / "progress.json", console) as report:
         _Engine.report = report
         try:
-            papermill.execute_notebook(source, target, parameters, engine_name="kdlib", kernel_name="python3", progress_bar=False, request_save_on_cell_execute=True)
+            papermill.execute_notebook(source, target, parameters, engine_name="kdlib", kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
         except PapermillExecutionError as error:
             reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
             raise NotebookError(f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", error.ename == "UserError") from None
@@ -189,11 +191,12 @@ def summary(run: Run, seconds: float, console: Console) -> None:
         headline = figures.headline(run.results())
     except UserError:
         return
-    table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})")
-    for column in ["model", *headline.columns]:
-        table.add_column(str(column), justify="left" if column == "model" else "right")
-    for model, row in headline.iterrows():
-        table.add_row(str(model), *("" if value != value else f"{value:,.3g}" if isinstance(value, float) else str(value) for value in row))
+    table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})", box=box.SIMPLE)
+    table.add_column("")
+    for model in headline.index:
+        table.add_column(str(model), justify="right")
+    for measure, values in headline.T.iterrows():
+        table.add_row(str(measure), *("" if pd.isna(value) else f"{value:,.1f}" for value in values))
     console.print(table)
 
 

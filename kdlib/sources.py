@@ -1,9 +1,15 @@
 """Rows from anywhere: a hub data set, a local folder, or a local txt, jsonl, csv, tsv or parquet file (each also .gz)."""
 
+import gzip
+import io
+import json
+import os
 import re
+import warnings
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kdlib.config import Source
@@ -22,31 +28,27 @@ def read_rows(source: Source, columns: list[str] = (), split: str | None = None)
     """The rows of a source as a table.
 
     source: a local file or folder, or a hub id. columns: those that must be there. split: overrides `source.split`;
-    for a local source it may itself be a file. A txt file gives a column `text`, a line a row, and a column
-    `document` that counts the blocks between empty lines. Raises UserError when the source is missing, empty, not what its name says,
-    or lacks a column.
+    for a local source it may itself be a file. Of a folder, the files named after the split are read; all, where none is
+    and `split` is not given. A txt file gives a column `text`, a line a row, and a column `document` that counts the
+    blocks between empty lines (the lines, where there are none). Raises UserError when the source is missing, empty, not
+    what its name says, or lacks a column.
     """
-    path = Path(source.source)
-    name = source.source
-    if split and looks_local(split):
-        path, name = Path(split), split
+    name = split if split and looks_local(split) else source.source
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if suffix(file) and (not split or split in file.name)]
-        if not files:
-            named = f" with {split!r} in their name" if split else ""
-            raise UserError(f"{path}: no {', '.join(SUFFIXES)} files{named} in this folder")
-        rows = pd.concat([read_file(file) for file in files], ignore_index=True)
+        wanted = None if split == name else split
+        rows = _read_folder(path, wanted or source.split, must=bool(wanted))
     elif path.is_file() or looks_local(name):
         rows = read_file(path)
     elif HUB_ID.fullmatch(name):
         rows = _read_hub(source, split or source.split)
     else:
         raise UserError(f"{name!r}: no such file or folder, and not a hub id (owner/name)")
+    if rows.empty:
+        raise UserError(f"{name}: no rows")
     missing = [column for column in columns if column not in rows.columns]
     if missing:
         raise UserError(f"{name}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, rows.columns))}")
-    if rows.empty:
-        raise UserError(f"{name}: no rows")
     return rows
 
 
@@ -60,51 +62,100 @@ def looks_local(name: str) -> bool:
     return suffix(Path(name)) is not None or name.startswith((".", "/", "~"))
 
 
+def _read_folder(folder: Path, split: str, must: bool) -> pd.DataFrame:
+    """The files named after `split`; all, where none is and it is no `must`. Documents of txt files stay apart."""
+    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if suffix(file) and file.is_file()]
+    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
+    word = re.compile(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])")
+    chosen = [file for file in files if word.search(str(file))] or (files if not must else [])
+    if not chosen:
+        named = f" with {split!r} in their name" if must else ""
+        raise UserError(f"{folder}: no {', '.join(SUFFIXES)} files{named} in this folder")
+    tables, documents = [], 0
+    for file in chosen:
+        rows = read_file(folder / file)
+        if suffix(file) == ".txt" and len(rows):
+            rows["document"] += documents
+            documents = rows["document"].max() + 1
+        tables.append(rows)
+    return pd.concat(tables, ignore_index=True)
+
+
 def read_file(path: Path) -> pd.DataFrame:
-    """One local file as a table; all text columns are str, NUL bytes refused."""
-    path = Path(path).expanduser()
+    """One local file as a table; every column of a csv or tsv file is str, NUL bytes are refused in text files."""
+    path = Path(os.path.expanduser(path))
     kind = suffix(path)
     if kind is None:
         raise UserError(f"{path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}, each also .gz")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        match kind:
-            case ".txt":
-                return _read_text(path)
-            case ".jsonl":
-                rows = pd.read_json(path, lines=True, dtype=False, convert_dates=False)
-            case ".csv" | ".tsv":
-                rows = pd.read_csv(path, sep="," if kind == ".csv" else "\t", keep_default_na=False, encoding="utf-8")
-            case ".parquet":
-                rows = pd.read_parquet(path)
+        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
+        if kind == ".parquet":
+            return pd.read_parquet(io.BytesIO(data))
+        text = data.decode("utf-8-sig")
+        if "\0" in text:
+            raise UserError(f"{path}: holds NUL bytes: not a text file")
+        return {".txt": _read_text, ".jsonl": _read_json_lines, ".csv": _read_csv, ".tsv": _read_tsv}[kind](text)
+    except UserError:
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
-    except (OSError, ValueError, EOFError, pd.errors.ParserError) as error:
-        raise UserError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})") from None
-    return rows
+    except Exception as error:  # the readers raise a dozen kinds; people need one line
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a readable {kind} file ({reason})") from None
 
 
-def _read_text(path: Path) -> pd.DataFrame:
-    lines = pd.io.common.get_handle(path, "r", compression="infer", encoding="utf-8")
-    with lines as handle:
-        text = handle.handle.read()
-    if "\0" in text:
-        raise UserError(f"{path}: holds NUL bytes: not a text file")
+def _read_text(text: str) -> pd.DataFrame:
+    lines = [line.strip() for line in text.strip().splitlines()]
+    blocks = "" in lines
     rows, document = [], 0
-    for line in text.splitlines():
-        if line.strip():
-            rows.append((line.strip(), document))
-        else:
-            document += 1
+    for line in lines:
+        if line:
+            rows.append((line, document))
+        document += not (line and blocks)
     return pd.DataFrame(rows, columns=["text", "document"])
+
+
+def _read_json_lines(text: str) -> pd.DataFrame:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            if "\\u" in line:
+                json.dumps(row, ensure_ascii=False).encode()  # half an emoji is no text, and no tokenizer takes it
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {number}: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number}: not an object of names and values")
+        rows.append(row)
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _read_csv(text: str, separator: str = ",") -> pd.DataFrame:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
+        return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+
+
+def _read_tsv(text: str) -> pd.DataFrame:
+    return _read_csv(text, "\t")
 
 
 def _read_hub(source: Source, split: str) -> pd.DataFrame:
     import datasets
 
     try:
-        return datasets.load_dataset(source.source, source.subset, split=split, revision=source.revision).to_pandas()
+        rows = datasets.load_dataset(source.source, source.subset, split=split, revision=source.revision)
+        table = rows.to_pandas()
+        for column, kind in rows.features.items():  # classes are stored as numbers; take their names
+            names = getattr(getattr(kind, "feature", kind), "names", None)
+            if names:
+                name = lambda value: names[int(value)] if 0 <= value < len(names) else None
+                table[column] = [[name(v) for v in cell] if np.ndim(cell) else name(cell) for cell in table[column]]
+        return table
     except Exception as error:  # the client raises a dozen kinds; the reader needs one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -11,14 +11,17 @@ from typing import Any, Iterator
 
 import pandas as pd
 import yaml
+from safetensors import SafetensorError
 
-from kdlib.config import Profile, check, load_profile
+from kdlib.config import Profile, load_profile
 from kdlib.errors import UserError
 
 # What a row says: `model` has `value` for `metric`, on `task` in `language`, got by `method`, in the ablation `arm`, at
 # `layer`, as a function of `x` (rows, seconds, another layer); low and high bound a 95% interval over `n` test items.
 COLUMNS = ["stage", "model", "language", "task", "metric", "value", "seed", "method", "arm", "layer", "x", "low", "high", "n"]
 TEXT_COLUMNS = ["stage", "model", "language", "task", "metric", "method", "arm"]
+WHOLE_COLUMNS = ["seed", "layer", "n"]
+KINDS = {c: str if c in TEXT_COLUMNS else "Int64" if c in WHOLE_COLUMNS else float for c in COLUMNS}
 
 
 def cache_folder() -> Path:
@@ -47,8 +50,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         if target.exists():
             shutil.rmtree(target)
         work.rename(target)
-    except OSError as error:
-        raise UserError(f"{target}: could not be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: could not be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -62,10 +65,11 @@ def new_file(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield work
         work.replace(target)
-    except OSError as error:
-        raise UserError(f"{target}: could not be written ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{target}: could not be written ({getattr(error, 'strerror', None) or error})") from error
     finally:
-        work.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            work.unlink()
 
 
 def write_json(target: Path, value: Any) -> None:
@@ -92,19 +96,22 @@ class Run:
         if profile is None:
             if not kept.is_file():
                 raise UserError(f"{self.path}: no run here (profile.yaml is missing)")
-            profile = check(yaml.safe_load(kept.read_text("utf-8")) or {}, str(kept))
+            profile = load_profile(kept)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; a run needs a folder")
         self.profile = profile
         text = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True)
-        if not kept.is_file() or kept.read_text("utf-8") != text:
+        if not kept.is_file() or kept.read_bytes() != text.encode():
             with new_file(kept) as path:
                 path.write_text(text, "utf-8")
 
     def folder(self, name: str) -> Path:
         """A sub-folder, made if absent."""
         folder = self.path / name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
         return folder
 
     @property
@@ -127,7 +134,7 @@ class Run:
         if "language" not in table:
             table["language"] = None
         table["language"] = table["language"].fillna(self.profile.language)
-        table = table.reindex(columns=COLUMNS)
+        table = table.reindex(columns=COLUMNS).astype(dict.fromkeys(WHOLE_COLUMNS, "Int64"))
         others = self.results()
         others = others[others["stage"] != stage]
         merged = table if others.empty else pd.concat([others, table], ignore_index=True)
@@ -149,8 +156,8 @@ class Run:
 def read_results(path: Path) -> pd.DataFrame:
     """A results.csv as a table. Raises UserError if it is not one."""
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str) | dict.fromkeys(["seed", "layer", "n"], "Int64"))
-    except (OSError, ValueError) as error:
+        table = pd.read_csv(path, dtype=KINDS, keep_default_na=False, na_values=[""])  # "nan" is a language, Min Nan
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a table of results ({str(error).splitlines()[0]})") from None
     missing = [column for column in COLUMNS if column not in table]
     if missing:

@@ -6,6 +6,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
+
 from kdlib import config, sources
 from kdlib.corpus import Corpus, Document
 from kdlib.errors import UserError
@@ -13,6 +16,7 @@ from kdlib.errors import UserError
 TEST_SHARE = 0.3
 DENGUE_LABELS = ["absent", "dengue", "health", "mosquito", "sick"]
 ENTITY = re.compile(r"\[(PER|LOC|ORG) ([^\]]+)\]|(\S+)")
+TAG = re.compile(r"O|[BIES]-.+")
 TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
 
 
@@ -97,7 +101,8 @@ def _entailment(corpus: Corpus) -> Task:
             for k in range(count):
                 at = rng.randrange(len(document.sentences) - 1)
                 positive = (number + k) % 2
-                other = rng.choice([d for d in by_topic[document.meta["topic"]] if d is not document] or [document])
+                others = [d for d in by_topic[document.meta["topic"]] if d is not document]
+                other = rng.choice(others or [d for d in documents if d is not document])
                 second = document.sentences[at + 1] if positive else rng.choice(other.sentences)
                 texts.append((document.sentences[at], second))
                 targets.append(positive)
@@ -119,15 +124,18 @@ def _dengue(corpus: Corpus) -> Task:
 
 
 def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: list) -> Task:
-    """Hold out a share of each class (of each label combination), the same on every machine."""
+    """Hold out a share of each class (of each label combination), the same on every machine; rows that repeat a held-out
+    text are taken from the training side."""
     groups: dict[str, list[int]] = {}
     for i in sorted(range(len(texts)), key=lambda i: hashlib.sha256(repr(texts[i]).encode("utf-8", "replace")).hexdigest()):
         groups.setdefault(str(targets[i]) if kind != "tokens" else "", []).append(i)
     test = {i for group in groups.values() for i in group[: round(len(group) * TEST_SHARE)]}
-    pick = lambda inside: Split(*map(list, zip(*[(texts[i], targets[i]) for i in range(len(texts)) if (i in test) == inside])))
-    if not test or len(test) == len(texts):
+    held = {repr(texts[i]) for i in test}
+    train = [i for i in range(len(texts)) if repr(texts[i]) not in held]
+    if not test or not train:
         raise UserError(f"task {name}: {len(texts)} rows are too few to hold any out for testing")
-    return Task(name, kind, labels, pick(False), pick(True))
+    pick = lambda rows: Split([texts[i] for i in rows], [targets[i] for i in rows])
+    return Task(name, kind, labels, pick(train), pick(sorted(test)))
 
 
 def parse_entities(text: str) -> tuple[list[str], list[str], list[str]]:
@@ -186,7 +194,8 @@ def _own(spec: config.Task) -> Task:
     if spec.kind in ("classify", "pair"):
         labels = sorted({str(x) for x in frames[0][spec.label]})
     elif spec.kind == "tokens":
-        labels = sorted({tag for row in frames[0][spec.label] for tag in _words(row)}, key=lambda tag: (tag != "O", tag[2:], tag))
+        tags = {tag for row in frames[0][spec.label] for tag in _words(row, f"task {spec.name}", spec.label)}
+        labels = sorted({"O", *tags}, key=lambda tag: (tag != "O", tag[2:], tag))
     if len(labels) < 2:
         raise UserError(f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); at least two are needed")
     splits = [_own_split(spec, frame, labels) for frame in frames]
@@ -195,18 +204,23 @@ def _own(spec: config.Task) -> Task:
     return Task(spec.name, spec.kind, labels, *splits)
 
 
-def _words(value) -> list[str]:
-    return value.split() if isinstance(value, str) else [str(item) for item in value]
+def _words(value, where: str, column: str) -> list[str]:
+    words = value.split() if isinstance(value, str) else [str(item) for item in value] if np.iterable(value) else []
+    if not words:
+        raise UserError(f"{where}: column {column!r} holds no words but {value!r}")
+    return words
 
 
-def _own_split(spec: config.Task, frame, labels: list[str]) -> Split:
+def _own_split(spec: config.Task, frame: pd.DataFrame, labels: list[str]) -> Split:
     texts, targets = [], []
     for number, row in enumerate(frame.to_dict("records"), start=1):
         where = f"task {spec.name}, row {number}"
         if spec.kind == "tokens":
-            text, tags = _words(row[spec.text]), _words(row[spec.label])
+            text, tags = _words(row[spec.text], where, spec.text), _words(row[spec.label], where, spec.label)
             if len(text) != len(tags):
                 raise UserError(f"{where}: {len(text)} words but {len(tags)} tags")
+            if wrong := [tag for tag in tags if not TAG.fullmatch(tag)]:
+                raise UserError(f"{where}: column {spec.label!r} holds {wrong[0]!r}; a tag is O, B-kind or I-kind")
             target = [_index(labels, tag, where) for tag in tags]
         else:
             text = _text(row[spec.text], where, spec.text)
@@ -215,6 +229,8 @@ def _own_split(spec: config.Task, frame, labels: list[str]) -> Split:
             if spec.kind == "multilabel":
                 target = [_binary(row[column], where, column) for column in labels]
             else:
+                if pd.api.types.is_scalar(row[spec.label]) and (pd.isna(row[spec.label]) or row[spec.label] == ""):
+                    raise UserError(f"{where}: column {spec.label!r} holds no label")
                 target = _index(labels, str(row[spec.label]), where)
         texts.append(text)
         targets.append(target)

@@ -100,7 +100,7 @@ def make_benchmark(rng, tasks, models):
     return rows
 
 
-def make_ablate(rng, tasks):
+def make_ablations(rng, tasks):
     arms = {
         "fraction": {"10%": 0.1, "30%": 0.3, "50%": 0.5, "100%": 1.0},
         "init": dict.fromkeys(["alternate", "last", "first", "random"]),
@@ -132,7 +132,7 @@ def make_table(path, tasks=TASKS, languages=("tgl", "eng", "spa", "ind", "ceb"),
         "prune": make_prune(rng),
         "distill": make_distill(rng),
         "benchmark": make_benchmark(rng, tasks, models),
-        "ablate": make_ablate(rng, tasks),
+        "ablations": make_ablations(rng, tasks),
     }
     defaults = {"model": "teacher", "language": languages[0]}
     rows = [defaults | {"stage": stage} | row for stage, rows in stages.items() for row in rows]
@@ -151,6 +151,15 @@ def drawn(table, tmp_path_factory):
     return figures.draw_all(table, tmp_path_factory.mktemp("figures"))
 
 
+@pytest.fixture(scope="module")
+def shown(table):
+    """Every figure, by name, drawn where somebody has settings of their own."""
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "savefig.bbox": "tight"}):
+        found = {name: draw(table) for name, draw in figures.FIGURES.items()}
+        assert matplotlib.rcParams["font.size"] == 30
+    return found
+
+
 def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_visible()]
 
@@ -166,19 +175,15 @@ def test_a_whole_table_gives_every_figure(drawn):
     assert plt.get_fignums() == []
 
 
-def test_the_same_table_gives_the_same_bytes(table, drawn, tmp_path):
-    somebodys = {"font.size": 30, "axes.grid": False, "savefig.bbox": "tight"}
-    with matplotlib.rc_context(somebodys):
-        again, _ = figures.draw_all(table, tmp_path)
-        assert matplotlib.rcParams["font.size"] == 30
+def test_the_same_table_gives_the_same_bytes(drawn, shown, tmp_path):
     for name, paths in drawn[0].items():
-        for first, second in zip(paths, again[name]):
+        for first, second in zip(paths, figures.save(shown[name], tmp_path, name), strict=True):
             assert first.read_bytes() == second.read_bytes(), first.name
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(table, name):
-    figure = figures.FIGURES[name](table)
+def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(shown, name):
+    figure = shown[name]
     for axes in figure.axes:
         assert axes.get_xlabel() or axes.get_label() == "<colorbar>"
         numbered = any(label.get_visible() and label.get_text() for label in axes.get_yticklabels())
@@ -196,7 +201,7 @@ def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(table, name):
         "prune": ["vocabulary"],
         "distill": ["learning_curve"],
         "benchmark": ["benchmark_probe", "benchmark_finetune", "retention", "efficiency"],
-        "ablate": ["ablation_fraction", "ablation_init", "ablation_objective"],
+        "ablations": ["ablation_fraction", "ablation_init", "ablation_objective"],
     }.items(),
 )
 def test_a_missing_stage_is_named(table, stage, names):
@@ -225,7 +230,7 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     tasks = {"ปัญหา": "accuracy", "主题 分类": "macro_f1", "$x$ and $y": "f1"}
     models = {"teacher": 0.8, "student": 0.75, "somebody/else-base": 0.7}
     table = make_table(tmp_path / "results.csv", tasks, ("ไทย", "中文"), models)
-    for draw in figures.FIGURES.values():
+    for draw in (figures.fertility, figures.layer_probe, figures.retrieval, figures.retention, figures.ablation_init):
         draw(table)
     figure = figures.benchmark_probe(table)
     figures.save(figure, tmp_path, "benchmark_probe")
@@ -248,6 +253,20 @@ def test_the_headline_metric_is_drawn_whatever_the_order_of_rows(table):
     assert "entities\nentity F1, n = 317" in labels
 
 
+def test_curves_go_forward_in_time_whatever_the_order_of_rows(table):
+    figure = figures.learning_curve(table.sample(frac=1, random_state=0))
+    assert len(figure.axes) == 3
+    for line in (line for axes in figure.axes for line in axes.lines):
+        assert (np.diff(line.get_xdata()) > 0).all()
+
+
+def test_a_short_range_of_rows_has_numbers_on_its_axis(table):
+    few = table[(table["metric"] != "coverage") | table["x"].between(2000, 20400)]
+    labels = [text.get_text() for text in figures.vocabulary(few).axes[0].get_xticklabels(which="both")]
+    assert {"2,000", "5,000", "10,000", "20,000"} <= set(labels)
+    assert not any("$" in label for label in labels)
+
+
 def test_retention_is_student_over_teacher(table):
     rows = table[(table["stage"] == "benchmark") & (table["method"] == "probe") & table["seed"].isna()]
     topic = rows[(rows["task"] == "topic") & (rows["metric"] == "accuracy")].set_index("model")["value"]
@@ -255,7 +274,7 @@ def test_retention_is_student_over_teacher(table):
 
 
 def test_ablations_over_seeds_show_the_mean(table):
-    arms = table[(table["stage"] == "ablate") & (table["method"] == "fraction") & (table["task"] == "topic")]
+    arms = table[(table["stage"] == "ablations") & (table["method"] == "fraction") & (table["task"] == "topic")]
     other = arms.assign(seed=1, value=arms["value"] + 0.1)
     figure = figures.ablation_fraction(pd.concat([arms, other]))
     assert np.allclose(figure.axes[0].containers[0].lines[0].get_ydata(), arms["value"] + 0.05)
