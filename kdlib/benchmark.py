@@ -14,6 +14,7 @@ from kdlib.tasks import Task
 
 def probe_runs(encoder: Encoder, task: Task, spec: config.Benchmark) -> list[list[Metric]]:
     """Linear probes on the last layer's states, one list of metrics per seed."""
+    task = task.small(spec.probe_rows, spec.probe_test_rows)
     train, test, places = task_vectors(encoder, task)
     targets = train_targets(encoder, task)
     return [linear_probe(task, train[:, 0], targets, test[:, 0], places, seed, spec.probe_share) for seed in spec.seeds]

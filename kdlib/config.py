@@ -57,7 +57,9 @@ class Task(Source):
     text: str = "text"
     second: str | None = Field(None, description="column of the second text (kind pair)")
     label: str | list[str] = Field("label", description="label column; a list of 0/1 columns (kind multilabel)")
-    test: str | None = Field(None, description="file or split with the test rows; None: a fifth of the rows")
+    test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
+    finetune: bool = Field(True, description="fine-tune on it in the benchmark")
+    ablate: bool = Field(True, description="probe the ablation arms on it")
 
 
 class Probe(Section):
@@ -98,7 +100,8 @@ class Distill(Section):
 class Benchmark(Section):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0, 1, 2], min_length=1)
     probe_share: float = Field(0.9, gt=0, le=1, description="share of the training set each probe seed draws")
-    finetune_tasks: list[str] | None = Field(None, description="tasks that are fine-tuned on; None: all")
+    probe_rows: int | None = Field(None, ge=20, description="training rows of a probe at most; None: all")
+    probe_test_rows: int | None = Field(None, ge=20)
     finetune_rows: int | None = Field(None, ge=20, description="training rows of a fine-tuning run at most")
     finetune_test_rows: int | None = Field(None, ge=20)
     finetune_epochs: float = Field(3.0, gt=0)
@@ -120,7 +123,6 @@ class Ablations(Section):
         "hidden + sentence": {"hidden": 1.0, "sentence": 1.0},
         "hidden + attention": {"hidden": 1.0, "attention": 1.0},
     }
-    tasks: list[str] | None = Field(None, description="tasks each arm is probed on; None: all")
 
 
 class Profile(Section):

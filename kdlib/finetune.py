@@ -103,7 +103,7 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
     """
     set_seed(seed)
     device = next(encoder.model.parameters()).device
-    small = Task(task.name, task.kind, task.labels, task.train.take(spec.finetune_rows, seed), task.test.take(spec.finetune_test_rows, 0))
+    small = task.small(spec.finetune_rows, spec.finetune_test_rows, seed)
     model = TaskModel(copy.deepcopy(encoder.model), task.kind, len(task.labels)).to(device)
     if spec.freeze_embeddings:
         model.encoder.get_input_embeddings().weight.requires_grad_(False)

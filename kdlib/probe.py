@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdlib.encoder import Encoder, text_vectors, word_vectors
 from kdlib.metrics import Metric, interval, score
-from kdlib.tasks import Split, Task
+from kdlib.tasks import Task
 
 PENALTY = 0.05  # C of the logistic regression: strong, since there are as many features as texts
 
@@ -111,7 +111,7 @@ def majority(task: Task) -> list[Metric]:
 
 def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, seed: int = 0) -> list[dict]:
     """A linear probe at every layer (0 = embeddings): rows of layer, metric, value, low, high, n; with the majority's."""
-    small = Task(task.name, task.kind, task.labels, _sample(task.train, train_rows, seed), _sample(task.test, test_rows, seed))
+    small = task.small(train_rows, test_rows, seed)
     layers = range(encoder.layers + 1)
     train, test, places = task_vectors(encoder, small, layers)
     targets = train_targets(encoder, small)
@@ -122,10 +122,6 @@ def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, s
         rows.append(dict(model="teacher", task=task.name, method="layer probe", metric=metric.name, layer=layer, value=metric.value, low=low, high=high, n=len(small.test)))
     base = majority(small)[0]
     return rows + [dict(model="majority", task=task.name, method="layer probe", metric=base.name, value=base.value, n=len(small.test))]
-
-
-def _sample(split: Split, count: int, seed: int) -> Split:
-    return split.take(count, seed)
 
 
 def retrieval(queries: np.ndarray, targets: np.ndarray, centred: bool = False) -> np.ndarray:

@@ -151,7 +151,7 @@ class _Report:
             self.bar.update(self.row, step=step)
             if not self.console.is_terminal and time.time() - said > PLAIN_SECONDS:
                 said = time.time()
-                self.console.print(f"{self.name}: cell {self.cell}/{self.total} {step}")
+                self.console.print(f"{self.name}: cell {self.cell}/{self.total} {step}", soft_wrap=True)
 
 
 @contextmanager

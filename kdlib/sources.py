@@ -35,10 +35,10 @@ def read_rows(source: Source, columns: list[str] = (), split: str | None = None)
     """
     name = split if split and looks_local(split) else source.source
     path = Path(os.path.expanduser(name))
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
         wanted = None if split == name else split
         rows = _read_folder(path, wanted or source.split, must=bool(wanted))
-    elif path.is_file() or looks_local(name):
+    elif os.path.isfile(path) or looks_local(name):
         rows = read_file(path)
     elif HUB_ID.fullmatch(name):
         rows = _read_hub(source, split or source.split)
@@ -87,7 +87,7 @@ def read_file(path: Path) -> pd.DataFrame:
     kind = suffix(path)
     if kind is None:
         raise UserError(f"{path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}, each also .gz")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no such file")
     try:
         data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()

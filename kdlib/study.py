@@ -298,15 +298,12 @@ class Study:
         return compare(self.contestants, self.tasks, self.profile.benchmark, "probe")
 
     def finetune_rows(self) -> list[dict]:
-        wanted = self.profile.benchmark.finetune_tasks
-        return compare(self.contestants, self._named(wanted, "benchmark.finetune_tasks"), self.profile.benchmark, "finetune")
+        tasks = self._tasks_that("finetune")
+        return compare(self.contestants, tasks, self.profile.benchmark, "finetune") if tasks else []
 
-    def _named(self, wanted: list[str] | None, key: str) -> list[Task]:
-        names = [task.name for task in self.tasks]
-        unknown = [name for name in wanted or () if name not in names]
-        if unknown:
-            raise UserError(f"{key} names {unknown[0]!r}; the profile's tasks are {', '.join(names)}")
-        return [task for task in self.tasks if wanted is None or task.name in wanted]
+    def _tasks_that(self, flag: str) -> list[Task]:
+        """The tasks that the profile wants for "finetune" or "ablate"."""
+        return [task for task, spec in zip(self.tasks, self.profile.tasks) if getattr(spec, flag)]
 
     def efficiency_rows(self) -> list[dict]:
         texts = sentences(self.corpus.heldout)
@@ -329,7 +326,7 @@ class Study:
         An arm lies in a folder named by what it changes; finished arms are never made again, and arms that come to the same
         thing are made once. All arms share the cached teacher states.
         """
-        tasks = self._named(self.profile.ablations.tasks, "ablations.tasks")
+        tasks = self._tasks_that("ablate") or self.tasks
         rows = []
         for encoder in (self.pruned, self.undistilled()):
             name = "teacher" if encoder is self.pruned else "no distillation"
@@ -344,7 +341,7 @@ class Study:
 
     def _kept(self, what: Any, make: Callable[[], list[dict]], **labels) -> list[dict]:
         full = self.profile.model_dump()
-        shared = [full["distill"], full["student"], full["tasks"], full["ablations"]["tasks"], full["seed"]]
+        shared = [full["distill"], full["student"], full["tasks"], full["seed"]]
         shared += [full["ablations"][k] for k in ("epochs", "max_texts")] + [full["benchmark"][k] for k in ("seeds", "probe_share", "bootstrap")]
         key = fingerprint(what, stage_key(self.profile, "prune"), shared)
         file = self.run.folder("ablations") / key / "rows.json"

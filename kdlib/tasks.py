@@ -4,7 +4,7 @@ import hashlib
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -47,6 +47,10 @@ class Task:
     labels: list[str]
     train: Split
     test: Split
+
+    def small(self, train_rows: int | None, test_rows: int | None, train_seed: int = 0) -> "Task":
+        """The same task with at most so many rows; the test rows drawn are always the same."""
+        return replace(self, train=self.train.take(train_rows, train_seed), test=self.test.take(test_rows))
 
 
 def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:

@@ -44,24 +44,6 @@ def teacher_model(teacher_folder):
 
 
 @pytest.fixture(scope="session")
-def toy_tokenizer():
-    """A WordPiece tokenizer of letters: every word becomes as many tokens as it has letters."""
-    from transformers import BertTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ":", *letters, *("##" + letter for letter in letters)]
-    return BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
-
-
-@pytest.fixture(scope="session")
-def toy_encoder(toy_tokenizer):
-    """A random BERT of two layers over `toy_tokenizer`, without a prefix."""
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from kdlib.encoder import Encoder
-
-    torch.manual_seed(0)
-    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    model = BertModel(BertConfig(vocab_size=len(toy_tokenizer), max_position_embeddings=64, **shape)).eval()
-    return Encoder(model, toy_tokenizer, "toy", "", 32)
+def documents():
+    """The embedded corpus as its file has it: id, topic, register, sentences."""
+    return read_rows("documents.jsonl")

@@ -1,0 +1,239 @@
+"""The corpus: split by document, no matter the order, without leaks; sentences and windows lose no text."""
+
+import json
+import random
+
+import pytest
+
+from kdlib import corpus as module
+from kdlib.config import load_profile
+from kdlib.corpus import Corpus, Document, check_leaks, load_corpus, sentences, split_sentences, windows
+from kdlib.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_corpus(load_profile("workshop"))
+
+
+def parts(corpus):
+    return {"train": corpus.train, "heldout": corpus.heldout, "test": corpus.test}
+
+
+def names(corpus):
+    return {part: [d.id for d in documents] for part, documents in parts(corpus).items()}
+
+
+def own(source, **more):
+    return load_corpus(load_profile("workshop", {"corpus.source": str(source), "language": "xx"} | more))
+
+
+def text_of(count, start=0):
+    return "\n\n".join(f"Dokumento {i} una. Dokumento {i} ikalawa.\nDokumento {i} ikatlo!" for i in range(start, start + count))
+
+
+@pytest.fixture
+def txt(tmp_path):
+    def write(text, name="mine.txt"):
+        (tmp_path / name).write_text(text, "utf-8")
+        return tmp_path / name
+
+    return write
+
+
+# -- the embedded corpus
+
+
+def test_embedded_split_sizes(embedded, documents):
+    sizes = {part: len(found) for part, found in parts(embedded).items()}
+    assert sizes == {"train": 2268, "heldout": 70, "test": 252}
+    assert sum(sizes.values()) == len(documents)
+
+
+def test_every_document_is_whole_and_in_one_part(embedded, documents):
+    whole = {d["id"]: d["sentences"] for d in documents}
+    found = [d for part in parts(embedded).values() for d in part]
+    assert sorted(d.id for d in found) == sorted(whole)
+    assert all(d.sentences == whole[d.id] for d in found)
+
+
+def test_no_sentence_is_in_two_parts(embedded):
+    train, heldout, test = (set(sentences(part)) for part in parts(embedded).values())
+    assert not train & heldout and not train & test and not heldout & test
+
+
+def test_test_documents_are_balanced_over_topics_and_test_registers(embedded):
+    cells = [(d.meta["topic"], d.meta["register"]) for d in embedded.test]
+    assert {cells.count(cell) for cell in cells} == {18} and len(set(cells)) == 7 * 2
+    assert {register for _, register in cells} == {"everyday", "story"}
+
+
+def test_every_topic_and_register_watches_and_trains(embedded):
+    for part in (embedded.heldout, embedded.train):
+        assert len({(d.meta["topic"], d.meta["register"]) for d in part}) == 35
+
+
+def test_embedded_split_does_not_depend_on_row_order_or_seed(embedded, monkeypatch):
+    shuffled = module._embedded()
+    random.Random(5).shuffle(shuffled)
+    monkeypatch.setattr(module, "_embedded", lambda: shuffled)
+    assert names(load_corpus(load_profile("workshop", "seed=9"))) == names(embedded)
+
+
+def test_max_documents_draws_by_seed_and_leaves_the_rest_alone(embedded):
+    first, again, other = (load_corpus(load_profile("workshop", f"corpus.max_documents=40 seed={s}")) for s in (0, 0, 1))
+    assert len(first.train) == 40 and names(first) == names(again)
+    assert {d.id for d in first.train} < {d.id for d in embedded.train} and names(first)["train"] != names(other)["train"]
+    assert names(first)["test"] == names(embedded)["test"] and names(first)["heldout"] == names(embedded)["heldout"]
+
+
+@pytest.mark.parametrize("language", ["ceb", "tl", "eng"])
+def test_embedded_corpus_is_for_its_language_only(language):
+    with pytest.raises(UserError, match=f"Tagalog.*'{language}'.*corpus.source"):
+        load_corpus(load_profile("workshop", f"language={language}"))
+
+
+@pytest.mark.parametrize("part", ["heldout", "test"])
+def test_planted_leak_is_caught(embedded, part):
+    leaking = Document("leak", ["Bago ito.", parts(embedded)[part][3].sentences[1]])
+    with pytest.raises(UserError, match=f"1 {part} sentences"):
+        check_leaks(Corpus([*embedded.train, leaking], embedded.heldout, embedded.test))
+
+
+# -- one's own
+
+
+def test_own_txt_keeps_every_document_whole(txt):
+    corpus = own(txt(text_of(40)))
+    assert (len(corpus.train), len(corpus.heldout), corpus.test) == (39, 1, [])
+    assert all(len(d.sentences) == 3 and len({s.split()[1] for s in d.sentences}) == 1 for d in corpus.train + corpus.heldout)
+    assert len({s for d in corpus.train + corpus.heldout for s in d.sentences}) == 120
+
+
+def test_own_txt_without_empty_lines_has_a_document_a_line(txt):
+    corpus = own(txt("\n".join(f"Linya {i}. At {i}." for i in range(20))))
+    assert len(corpus.train) == 19 and len(corpus.heldout) == 1
+
+
+@pytest.mark.parametrize("share, count", [(0.01, 1), (0.1, 4), (0.3, 12)])
+def test_share_of_documents_held_out(txt, share, count):
+    corpus = own(txt(text_of(40)), **{"corpus.heldout": share})
+    assert len(corpus.heldout) == count and len(corpus.train) == 40 - count
+
+
+def test_own_split_does_not_depend_on_order(txt):
+    blocks = text_of(40).split("\n\n")
+    first = own(txt("\n\n".join(blocks)))
+    second = own(txt("\n\n".join(reversed(blocks))))
+    for part in ("train", "heldout"):
+        assert [d.sentences for d in parts(first)[part]] == [d.sentences for d in parts(second)[part]]
+
+
+def test_own_corpus_has_no_leaks(txt):
+    corpus = own(txt(text_of(40)), **{"corpus.heldout": 0.2})
+    check_leaks(corpus)
+    assert not set(sentences(corpus.train)) & set(sentences(corpus.heldout))
+
+
+def test_sentence_on_both_sides_is_taken_from_training(txt):
+    shared = "Ito ay nasa lahat."
+    corpus = own(txt("\n\n".join(f"{shared} Sarili {i}." for i in range(20))))
+    assert shared in sentences(corpus.heldout) and shared not in sentences(corpus.train)
+    assert len(corpus.train) == 19 and all(d.sentences for d in corpus.train)
+
+
+def test_documents_by_column(tmp_path):
+    rows = [{"body": f"Una {i}. Dalawa {i}.", "page": f"p{i // 2}"} for i in range(40)] + [{"body": None, "page": "p0"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = own(tmp_path / "a.jsonl", **{"corpus.text": "body", "corpus.document": "page"})
+    assert len(corpus.train) + len(corpus.heldout) == 20
+    assert all(len(d.sentences) == 4 for d in corpus.train + corpus.heldout)
+
+
+def test_rows_without_a_document_are_kept(tmp_path):
+    rows = [{"text": f"Una {i}.", "page": f"p{i}" if i else None} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = own(tmp_path / "a.jsonl", **{"corpus.document": "page"})
+    assert "Una 0." in sentences(corpus.train + corpus.heldout)
+
+
+def test_digits_are_text(txt):
+    corpus = own(txt("text\n" + "\n".join(str(i) for i in range(20)), "a.csv"))
+    assert sorted(sentences(corpus.train + corpus.heldout), key=int) == [str(i) for i in range(20)]
+
+
+@pytest.mark.parametrize("text", [text_of(9), "Isa.", "Isa.\n\n" * 9])
+def test_too_few_documents(txt, text):
+    with pytest.raises(UserError, match="10 are needed"):
+        own(txt(text))
+
+
+def test_nothing_but_repetition(txt):
+    with pytest.raises(UserError, match="nothing is left"):
+        own(txt("Isa lang.\n\n" * 20))
+
+
+@pytest.mark.parametrize("override", [{"corpus.text": "body"}, {"corpus.document": "page"}])
+def test_missing_column(txt, override):
+    with pytest.raises(UserError, match="no column"):
+        own(txt(text_of(20)), **override)
+
+
+# -- sentences and windows
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("Isa. Dalawa! Tatlo? Apat… Lima", ["Isa.", "Dalawa!", "Tatlo?", "Apat…", "Lima"]),
+        ("Isa... Dalawa?! Tatlo", ["Isa...", "Dalawa?!", "Tatlo"]),
+        ("“Oo.” Sabi niya. (Tama.) ‘Sige!’ Tapos.", ["“Oo.”", "Sabi niya.", "(Tama.)", "‘Sige!’", "Tapos."]),
+        ('("Oo.") Hindi.', ['("Oo.")', "Hindi."]),
+        ("«Да.» Нет.", ["«Да.»", "Нет."]),
+        ("यह है। वह है। क्या?", ["यह है।", "वह है।", "क्या?"]),
+        ("هل هذا؟ نعم. لا", ["هل هذا؟", "نعم.", "لا"]),
+        ("这是。那是！好吗？对", ["这是。", "那是！", "好吗？", "对"]),
+        ("「はい。」と。 なに！？そう。", ["「はい。」", "と。", "なに！？", "そう。"]),
+        ("Halagang 3.5 at a.b.c lang", ["Halagang 3.5 at a.b.c lang"]),
+        ("isa\n\ndalawa\r\ntatlo\u2028apat", ["isa", "dalawa", "tatlo", "apat"]),
+        ("  a   b.\t\tc\u00a0d.  ", ["a b.", "c d."]),
+        ("", []),
+        (" \n\t ", []),
+        ("...", ["..."]),
+    ],
+)
+def test_sentences_in_several_scripts(text, expected):
+    assert split_sentences(text) == expected
+
+
+def test_splitting_loses_and_adds_no_character():
+    rng = random.Random(0)
+    for _ in range(500):
+        text = "".join(rng.choices("ab .!?…。！？।؟\"”’)」 \n", k=30))
+        pieces = split_sentences(text)
+        assert "".join("".join(pieces).split()) == "".join(text.split())
+        assert all(piece == piece.strip() and piece for piece in pieces)
+
+
+def test_splitting_again_changes_nothing(documents):
+    for document in documents[:200]:
+        for sentence in document["sentences"]:
+            for piece in split_sentences(sentence):
+                assert split_sentences(piece) == [piece]
+
+
+@pytest.mark.parametrize("lengths", [[1], [2], [1, 2], [3, 1, 5]])
+def test_windows_hold_every_sentence_once_a_length(lengths):
+    documents = [Document(str(i), [f"{i}-{k}" for k in range(i)]) for i in range(8)]
+    texts = windows(documents, lengths)
+    assert sorted(" ".join(texts).split()) == sorted(sentences(documents) * len(lengths))
+    for text in texts:
+        words = text.split()
+        assert len(words) <= max(lengths) and len({word.split("-")[0] for word in words}) == 1
+        assert [int(word.split("-")[1]) for word in words] == list(range(int(words[0].split("-")[1]), int(words[-1].split("-")[1]) + 1))
+
+
+def test_windows_of_the_embedded_corpus(embedded):
+    texts = windows(embedded.heldout, [2])
+    assert " ".join(texts) == " ".join(sentences(embedded.heldout))
+    assert windows([], [1, 2]) == []

@@ -1,0 +1,316 @@
+"""Rows from files of every kind, and one line for whatever is wrong with them."""
+
+import gzip
+import io
+import json
+import random
+import warnings
+
+import datasets
+import pandas as pd
+import pytest
+
+from kdlib.config import Source
+from kdlib.errors import UserError
+from kdlib.sources import embedded_rows, looks_local, read_file, read_rows, suffix
+
+ROWS = [
+    {"text": "Unang pangungusap.", "label": "a"},
+    {"text": 'May "sipi", kuwit,\tat tab.', "label": "b"},
+    {"text": "NA", "label": "12"},
+    {"text": "12", "label": "NA"},
+    {"text": "ñ — 日本 🙂", "label": "01"},
+]
+FORMATS = ["jsonl", "csv", "tsv", "parquet"]
+
+
+def content(kind, rows=ROWS):
+    table = pd.DataFrame(rows)
+    if kind == "txt":
+        return "\n".join(row["text"] for row in rows).encode()
+    if kind == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if kind == "parquet":
+        data = io.BytesIO()
+        table.to_parquet(data)
+        return data.getvalue()
+    return table.to_csv(index=False, sep="," if kind == "csv" else "\t").encode()
+
+
+@pytest.fixture
+def put(tmp_path):
+    def write(name, data):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return str(path)
+
+    return write
+
+
+def rows_of(path, columns=(), split=None, **source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_rows(Source(source=str(path), **source), list(columns), split)
+
+
+def texts(path, **more):
+    return list(rows_of(path, ["text"], **more)["text"])
+
+
+def refusal(path, *columns, **more):
+    with pytest.raises(UserError) as caught:
+        rows_of(path, columns, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# -- what is there is read
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_gives_the_same_rows(put, kind, packed):
+    data = content(kind)
+    path = put(f"rows.{kind}{packed}", gzip.compress(data) if packed else data)
+    rows = rows_of(path, ["text", "label"])
+    assert rows.to_dict("records") == ROWS
+    assert all(isinstance(value, str) for row in rows.to_dict("records") for value in row.values())
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_txt_gives_a_row_a_line(put, packed):
+    data = content("txt")
+    path = put(f"rows.TXT{packed}", gzip.compress(data) if packed else data)
+    assert texts(path) == [row["text"] for row in ROWS]
+
+
+def test_txt_documents_are_blocks_between_empty_lines(put):
+    rows = rows_of(put("a.txt", "\n\na\nb\n\n\n  \nc\n\nd\n"))
+    assert rows["text"].tolist() == list("abcd")
+    first, second, third, fourth = rows["document"]
+    assert first == second and len({first, third, fourth}) == 3
+
+
+def test_txt_without_empty_lines_has_a_document_a_line(put):
+    assert rows_of(put("a.txt", "a\nb\nc\n"))["document"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+@pytest.mark.parametrize("values", [["1", "2"], ["01", "2.50"], ["True", "False"], ["NA", "nan"], ["1e5", "null"], ["", "x"]])
+def test_tables_do_not_guess_what_text_means(put, kind, values):
+    rows = [{"id": "7", "text": value} for value in values]
+    assert texts(put(f"a.{kind}", content(kind, rows))) == values
+
+
+def test_jsonl_keeps_whole_numbers_beside_missing_ones(put):
+    path = put("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}\n{"text": "2020-01-01", "created_at": 3}\n')
+    rows = rows_of(path)
+    assert rows["label"][0] == 1 and isinstance(rows["label"][0], int)
+    assert rows["text"][2] == "2020-01-01" and rows["created_at"][2] == 3
+
+
+def test_jsonl_keeps_lists_and_odd_line_ends_inside_text(put):
+    row = {"text": "a\u2028b\x85c\n", "tags": ["O", "B-PER"]}
+    assert rows_of(put("a.jsonl", json.dumps(row, ensure_ascii=False) + "\r\n\r\n")).to_dict("records") == [row]
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv"])
+def test_windows_line_ends_and_byte_order_mark(put, kind):
+    rows = [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
+    data = b"\xef\xbb\xbf" + content(kind, rows).replace(b"\n", b"\r\n")
+    assert texts(put(f"a.{kind}", data)) == ["a", "c"]
+
+
+def test_quoted_line_breaks_in_csv(put):
+    assert texts(put("a.csv", 'text,label\r\n"a\nb",1\r\n')) == ["a\nb"]
+
+
+def test_empty_lines_in_csv_are_no_rows(put):
+    assert texts(put("a.csv", "text,label\n\na,1\n\n\nb,2\n\n")) == ["a", "b"]
+
+
+def test_short_csv_rows_are_filled_with_nothing(put):
+    assert rows_of(put("a.csv", "text,label\na\n")).to_dict("records") == [{"text": "a", "label": ""}]
+
+
+# -- folders
+
+
+def test_folder_holds_all_files_below_it(put, tmp_path):
+    put("f/a.txt", "a\n")
+    put("f/deep/b.jsonl.gz", gzip.compress(b'{"text": "b"}\n'))
+    put("f/c.csv", "text\nc\n")
+    put("f/ignored.md", "no")
+    put("f/.ipynb_checkpoints/a.txt", "copy")
+    put("f/folder.txt/d.tsv", "text\nd\n")
+    assert sorted(texts(tmp_path / "f")) == list("abcd")
+
+
+def test_documents_of_several_txt_files_stay_apart(put, tmp_path):
+    for name in "xyz":
+        put(f"f/{name}.txt", f"{name}1\n{name}2\n\n{name}3\n")
+    documents = rows_of(tmp_path / "f").groupby("document")["text"].apply(list).tolist()
+    assert documents == [[f"{name}1", f"{name}2"] if k == 0 else [f"{name}3"] for name in "xyz" for k in range(2)]
+
+
+def test_folder_with_splits(put, tmp_path):
+    put("f/train-0.csv", "text\na\n")
+    put("f/data_train1.csv", "text\nb\n")
+    put("f/test.csv", "text\nt\n")
+    put("f/latest.csv", "text\nn\n")
+    put("f/validation/0.csv", "text\nv\n")
+    assert sorted(texts(tmp_path / "f")) == ["a", "b"]
+    assert texts(tmp_path / "f", split="test") == ["t"]
+    assert texts(tmp_path / "f", split="validation") == ["v"]
+    assert texts(str(tmp_path / "f"), split=str(tmp_path / "f" / "latest.csv")) == ["n"]
+    assert "'dev'" in refusal(tmp_path / "f", split="dev")
+
+
+def test_folder_without_files(tmp_path):
+    assert "no .txt" in refusal(tmp_path)
+
+
+def test_home_folder_is_understood(put, tmp_path, monkeypatch):
+    put("f/a.txt", "a\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts("~/f") == texts("~/f/a.txt") == ["a"]
+
+
+# -- what is wrong is told
+
+
+def test_missing_column_lists_those_there_are(put):
+    text = refusal(put("a.csv", "tekst,label\na,1\n"), "text", "label")
+    assert "no column 'text'" in text and "'tekst', 'label'" in text
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "./a", "~/nothing", "~nobody-here/a.txt", "a.json", "a", "a\0/b", "x" * 5000, "x" * 5000 + ".txt"])
+def test_missing_file(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refusal(name)
+
+
+def test_file_of_an_unknown_kind(put):
+    assert ".jsonl" in refusal(put("a.json", "{}"))
+
+
+@pytest.mark.parametrize("kind", ["txt", *FORMATS])
+@pytest.mark.parametrize("data", [b"", b"\n", b"\n\n\r\n"])
+def test_empty_file(put, kind, data):
+    refusal(put(f"a.{kind}", data), "text")
+    refusal(put(f"a.{kind}.gz", gzip.compress(data)), "text")
+
+
+@pytest.mark.parametrize("name, data", [("a.csv", "text,label\n"), ("a.jsonl", "{}\n{}\n"), ("a.parquet", content("parquet", [])), ("a.txt", " \n\t\n")])
+def test_no_rows(put, name, data):
+    assert "no rows" in refusal(put(name, data), "text")
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv"])
+@pytest.mark.parametrize("coding", ["latin-1", "utf-16", "cp1252"])
+def test_wrong_encoding(put, kind, coding):
+    text = content(kind, [{"text": "Niño", "label": "a"}] * 2).decode().encode(coding)
+    assert "UTF-8" in refusal(put(f"a.{kind}", text))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "csv", "tsv"])
+def test_nul_bytes(put, kind):
+    assert "NUL" in refusal(put(f"a.{kind}", content(kind).replace(b"U", b"\0")))
+
+
+@pytest.mark.parametrize(
+    "data",
+    ["[1, 2]", "1", '"a"', "null", '[{"text": "a"}]', '{"text": "a"', '{"text": "\\ud83d"}', "[" * 100_000, '{"a": ' * 5000],
+)
+def test_broken_line_of_jsonl_is_named(put, data):
+    assert "line 3" in refusal(put("a.jsonl", '{"text": "a"}\n\n' + data + "\n"))
+
+
+def test_whole_emoji_in_escapes_is_text(put):
+    assert texts(put("a.jsonl", '{"text": "\\ud83d\\ude42"}')) == ["🙂"]
+
+
+@pytest.mark.parametrize("data", ["text,label\na,1,\nb,2,\n", "text,label\na,b,c,d\n", "text,label\na,1\nb,2,3\n", 'text\n"a\n'])
+def test_csv_rows_that_do_not_fit_the_header(put, data):
+    refusal(put("a.csv", data))
+
+
+@pytest.mark.parametrize("kind", ["txt", *FORMATS])
+@pytest.mark.parametrize("packed", ["", ".gz"])
+def test_rubbish_is_rows_or_a_user_error(put, kind, packed):
+    rng = random.Random(f"{kind}{packed}")
+    good = content(kind)
+    for number in range(60):
+        data = bytearray(good)
+        if number % 3 == 0:
+            data = bytearray(rng.randbytes(rng.randrange(1, 300)))
+        elif number % 3 == 1:
+            del data[rng.randrange(len(data)) :]
+        else:
+            for _ in range(rng.randrange(1, 8)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+        if packed and number % 2:
+            data = bytearray(gzip.compress(bytes(data)))
+        elif packed:
+            data = bytearray(gzip.compress(good))
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path = put(f"a.{kind}{packed}", bytes(data))
+        try:
+            assert len(rows_of(path))
+        except UserError as error:
+            assert path in str(error) and "\n" not in str(error)
+
+
+# -- hubs
+
+
+def test_hub_out_of_reach_names_the_way_on(monkeypatch):
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    text = refusal("owner/name")
+    assert "owner/name" in text and "embedded" in text and "local file" in text and "Couldn't reach" in text
+
+
+def test_hub_rows_and_names_of_classes(monkeypatch):
+    asked = []
+    names = datasets.ClassLabel(names=["O", "B-PER"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": names, "tags": datasets.List(names)})
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], []]}, features=features)
+
+    def load(*arguments, **options):
+        asked.append((arguments, options))
+        return table
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = rows_of("owner/name", ["text"], split="test", subset="tl", revision="abc")
+    assert asked == [(("owner/name", "tl"), {"split": "test", "revision": "abc"})]
+    assert rows["text"].tolist() == ["a", "b"]
+    assert rows["label"][0] == "B-PER" and pd.isna(rows["label"][1])
+    assert rows["tags"].tolist() == [["O", "B-PER"], []]
+
+
+# -- names, and what comes with the kit
+
+
+@pytest.mark.parametrize("name, kind", [("a.csv", ".csv"), ("A.TXT.GZ", ".txt"), ("a.parquet.gz", ".parquet"), ("a.json", None), ("gz", None)])
+def test_kind_by_name(tmp_path, name, kind):
+    assert suffix(tmp_path / name) == kind
+
+
+@pytest.mark.parametrize("name, local", [("a.csv", True), ("./a", True), ("/a", True), ("~/a", True), ("owner/name", False), ("train", False)])
+def test_local_names(name, local):
+    assert looks_local(name) == local
+
+
+@pytest.mark.parametrize("name, count", [("documents", 2590), ("sentiment", 1000), ("dengue", 800), ("entities", 900), ("parallel", 500)])
+def test_embedded_files(name, count):
+    rows = embedded_rows(name)
+    assert len(rows) == count and rows["id"].is_unique and not rows.isna().any(axis=None)
+
+
+def test_file_that_vanished_is_told(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read_file(tmp_path / "a.txt")

@@ -1,0 +1,116 @@
+"""A whole study on a tiny local teacher, somebody's own corpus and own task, in another language."""
+
+import json
+
+import pytest
+import tiny
+
+from kdlib import distill as distillation
+from kdlib.config import load_profile
+from kdlib.errors import UserError
+from kdlib.study import Study, stage_key
+
+OVERRIDES = {
+    "language": "ceb", "parallel": None, "teacher.max_length": 32, "vocabulary.max_rows": 100, "vocabulary.wordlist": False,
+    "student.layers": 2, "distill.batch_tokens": 128, "distill.evaluations": 2, "distill.precision": "fp32", "distill.epochs": 1,
+    "benchmark.seeds": [0, 1], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 100,
+    "benchmark.latency_runs": 3, "ablations.epochs": 1, "ablations.max_texts": 50, "ablations.fractions": [0.5, 1.0],
+    "ablations.inits": ["alternate", "random"], "ablations.objectives": {"attention": {"attention": 1.0}},
+    "probe.train_rows": 40, "probe.test_rows": 20,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    tiny.encoder().save(folder / "teacher")
+    (folder / "corpus.txt").write_text("\n\n".join("\n".join(tiny.texts(4, seed)) for seed in range(40)))
+    rows = [f"{text},{'taas' if len(text.split()) > 3 else 'mubo'}" for text in dict.fromkeys(tiny.texts(150, 99, 7))]
+    (folder / "labels.csv").write_text("sentence,gitas-on\n" + "\n".join(rows))
+    return folder
+
+
+def overrides(sources, **more):
+    task = {"name": "length", "source": str(sources / "labels.csv"), "text": "sentence", "label": "gitas-on"}
+    own = {"teacher.source": str(sources / "teacher"), "corpus.source": str(sources / "corpus.txt"), "tasks": [task]}
+    return OVERRIDES | own | more
+
+
+@pytest.fixture(scope="module")
+def study(sources, tmp_path_factory):
+    return Study(tmp_path_factory.mktemp("runs") / "ceb", "smoke", overrides(sources))
+
+
+def test_every_stage_gives_rows_in_the_studys_language(study):
+    rows = study.segmentation_rows() + study.usage_rows() + study.layer_probe_rows() + study.cka_rows()
+    assert study.retrieval_rows() == []
+    study.run.record("probe", rows)
+    study.run.record("prune", study.prune_rows())
+    student, curve, facts = study.distill()
+    study.run.record("distill", study.distill_rows(curve, facts))
+    study.run.record("benchmark", study.probe_rows() + study.finetune_rows() + study.efficiency_rows())
+    study.run.record("ablations", study.ablation_rows())
+    table = study.run.results()
+    assert set(table["stage"]) == {"probe", "prune", "distill", "benchmark", "ablations"}
+    assert set(table["language"]) == {"ceb"} and table["value"].notna().all()
+    assert set(table[table["stage"] == "benchmark"]["model"]) == {"teacher", "pruned teacher", "student", "no distillation", "from scratch"}
+    assert student.layers == 2 and student.tokenizer.vocab_size <= 100
+
+
+def test_pruning_is_proved_on_every_text(study):
+    study.pruned
+    proof = study.prove_pruning()
+    assert (proof["texts"] == proof["holds"]).all() and proof["texts"].iloc[0] > 100
+
+
+def test_teacher_and_pruned_teacher_probe_alike(study):
+    table = study.run.results()
+    scores = table[(table["method"] == "probe") & (table["metric"] == "score")].set_index("model")["value"]
+    assert scores["teacher"] == pytest.approx(scores["pruned teacher"], abs=0.02)
+
+
+def test_a_second_study_takes_what_is_there(study, sources, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("kdlib.study.distill", never)
+    monkeypatch.setattr("kdlib.vocabulary.prune_model", never)
+    again = Study(study.run.path, "smoke", overrides(sources))
+    assert again.student.layers == 2 and len(again.ablation_rows()) > 0
+
+
+def test_only_the_new_arm_is_run(study, sources, monkeypatch):
+    labels = []
+    real = distillation.distill
+    monkeypatch.setattr("kdlib.study.distill", lambda *a, **k: labels.append(a[7]) or real(*a, **k))
+    more = Study(study.run.path, "smoke", overrides(sources, **{"ablations.inits": ["alternate", "random", "last"]}))
+    more.ablation_rows()
+    assert labels == ["arm init last"]
+
+
+def test_a_changed_parameter_makes_its_stage_and_those_after_stale():
+    base, deeper = load_profile("smoke"), load_profile("smoke", "student.layers=3")
+    changed = {stage for stage in ("probe", "prune", "distill", "benchmark", "ablations") if stage_key(base, stage) != stage_key(deeper, stage)}
+    assert changed == {"distill", "benchmark", "ablations"}
+
+
+def test_student_card_quotes_the_results(study):
+    from kdlib.card import write_card
+
+    write_card(study.run.path / "student", study.run)
+    card = (study.run.path / "student" / "README.md").read_text()
+    value = study.run.results().query("stage == 'benchmark' and model == 'student' and method == 'probe' and metric == 'score'")["value"].iloc[0]
+    assert f"{value:.3f} [" in card and "ceb" in card
+
+
+def test_student_folder_says_what_it_was_made_of(study):
+    assert json.loads((study.run.path / "student" / "made.json").read_text())["key"] == stage_key(study.profile, "distill")
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [({"student.layers": 9}, "layers"), ({"student.init": [1, 99]}, "1 to 4"), ({"distill.objectives": {"x": 1.0}}, "objective")],
+)
+def test_contradictions_between_parameters_are_told(sources, tmp_path, change, word):
+    with pytest.raises(UserError, match=word):
+        Study(tmp_path, "smoke", overrides(sources, **change)).undistilled()
