@@ -1,7 +1,7 @@
 """Batches by token budget: texts of like length together, so that almost no time goes into padding."""
 
 import random
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 

@@ -1,6 +1,6 @@
 """The benchmark: encoders side by side, by linear probe and by fine-tuning, over seeds, with intervals."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -46,7 +46,15 @@ def average_row(runs: dict[str, Sequence[Sequence[Metric]]], spec: config.Benchm
     value = float(np.mean([[m.value for m in metrics] for metrics in headline.values()]))
     samples = np.mean([resampled(metrics, spec.bootstrap, seed=i) for i, metrics in enumerate(headline.values())], 0)
     low, high = np.quantile(samples, [0.025, 0.975])
-    return dict(task="average", metric="score", value=value, low=float(low), high=float(high), n=sum(len(m[0].items) for m in headline.values()), **labels)
+    return dict(
+        task="average",
+        metric="score",
+        value=value,
+        low=float(low),
+        high=float(high),
+        n=sum(len(m[0].items) for m in headline.values()),
+        **labels,
+    )
 
 
 def compare(encoders: dict[str, Encoder], tasks: Sequence[Task], spec: config.Benchmark, method: str) -> list[dict]:

@@ -1,10 +1,9 @@
 """The teacher's hidden states on disk: computed once, read by every epoch, every ablation arm and every later run."""
 
-import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -36,7 +35,9 @@ def gigabytes(tokens: int, layers: int, hidden: int) -> float:
     return tokens * layers * hidden * 2 / 1e9
 
 
-def teacher_states(root: Path, teacher: Encoder, ids: Sequence[Sequence[int]], layers: Sequence[int], budget: float) -> TeacherStates | None:
+def teacher_states(
+    root: Path, teacher: Encoder, ids: Sequence[Sequence[int]], layers: Sequence[int], budget: float
+) -> TeacherStates | None:
     """The states of `layers` (1 = first) for tokenised texts, from the cache under `root` or computed into it.
 
     budget: in gigabytes; None is returned where the states would take more, or the disk has no room: then the teacher
@@ -54,7 +55,10 @@ def teacher_states(root: Path, teacher: Encoder, ids: Sequence[Sequence[int]], l
             return None
         with new_folder(folder) as work:
             _compute(work / file.name, teacher, ids, layers, starts, shape)
-            write_json(work / "cache.json", {"texts": len(ids), "shape": shape, "layers": list(layers), "teacher": teacher.name})
+            write_json(
+                work / "cache.json",
+                {"texts": len(ids), "shape": shape, "layers": list(layers), "teacher": teacher.name},
+            )
     return TeacherStates(np.memmap(file, np.float16, "r", shape=shape), starts[:-1])
 
 
@@ -70,7 +74,9 @@ def _compute(path: Path, teacher: Encoder, ids, layers, starts, shape) -> None:
     for batch in track(budget_batches([len(row) for row in ids], TOKENS_PER_BATCH), "caching the teacher's states"):
         tokens, mask = pad([ids[i] for i in batch], teacher.tokenizer.pad_token_id)
         with autocast(device, teacher.bf16):
-            hidden = teacher.model(input_ids=tokens.to(device), attention_mask=mask.to(device), output_hidden_states=True).hidden_states
+            hidden = teacher.model(
+                input_ids=tokens.to(device), attention_mask=mask.to(device), output_hidden_states=True
+            ).hidden_states
         states = torch.stack([hidden[layer] for layer in layers], 2).to(torch.float16).cpu()
         if not torch.isfinite(states).all():
             raise UserError("the teacher's states do not fit half precision; set distill.cache=false")

@@ -17,7 +17,13 @@ def write_card(folder: Path, run: Run) -> None:
     """
     profile = run.profile
     teacher = embedded.NAME if profile.teacher.source == "embedded" else profile.teacher.source
-    prefix = profile.teacher.prefix if profile.teacher.prefix is not None else embedded.PREFIX if profile.teacher.source == "embedded" else ""
+    prefix = (
+        profile.teacher.prefix
+        if profile.teacher.prefix is not None
+        else embedded.PREFIX
+        if profile.teacher.source == "embedded"
+        else ""
+    )
     licence = "mit" if profile.teacher.source == "embedded" else "other"
     corpus = (
         "the kit's own Tagalog corpus: CC0, machine-written, reread in part, not reviewed as a whole by a native speaker"
@@ -88,7 +94,9 @@ With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the p
 
 
 def _numbers(results: pd.DataFrame) -> str:
-    rows = results[(results["stage"] == "benchmark") & results["model"].isin(["teacher", "student"]) & results["seed"].isna()]
+    rows = results[
+        (results["stage"] == "benchmark") & results["model"].isin(["teacher", "student"]) & results["seed"].isna()
+    ]
     rows = rows[rows["method"].isin(["probe", "finetune"])]
     best = {"score"} | {headline(kind) for kind in ("classify", "multilabel", "tokens")}
     rows = rows[rows["metric"].isin(best)].drop_duplicates(["model", "method", "task"])
@@ -98,5 +106,7 @@ def _numbers(results: pd.DataFrame) -> str:
     for (method, task), group in rows.groupby(["method", "task"], sort=False):
         by = {row.model: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in group.itertuples()}
         first = group.iloc[0]
-        lines.append(f"| {method} | {task} | {first['metric']} | {by.get('teacher', '')} | {by.get('student', '')} | {first['n']} |")
+        lines.append(
+            f"| {method} | {task} | {first['metric']} | {by.get('teacher', '')} | {by.get('student', '')} | {first['n']} |"
+        )
     return "\n".join(lines) + "\n\nBrackets: 95% bootstrap intervals over seeds and test items."

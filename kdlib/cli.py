@@ -1,22 +1,29 @@
 """The command line: `kdlib run`, `kdlib parameters`, `kdlib figures`."""
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from kdlib.errors import UserError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help="From a multilingual teacher to a small single-language encoder, measured.")
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="From a multilingual teacher to a small single-language encoder, measured.",
+)
 
 
 @app.command()
 def run(
     profile: Annotated[str, typer.Option(help="smoke, workshop, paper, or a YAML file")] = "workshop",
-    out: Annotated[Optional[Path], typer.Option(help="run folder; default runs/<profile>")] = None,
-    set_: Annotated[Optional[list[str]], typer.Option("--set", help="override a parameter, such as distill.epochs=3; repeatable")] = None,
-    start: Annotated[Optional[str], typer.Option("--from", help="run this stage and those after it, even if done")] = None,
-    only: Annotated[Optional[list[str]], typer.Option(help="run this stage only, even if done; repeatable")] = None,
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<profile>")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override a parameter, such as distill.epochs=3; repeatable")
+    ] = None,
+    start: Annotated[str | None, typer.Option("--from", help="run this stage and those after it, even if done")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="run this stage only, even if done; repeatable")] = None,
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: the same command again goes on where it stopped."""
     from kdlib import runner
@@ -33,14 +40,18 @@ def run(
 
 
 @app.command()
-def parameters(profile: Annotated[str, typer.Option(help="smoke, workshop, paper, or a YAML file")] = "workshop") -> None:
+def parameters(
+    profile: Annotated[str, typer.Option(help="smoke, workshop, paper, or a YAML file")] = "workshop",
+) -> None:
     """Print every parameter of a profile, with its value, as YAML."""
     import yaml
 
     from kdlib import config, runner
 
     try:
-        typer.echo(yaml.safe_dump(config.load_profile(profile).model_dump(), sort_keys=False, allow_unicode=True), nl=False)
+        typer.echo(
+            yaml.safe_dump(config.load_profile(profile).model_dump(), sort_keys=False, allow_unicode=True), nl=False
+        )
     except UserError as error:
         runner.fail(str(error), 2)
 

@@ -81,13 +81,17 @@ class Student(Section):
 
 
 class Distill(Section):
-    objectives: dict[str, float] = Field({"hidden": 1.0, "sentence": 1.0}, description="weight of each objective by name")
+    objectives: dict[str, float] = Field(
+        {"hidden": 1.0, "sentence": 1.0}, description="weight of each objective by name"
+    )
     epochs: float = Field(3.0, gt=0)
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
-    windows: list[Annotated[int, Field(ge=1)]] = Field([1, 2], min_length=1, description="texts are runs of so many neighbouring sentences")
+    windows: list[Annotated[int, Field(ge=1)]] = Field(
+        [1, 2], min_length=1, description="texts are runs of so many neighbouring sentences"
+    )
     freeze_embeddings: bool = True
     cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")
     cache_gigabytes: float = Field(8.0, ge=0, description="larger caches are not made; the teacher runs live")
@@ -152,7 +156,9 @@ class Profile(Section):
 
 def profile_names() -> list[str]:
     """Names of the profiles that come with the kit."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("kdlib.profiles").iterdir() if p.name.endswith(".yaml"))
+    return sorted(
+        p.name.removesuffix(".yaml") for p in resources.files("kdlib.profiles").iterdir() if p.name.endswith(".yaml")
+    )
 
 
 def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] | dict[str, Any]" = ()) -> Profile:
@@ -170,7 +176,9 @@ def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] |
         except UnicodeDecodeError:
             raise UserError(f"profile {profile}: cannot be read (not UTF-8 text)") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"profile {profile!r}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+            raise UserError(
+                f"profile {profile!r}: cannot be read ({getattr(error, 'strerror', None) or error})"
+            ) from None
     else:
         raise UserError(f"unknown profile {profile!r}: {', '.join(profile_names())}, or a .yaml file")
     tree = _parse_yaml(text, profile)
@@ -278,7 +286,9 @@ def _refuse_unknown(tree: dict, model: type[BaseModel], path: str) -> None:
             valid = dict.fromkeys(all_keys(Profile) + [path + name for name in model.model_fields])
             close = difflib.get_close_matches(dotted, valid, n=3, cutoff=0.5)
             close = close or difflib.get_close_matches(str(key), {k.rpartition(".")[2]: None for k in valid}, n=3)
-            raise UserError(f"unknown parameter {dotted!r}; closest: {', '.join(close) or ', '.join(model.model_fields)}")
+            raise UserError(
+                f"unknown parameter {dotted!r}; closest: {', '.join(close) or ', '.join(model.model_fields)}"
+            )
         inner = _section(model.model_fields[key].annotation)
         if inner and isinstance(value, dict):
             _refuse_unknown(value, inner, f"{dotted}.")

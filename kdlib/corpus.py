@@ -43,7 +43,9 @@ def load_corpus(profile: config.Profile) -> Corpus:
     spec = profile.corpus
     if spec.source == "embedded":
         if profile.language != "tgl":
-            raise UserError(f"the embedded corpus is Tagalog (tgl); for language {profile.language!r} set corpus.source to a file")
+            raise UserError(
+                f"the embedded corpus is Tagalog (tgl); for language {profile.language!r} set corpus.source to a file"
+            )
         corpus = _split_embedded(_embedded())
     else:
         corpus = _split(_read(spec), spec.heldout)
@@ -63,13 +65,19 @@ def _read(spec: config.Corpus) -> list[Document]:
     rows = rows[rows[spec.text].map(lambda text: isinstance(text, str) and bool(text.strip()))]
     group = spec.document or ("document" if "document" in rows and rows["document"].nunique() > 1 else None)
     documents = []
-    grouped = rows.groupby(group, sort=False, dropna=False)[spec.text] if group else ((i, [t]) for i, t in zip(rows.index, rows[spec.text]))
+    grouped = (
+        rows.groupby(group, sort=False, dropna=False)[spec.text]
+        if group
+        else ((i, [t]) for i, t in zip(rows.index, rows[spec.text]))
+    )
     for name, texts in grouped:
         sentences = [s for text in texts for s in split_sentences(text)]
         if sentences:
             documents.append(Document(str(name), sentences))
     if len(documents) < 10:
-        raise UserError(f"{spec.source}: {len(documents)} documents with text; at least 10 are needed, some are held out")
+        raise UserError(
+            f"{spec.source}: {len(documents)} documents with text; at least 10 are needed, some are held out"
+        )
     return documents
 
 
@@ -114,7 +122,9 @@ def check_leaks(corpus: Corpus) -> None:
     for name in ("heldout", "test"):
         leaked = [s for document in getattr(corpus, name) for s in document.sentences if s in train]
         if leaked:
-            raise UserError(f"corpus: {len(leaked)} {name} sentences also stand in the training documents, such as {leaked[0]!r}")
+            raise UserError(
+                f"corpus: {len(leaked)} {name} sentences also stand in the training documents, such as {leaked[0]!r}"
+            )
 
 
 def sentences(documents: list[Document]) -> list[str]:
@@ -130,3 +140,9 @@ def windows(documents: list[Document], lengths: list[int]) -> list[str]:
         for document in documents
         for i in range(0, len(document.sentences), n)
     ]
+
+
+def without(documents: list[Document], texts: set[str]) -> list[Document]:
+    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task)."""
+    kept = [Document(d.id, [s for s in d.sentences if s not in texts], d.meta) for d in documents]
+    return [document for document in kept if document.sentences]

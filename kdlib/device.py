@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel

@@ -1,9 +1,9 @@
 """Distillation: a `transformers.Trainer` that trains a student to have the teacher's states."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,9 @@ PROJECTIONS = (("attention.self.query", "attention.self.key"), ("attention.self.
 LOGS = 50  # points of the training curve
 
 
-def forward_states(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int], attention: bool) -> States:
+def forward_states(
+    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int], attention: bool
+) -> States:
     """One forward pass, keeping the states of `layers` (1 = first) and, if asked, their queries and keys.
 
     Queries and keys are caught where they are projected: the scores before the softmax follow from them under any
@@ -41,7 +43,11 @@ def forward_states(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, laye
         split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
         for kind, modules in zip(("query", "key"), _projections(base)):
             for layer in layers:
-                hooks.append(modules[layer - 1].register_forward_hook(lambda m, i, out, kind=kind: caught[kind].append(split(out))))
+                hooks.append(
+                    modules[layer - 1].register_forward_hook(
+                        lambda m, i, out, kind=kind: caught[kind].append(split(out))
+                    )
+                )
     try:
         output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     finally:
@@ -57,7 +63,9 @@ def _projections(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         found = [[m for n, m in modules.items() if n.endswith(name)] for name in (query, key)]
         if len(found[0]) == len(found[1]) == model.config.num_hidden_layers:
             return found[0], found[1]
-    raise UserError(f"the attention objective does not know where a {model.config.model_type} model keeps its queries and keys")
+    raise UserError(
+        f"the attention objective does not know where a {model.config.model_type} model keeps its queries and keys"
+    )
 
 
 @dataclass
@@ -106,7 +114,17 @@ class DistillTrainer(Trainer):
     batch brings no cached states. student_layers, teacher_layers: which layers are compared, 1 = first.
     """
 
-    def __init__(self, *, teacher: PreTrainedModel, student_layers: list[int], teacher_layers: list[int], weights: dict[str, float], batch_tokens: int, bf16: bool, **kwargs):
+    def __init__(
+        self,
+        *,
+        teacher: PreTrainedModel,
+        student_layers: list[int],
+        teacher_layers: list[int],
+        weights: dict[str, float],
+        batch_tokens: int,
+        bf16: bool,
+        **kwargs,
+    ):
         super().__init__(data_collator=kwargs["train_dataset"].collate, **kwargs)
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.student_layers, self.teacher_layers = student_layers, teacher_layers
@@ -146,7 +164,9 @@ class DistillTrainer(Trainer):
 
     def _loader(self, texts: Texts, seed: int) -> DataLoader:
         sampler = BudgetSampler([len(row) for row in texts.ids], self.batch_tokens, seed)
-        loader = DataLoader(texts, batch_sampler=sampler, collate_fn=texts.collate, pin_memory=self.args.device.type == "cuda")
+        loader = DataLoader(
+            texts, batch_sampler=sampler, collate_fn=texts.collate, pin_memory=self.args.device.type == "cuda"
+        )
         return self.accelerator.prepare(loader)
 
 
@@ -249,10 +269,15 @@ def distill(
     check_objectives(spec.objectives)
     depth = student.config.num_hidden_layers
     layers = layer_map("alternate", depth, teacher.layers)
-    if spec.objectives.get("attention") and student.config.num_attention_heads != teacher.model.config.num_attention_heads:
+    if (
+        spec.objectives.get("attention")
+        and student.config.num_attention_heads != teacher.model.config.num_attention_heads
+    ):
         raise UserError("the attention objective compares head by head: student and teacher need as many heads")
     if student.config.hidden_size != teacher.hidden:
-        raise UserError(f"the student is {student.config.hidden_size} wide, the teacher {teacher.hidden}; objectives compare equal widths")
+        raise UserError(
+            f"the student is {student.config.hidden_size} wide, the teacher {teacher.hidden}; objectives compare equal widths"
+        )
     if spec.objectives.get("attention"):
         train, heldout = train.live(), heldout.live()
     if spec.freeze_embeddings:
@@ -267,8 +292,8 @@ def distill(
         output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
         warmup_steps=int(steps * spec.warmup), lr_scheduler_type="linear", optim="adamw_torch_fused", max_grad_norm=1.0,
         bf16=teacher.bf16, use_cpu=device.type == "cpu", torch_compile=compile_, seed=seed, data_seed=seed,
-        eval_steps=max(1, steps // spec.evaluations), eval_strategy="no", logging_strategy="no",
-        save_strategy="steps", save_steps=max(1, steps // 4), save_total_limit=1,
+        eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no",
+        save_strategy="steps", save_steps=-(-steps // 4), save_total_limit=1,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
     )  # fmt: skip
     history = _History(label, on_point)

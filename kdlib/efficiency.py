@@ -1,7 +1,7 @@
 """Size and speed of an encoder: parameters, megabytes, latency, throughput."""
 
 import time
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ from kdlib.progress import track
 def size_rows(encoder: Encoder, name: str) -> list[dict]:
     """Parameters, megabytes of fp32 weights, and embedding rows."""
     parameters = encoder.parameters
-    rows = {"parameters": parameters, "megabytes": parameters * 4 / 1e6, "rows": encoder.model.get_input_embeddings().weight.shape[0]}
+    rows = {
+        "parameters": parameters,
+        "megabytes": parameters * 4 / 1e6,
+        "rows": encoder.model.get_input_embeddings().weight.shape[0],
+    }
     return [dict(model=name, metric=metric, value=value) for metric, value in rows.items()]
 
 
@@ -29,7 +33,10 @@ def speed_rows(encoders: dict[str, Encoder], texts: Sequence[str], runs: int = 3
     single = {name: [] for name in encoders}
     many = {name: [] for name in encoders}
     picked = [middle[i % len(middle)] for i in range(0, runs * 7, 7)]
-    batches = [[ordered[(start + k * len(ordered) // batch) % len(ordered)] for k in range(batch)] for start in range(max(3, runs // 5))]
+    batches = [
+        [ordered[(start + k * len(ordered) // batch) % len(ordered)] for k in range(batch)]
+        for start in range(max(3, runs // 5))
+    ]
     for encoder in encoders.values():
         _encode(encoder, batches[0])
     for text in track(picked, "latency"):
@@ -42,7 +49,9 @@ def speed_rows(encoders: dict[str, Encoder], texts: Sequence[str], runs: int = 3
     for metric, timings in (("latency_ms", single), ("sentences_per_second", many)):
         for name, values in timings.items():
             low, value, high = np.quantile(values, [0.25, 0.5, 0.75])
-            rows.append(dict(model=name, metric=metric, method=device.type, value=value, low=low, high=high, n=len(values)))
+            rows.append(
+                dict(model=name, metric=metric, method=device.type, value=value, low=low, high=high, n=len(values))
+            )
     return rows
 
 

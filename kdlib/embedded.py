@@ -122,7 +122,9 @@ def _read_header(reader: _Reader) -> tuple[Header, int]:
         reader.fail(f"format version {version}; this reader knows version 1")
     *sizes, eps, block = reader.unpack("7ifi", "the header")
     header = Header(*sizes, eps)
-    limits = dict(hidden=65_536, layers=1_000, heads=1_024, ffn=1_000_000, rows=MAX_ROWS, positions=1_000_000, types=1_000)
+    limits = dict(
+        hidden=65_536, layers=1_000, heads=1_024, ffn=1_000_000, rows=MAX_ROWS, positions=1_000_000, types=1_000
+    )
     for field, largest in limits.items():
         if not 1 <= getattr(header, field) <= largest:
             reader.fail(f"header field {field!r} is {getattr(header, field)}; must lie in 1..{largest:,}")
@@ -215,7 +217,9 @@ def _read_tensors(reader: _Reader, shapes: dict[str, tuple[int, ...]]) -> dict[s
         if name in tensors:
             reader.fail(f"tensor {name!r} stands twice")
         if elements != int(np.prod(shapes[name])):
-            reader.fail(f"tensor {name!r} has {elements:,} weights; shape {shapes[name]} has {int(np.prod(shapes[name])):,}")
+            reader.fail(
+                f"tensor {name!r} has {elements:,} weights; shape {shapes[name]} has {int(np.prod(shapes[name])):,}"
+            )
         if dtype not in (0, 1):
             reader.fail(f"tensor {name!r} has data type {dtype}; known are 0 (f32) and 1 (Q4_0)")
         if dtype == 1 and elements % BLOCK:
@@ -224,7 +228,9 @@ def _read_tensors(reader: _Reader, shapes: dict[str, tuple[int, ...]]) -> dict[s
         if size != expected:
             reader.fail(f"tensor {name!r} takes {size:,} bytes; {elements:,} weights of its type take {expected:,}")
         if offset + size > len(reader.data):
-            reader.fail(f"the file ends inside tensor {name!r} (ends at {offset + size:,}, file has {len(reader.data):,})")
+            reader.fail(
+                f"the file ends inside tensor {name!r} (ends at {offset + size:,}, file has {len(reader.data):,})"
+            )
         raw = reader.data[offset : offset + size]
         values = dequantise(np.frombuffer(raw, np.uint8)) if dtype else np.frombuffer(raw, "<f4").astype(np.float32)
         if not np.isfinite(values).all():

@@ -1,9 +1,9 @@
 """An encoder: a model and its tokenizer, and the vectors that they give texts and words."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
@@ -102,7 +102,9 @@ def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None
 
 
 @torch.inference_mode()
-def word_vectors(encoder: Encoder, texts: Sequence[list[str]], layers: Sequence[int] | None = None, label: str = "") -> tuple[np.ndarray, np.ndarray]:
+def word_vectors(
+    encoder: Encoder, texts: Sequence[list[str]], layers: Sequence[int] | None = None, label: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
     """The state of every word's first token.
 
     Returns vectors float32 [words, layers, hidden] and places int [words, 2]: which text, which word of it. Words cut

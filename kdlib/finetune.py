@@ -115,7 +115,13 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
             bf16=encoder.bf16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no", logging_strategy="no",
             report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
         )  # fmt: skip
-        trainer = _Trainer(model=model, args=arguments, train_dataset=train, data_collator=train.collate, callbacks=[_Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}")])
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            data_collator=train.collate,
+            callbacks=[_Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}")],
+        )
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":
                 trainer.remove_callback(callback)

@@ -1,7 +1,7 @@
 """Scores with intervals: every metric is a function of sums over test items, so that items can be resampled."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import numpy as np
 from seqeval.metrics.sequence_labeling import get_entities

@@ -1,7 +1,7 @@
 """What the notebooks use to show things: figures, sentences that quote results, and a picture that grows while training."""
 
 import io
-from typing import Callable
+from collections.abc import Callable
 
 import pandas as pd
 from IPython.display import DisplayHandle, Image, Markdown, display

@@ -4,8 +4,8 @@ Each objective is a function of student and teacher `States` and gives one numbe
 objectives and their weights, and `total_loss` adds them up. Padding never counts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,9 @@ def attention_loss(student: States, teacher: States) -> torch.Tensor:
     heads in the student as in the teacher.
     """
     if not student.query or len(student.query) != len(teacher.query):
-        raise ValueError(f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; they must be as many, and some")
+        raise ValueError(
+            f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; they must be as many, and some"
+        )
     pairs = (student.mask[:, None, :, None] * student.mask[:, None, None, :]).bool()
     losses = []
     for mine, theirs in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), strict=True):
@@ -90,7 +92,9 @@ def check_objectives(weights: dict[str, float]) -> None:
         raise UserError(f"distill.objectives is {weights}; weights must not be negative, and one must be positive")
 
 
-def total_loss(weights: dict[str, float], student: States, teacher: States) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def total_loss(
+    weights: dict[str, float], student: States, teacher: States
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum, and each objective's own value."""
     parts = {name: OBJECTIVES[name](student, teacher) for name, weight in weights.items() if weight}
     return sum(weights[name] * value for name, value in parts.items()), {n: v.detach() for n, v in parts.items()}

@@ -1,6 +1,6 @@
 """Probing: what an encoder knows of a language, measured without training the encoder."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -36,7 +36,9 @@ def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> di
     }
 
 
-def task_vectors(encoder: Encoder, task: Task, layers: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def task_vectors(
+    encoder: Encoder, task: Task, layers: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Frozen features of a task: train [items, layers, features], test alike, and the places of the test words.
 
     classify and multilabel: the mean-pooled states of the text. pair: of both texts u and v, [u, v, |u - v|, u * v]
@@ -71,7 +73,15 @@ def train_targets(encoder: Encoder, task: Task) -> np.ndarray:
     return np.array([task.train.targets[t][w] for t, words in enumerate(seen) for w in words])
 
 
-def linear_probe(task: Task, train: np.ndarray, targets: np.ndarray, test: np.ndarray, places: np.ndarray, seed: int = 0, share: float = 1.0) -> list[Metric]:
+def linear_probe(
+    task: Task,
+    train: np.ndarray,
+    targets: np.ndarray,
+    test: np.ndarray,
+    places: np.ndarray,
+    seed: int = 0,
+    share: float = 1.0,
+) -> list[Metric]:
     """Logistic regression on standardised frozen features; the task's metrics on its test rows.
 
     train, test: [items, features]. share: train on so large a random share of the items, drawn with `seed`; this is where
@@ -119,9 +129,30 @@ def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, s
     for k, layer in enumerate(layers):
         metric = linear_probe(small, train[:, k], targets, test[:, k], places)[0]
         low, high = interval([metric])
-        rows.append(dict(model="teacher", task=task.name, method="layer probe", metric=metric.name, layer=layer, value=metric.value, low=low, high=high, n=len(small.test)))
+        rows.append(
+            dict(
+                model="teacher",
+                task=task.name,
+                method="layer probe",
+                metric=metric.name,
+                layer=layer,
+                value=metric.value,
+                low=low,
+                high=high,
+                n=len(small.test),
+            )
+        )
     base = majority(small)[0]
-    return rows + [dict(model="majority", task=task.name, method="layer probe", metric=base.name, value=base.value, n=len(small.test))]
+    return rows + [
+        dict(
+            model="majority",
+            task=task.name,
+            method="layer probe",
+            metric=base.name,
+            value=base.value,
+            n=len(small.test),
+        )
+    ]
 
 
 def retrieval(queries: np.ndarray, targets: np.ndarray, centred: bool = False) -> np.ndarray:
@@ -188,7 +219,11 @@ def cka_rows(encoder: Encoder, texts: Sequence[str]) -> list[dict]:
     for i in range(count):
         for j in range(i):
             table[i, j] = table[j, i] = linear_cka(states[:, i], states[:, j])
-    return [dict(model="teacher", metric="cka", layer=i, x=j, value=table[i, j], n=len(texts)) for i in range(count) for j in range(count)]
+    return [
+        dict(model="teacher", metric="cka", layer=i, x=j, value=table[i, j], n=len(texts))
+        for i in range(count)
+        for j in range(count)
+    ]
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:

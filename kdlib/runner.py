@@ -7,9 +7,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pandas as pd
 import papermill
@@ -42,7 +43,9 @@ def notebook_folder() -> Path:
     for folder in (Path(__file__).parents[1] / "notebooks", Path.cwd() / "notebooks"):
         if (folder / f"{NOTEBOOKS['probe']}.ipynb").is_file():
             return folder
-    raise UserError("the notebooks were not found: run kdlib in a checkout of the project, or install it from one (pip install -e .)")
+    raise UserError(
+        "the notebooks were not found: run kdlib in a checkout of the project, or install it from one (pip install -e .)"
+    )
 
 
 def wanted_stages(only: list[str], start: str | None) -> list[str]:
@@ -55,7 +58,14 @@ def wanted_stages(only: list[str], start: str | None) -> list[str]:
     return STAGES[STAGES.index(start) :] if start else STAGES
 
 
-def run_study(out: Path, profile: str, overrides: list[str], only: list[str] = (), start: str | None = None, console: Console | None = None) -> None:
+def run_study(
+    out: Path,
+    profile: str,
+    overrides: list[str],
+    only: list[str] = (),
+    start: str | None = None,
+    console: Console | None = None,
+) -> None:
     """Run the notebooks of a study into the run folder `out`.
 
     A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after `start`.
@@ -87,16 +97,36 @@ def run_study(out: Path, profile: str, overrides: list[str], only: list[str] = (
 
 def execute(source: Path, target: Path, parameters: dict[str, Any], console: Console) -> None:
     """Run one notebook by papermill. The output is saved after every cell. Raises NotebookError naming notebook, cell and error."""
-    with tempfile.TemporaryDirectory() as folder, _report(source.stem, Path(folder) / "progress.json", console) as report:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _report(source.stem, Path(folder) / "progress.json", console) as report,
+    ):
         _Engine.report = report
         try:
-            papermill.execute_notebook(source, target, parameters, engine_name="kdlib", kernel_name="python3", progress_bar=False, extra_arguments=["--IPKernelApp.log_level=40"])
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters,
+                engine_name="kdlib",
+                kernel_name="python3",
+                progress_bar=False,
+                extra_arguments=["--IPKernelApp.log_level=40"],
+            )
         except PapermillExecutionError as error:
             reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-            raise NotebookError(f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", error.ename == "UserError") from None
+            raise NotebookError(
+                f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}",
+                error.ename == "UserError",
+            ) from None
         except (DeadKernelError, CellTimeoutError) as error:
-            reason = "its kernel died (killed, or out of memory)" if isinstance(error, DeadKernelError) else "a cell took too long"
-            raise NotebookError(f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", False) from None
+            reason = (
+                "its kernel died (killed, or out of memory)"
+                if isinstance(error, DeadKernelError)
+                else "a cell took too long"
+            )
+            raise NotebookError(
+                f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", False
+            ) from None
 
 
 class _Engine(NBClientEngine):
@@ -182,7 +212,12 @@ def clock(seconds: float) -> str:
 
 def summary(run: Run, seconds: float, console: Console) -> None:
     """Where everything is, and the headline: size, speed and accuracy of the student against the teacher."""
-    shown = [("student", run.path / "student"), ("table", run.results_file), ("figures", run.path / "figures"), ("notebooks", run.path / "notebooks")]
+    shown = [
+        ("student", run.path / "student"),
+        ("table", run.results_file),
+        ("figures", run.path / "figures"),
+        ("notebooks", run.path / "notebooks"),
+    ]
     console.print()
     for name, path in shown:
         if path.exists():

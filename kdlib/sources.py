@@ -48,7 +48,9 @@ def read_rows(source: Source, columns: list[str] = (), split: str | None = None)
         raise UserError(f"{name}: no rows")
     missing = [column for column in columns if column not in rows.columns]
     if missing:
-        raise UserError(f"{name}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, rows.columns))}")
+        raise UserError(
+            f"{name}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, rows.columns))}"
+        )
     return rows
 
 

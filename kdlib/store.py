@@ -6,8 +6,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -18,7 +19,22 @@ from kdlib.errors import UserError
 
 # What a row says: `model` has `value` for `metric`, on `task` in `language`, got by `method`, in the ablation `arm`, at
 # `layer`, as a function of `x` (rows, seconds, another layer); low and high bound a 95% interval over `n` test items.
-COLUMNS = ["stage", "model", "language", "task", "metric", "value", "seed", "method", "arm", "layer", "x", "low", "high", "n"]
+COLUMNS = [
+    "stage",
+    "model",
+    "language",
+    "task",
+    "metric",
+    "value",
+    "seed",
+    "method",
+    "arm",
+    "layer",
+    "x",
+    "low",
+    "high",
+    "n",
+]
 TEXT_COLUMNS = ["stage", "model", "language", "task", "metric", "method", "arm"]
 WHOLE_COLUMNS = ["seed", "layer", "n"]
 KINDS = {c: str if c in TEXT_COLUMNS else "Int64" if c in WHOLE_COLUMNS else float for c in COLUMNS}

@@ -6,18 +6,18 @@ same profile finds what is already there.
 
 import json
 import shutil
-import time
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kdlib import config, device, embedded, sources, vocabulary
-from kdlib.benchmark import average_row, compare, rows_of, probe_runs
+from kdlib.benchmark import average_row, compare, probe_runs, rows_of
 from kdlib.card import write_card
-from kdlib.corpus import Corpus, load_corpus, sentences, windows
+from kdlib.corpus import Corpus, load_corpus, sentences, windows, without
 from kdlib.distill import Outcome, Texts, distill, prepare
 from kdlib.efficiency import size_rows, speed_rows
 from kdlib.encoder import Encoder, text_vectors
@@ -55,6 +55,11 @@ def stage_key(profile: config.Profile, stage: str) -> str:
     return fingerprint(sections, stage_key(profile, BEFORE[stage]) if stage in BEFORE else None)
 
 
+def _parts(text: str | tuple[str, str] | list[str]) -> tuple[str, ...]:
+    """The sentences of a task's text, of either kind."""
+    return (text,) if isinstance(text, str) else text if isinstance(text, tuple) else (" ".join(text),)
+
+
 class Study:
     """A run's artefacts: corpus, tasks, teacher, pruned teacher, student, and the rows of each stage."""
 
@@ -83,11 +88,14 @@ class Study:
         spec = self.profile.parallel
         if spec is None:
             return {}
-        rows = sources.embedded_rows("parallel") if spec.source == "embedded" else sources.read_rows(spec, spec.languages)
+        rows = (
+            sources.embedded_rows("parallel") if spec.source == "embedded" else sources.read_rows(spec, spec.languages)
+        )
         missing = [code for code in spec.languages if code not in rows]
         if missing:
             raise UserError(f"parallel.languages: no column {', '.join(missing)}; there are {', '.join(rows.columns)}")
-        rows = rows[: self.profile.probe.languages_rows]
+        whole = rows[spec.languages].map(lambda text: isinstance(text, str) and bool(text.strip())).all(axis=1)
+        rows = rows[whole][: self.profile.probe.languages_rows]
         return {code: list(rows[code]) for code in spec.languages}
 
     @cached_property
@@ -133,11 +141,18 @@ class Study:
         counts = vocabulary.count_pieces(self.teacher.tokenizer, sentences(self.corpus.train))
         used = int((counts > 0).sum())
         row = dict(model="teacher", n=int(counts.sum()))
-        return [row | dict(metric="vocabulary_used", value=used), row | dict(metric="vocabulary_share", value=used / len(counts))]
+        return [
+            row | dict(metric="vocabulary_used", value=used),
+            row | dict(metric="vocabulary_share", value=used / len(counts)),
+        ]
 
     def layer_probe_rows(self) -> list[dict]:
         spec = self.profile.probe
-        return [row for task in self.tasks for row in layer_probe(self.teacher, task, spec.train_rows, spec.test_rows, self.profile.seed)]
+        return [
+            row
+            for task in self.tasks
+            for row in layer_probe(self.teacher, task, spec.train_rows, spec.test_rows, self.profile.seed)
+        ]
 
     def retrieval_rows(self) -> list[dict]:
         usable = self.profile.language in self.parallel and len(self.parallel) > 1
@@ -154,7 +169,9 @@ class Study:
         spec = self.profile.vocabulary
         words = vocabulary.word_list(self.profile.language) if spec.wordlist else []
         prefix = [self._prefix] if self._prefix else []
-        return vocabulary.select(self.teacher.tokenizer, sentences(self.corpus.train), words, prefix, spec.characters, spec.max_rows)
+        return vocabulary.select(
+            self.teacher.tokenizer, sentences(self.corpus.train), words, prefix, spec.characters, spec.max_rows
+        )
 
     @cached_property
     def pruned(self) -> Encoder:
@@ -180,24 +197,42 @@ class Study:
         for name, encoder in (("teacher", full), ("pruned teacher", pruned)):
             for method, lines in texts.items():
                 facts = segmentation(encoder.tokenizer, lines)
-                rows += [dict(model=name, metric=m, method=method, value=facts[m], n=len(lines)) for m in ("fertility", "unknown_rate")]
+                rows += [
+                    dict(model=name, metric=m, method=method, value=facts[m], n=len(lines))
+                    for m in ("fertility", "unknown_rate")
+                ]
         pieces = vocabulary.piece_list(full.tokenizer)
         kept = set(chosen.ids)
-        scripts = pd.DataFrame({"script": [vocabulary.main_script(p) for p in pieces], "kept": [i in kept for i in range(len(pieces))]})
+        scripts = pd.DataFrame(
+            {"script": [vocabulary.main_script(p) for p in pieces], "kept": [i in kept for i in range(len(pieces))]}
+        )
         for (script, keep), count in scripts.value_counts().items():
-            rows.append(dict(model="pruned teacher", metric="rows_kept" if keep else "rows_cut", arm=script, value=count))
+            rows.append(
+                dict(model="pruned teacher", metric="rows_kept" if keep else "rows_cut", arm=script, value=count)
+            )
         for reason, count in pd.Series(chosen.reason).value_counts().items():
             rows.append(dict(model="pruned teacher", metric="rows_reason", arm=reason, value=count))
         held = vocabulary.count_pieces(full.tokenizer, texts["heldout"])
         for method, counts in (("corpus", chosen.counts), ("heldout", held)):
             for size, share in vocabulary.coverage_curve(chosen, counts):
-                rows.append(dict(model="pruned teacher", metric="coverage", method=method, x=size, value=share, n=int(counts.sum())))
+                rows.append(
+                    dict(
+                        model="pruned teacher",
+                        metric="coverage",
+                        method=method,
+                        x=size,
+                        value=share,
+                        n=int(counts.sum()),
+                    )
+                )
         return rows
 
     def prove_pruning(self, texts: list[str] | None = None, states_of: int = 200) -> pd.DataFrame:
         """On every text: do the pruned ids name the teacher's ids? On the first ones: are hidden states equal bit for bit?"""
         texts = sentences(self.corpus.train) if texts is None else texts
-        return vocabulary.prove(self.teacher, self.pruned, np.load(self.run.path / "vocabulary" / "kept_ids.npy"), texts, states_of)
+        return vocabulary.prove(
+            self.teacher, self.pruned, np.load(self.run.path / "vocabulary" / "kept_ids.npy"), texts, states_of
+        )
 
     # -- 03
 
@@ -205,7 +240,8 @@ class Study:
     def texts(self) -> tuple[Texts, Texts]:
         """What students are distilled on and watched with, with the teacher's cached states."""
         spec = self.profile.distill
-        train = windows(self.corpus.train, spec.windows)
+        tested = {part for task in self.tasks for text in task.test.texts for part in _parts(text)}
+        train = windows(without(self.corpus.train, tested), spec.windows)
         if spec.max_texts and len(train) > spec.max_texts:
             chosen = np.random.default_rng(self.profile.seed).permutation(len(train))[: spec.max_texts]
             train = [train[i] for i in sorted(chosen)]
@@ -233,7 +269,9 @@ class Study:
         spec = self.profile.student
         model = build_student(self.pruned.model, spec.layers, spec.init if init is None else init, self.profile.seed)
         name = "from scratch" if init == "random" else "no distillation"
-        return Encoder(model.to(self.device), self.pruned.tokenizer, name, self._prefix, self.pruned.max_length, self.bf16)
+        return Encoder(
+            model.to(self.device), self.pruned.tokenizer, name, self._prefix, self.pruned.max_length, self.bf16
+        )
 
     def distill(self, on_point: Callable[[pd.DataFrame], None] | None = None) -> tuple[Encoder, pd.DataFrame, dict]:
         """The student, the curve of its training and the facts of the run, from `student/` and `distill/` or made there.
@@ -274,7 +312,14 @@ class Study:
     def distill_rows(self, curve: pd.DataFrame, facts: dict) -> list[dict]:
         losses = [column for column in curve if column not in ("split", "step", "seconds")]
         rows = [
-            dict(model="student", metric=metric, method=point["split"], x=point["seconds"], n=int(point["step"]), value=point[metric])
+            dict(
+                model="student",
+                metric=metric,
+                method=point["split"],
+                x=point["seconds"],
+                n=int(point["step"]),
+                value=point[metric],
+            )
             for point in curve.to_dict("records")
             for metric in losses
         ]
@@ -315,10 +360,19 @@ class Study:
 
     def arms(self) -> list[dict]:
         """The ablation arms: family, arm, x, and what they change; the profile's own choice is in each family."""
-        spec, base = self.profile.ablations, dict(fraction=1.0, init=self.profile.student.init, objectives=self.profile.distill.objectives)
-        arms = [dict(family="fraction", arm=f"{share:.0%}", x=share, **(base | {"fraction": share})) for share in spec.fractions]
+        spec, base = (
+            self.profile.ablations,
+            dict(fraction=1.0, init=self.profile.student.init, objectives=self.profile.distill.objectives),
+        )
+        arms = [
+            dict(family="fraction", arm=f"{share:.0%}", x=share, **(base | {"fraction": share}))
+            for share in spec.fractions
+        ]
         arms += [dict(family="init", arm=str(init), x=None, **(base | {"init": init})) for init in spec.inits]
-        return arms + [dict(family="objective", arm=name, x=None, **(base | {"objectives": weights})) for name, weights in spec.objectives.items()]
+        return arms + [
+            dict(family="objective", arm=name, x=None, **(base | {"objectives": weights}))
+            for name, weights in spec.objectives.items()
+        ]
 
     def ablation_rows(self, on_arm: Callable[[dict, list[dict]], None] | None = None) -> list[dict]:
         """Every arm distilled and probed, plus the teacher and the undistilled student for reference.
@@ -330,10 +384,22 @@ class Study:
         rows = []
         for encoder in (self.pruned, self.undistilled()):
             name = "teacher" if encoder is self.pruned else "no distillation"
-            rows += self._kept(["reference", name], lambda encoder=encoder: self._probe_arm(encoder, tasks), model=name, method="reference")
+            rows += self._kept(
+                ["reference", name],
+                lambda encoder=encoder: self._probe_arm(encoder, tasks),
+                model=name,
+                method="reference",
+            )
         for arm in self.arms():
             changed = {key: arm[key] for key in ("fraction", "init", "objectives")}
-            made = self._kept(changed, lambda arm=arm: self._run_arm(arm, tasks), model="student", method=arm["family"], arm=arm["arm"], x=arm["x"])
+            made = self._kept(
+                changed,
+                lambda arm=arm: self._run_arm(arm, tasks),
+                model="student",
+                method=arm["family"],
+                arm=arm["arm"],
+                x=arm["x"],
+            )
             rows += made
             if on_arm:
                 on_arm(arm, made)
@@ -342,7 +408,9 @@ class Study:
     def _kept(self, what: Any, make: Callable[[], list[dict]], **labels) -> list[dict]:
         full = self.profile.model_dump()
         shared = [full["distill"], full["student"], full["tasks"], full["seed"]]
-        shared += [full["ablations"][k] for k in ("epochs", "max_texts")] + [full["benchmark"][k] for k in ("seeds", "probe_share", "bootstrap")]
+        shared += [full["ablations"][k] for k in ("epochs", "max_texts")] + [
+            full["benchmark"][k] for k in ("seeds", "probe_share", "bootstrap")
+        ]
         key = fingerprint(what, stage_key(self.profile, "prune"), shared)
         file = self.run.folder("ablations") / key / "rows.json"
         if not file.is_file():
@@ -361,7 +429,16 @@ class Study:
         label = f"arm {arm['family']} {arm['arm']}"
         work = self.run.path / "ablations" / "work"
         shutil.rmtree(work, ignore_errors=True)
-        outcome = distill(self.pruned, model.to(self.device), train.part(places), held.part(range(min(300, len(held)))), settings, work, self.profile.seed, label)
+        outcome = distill(
+            self.pruned,
+            model.to(self.device),
+            train.part(places),
+            held.part(range(min(300, len(held)))),
+            settings,
+            work,
+            self.profile.seed,
+            label,
+        )
         shutil.rmtree(work, ignore_errors=True)
         encoder = Encoder(outcome.student, self.pruned.tokenizer, label, self._prefix, self._max_length, self.bf16)
         last = outcome.curve.query("split == 'heldout'").iloc[-1]

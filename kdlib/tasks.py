@@ -54,7 +54,8 @@ class Task:
 
 
 def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:
-    """The profile's tasks, each checked for test rows that also stand in train or in the distillation corpus."""
+    """The profile's tasks, each checked for test rows that also stand in train, and the embedded ones for test
+    sentences in the embedded corpus. (From a corpus of the user's own, `Study.texts` takes test sentences out.)"""
     distilled = {sentence for document in corpus.train for sentence in document.sentences}
     loaded = [load_task(spec, corpus) for spec in profile.tasks]
     names = [task.name for task in loaded]
@@ -72,7 +73,9 @@ def load_task(spec: config.Task, corpus: Corpus) -> Task:
     if spec.name not in EMBEDDED:
         raise UserError(f"no embedded task {spec.name!r}; there are {', '.join(EMBEDDED)}")
     if spec.name in ("topic", "entailment") and not corpus.test:
-        raise UserError(f"the embedded task {spec.name!r} is made of the embedded corpus; with corpus.source set, name other tasks")
+        raise UserError(
+            f"the embedded task {spec.name!r} is made of the embedded corpus; with corpus.source set, name other tasks"
+        )
     return EMBEDDED[spec.name](corpus)
 
 
@@ -131,7 +134,9 @@ def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: l
     """Hold out a share of each class (of each label combination), the same on every machine; rows that repeat a held-out
     text are taken from the training side."""
     groups: dict[str, list[int]] = {}
-    for i in sorted(range(len(texts)), key=lambda i: hashlib.sha256(repr(texts[i]).encode("utf-8", "replace")).hexdigest()):
+    for i in sorted(
+        range(len(texts)), key=lambda i: hashlib.sha256(repr(texts[i]).encode("utf-8", "replace")).hexdigest()
+    ):
         groups.setdefault(str(targets[i]) if kind != "tokens" else "", []).append(i)
     test = {i for group in groups.values() for i in group[: round(len(group) * TEST_SHARE)]}
     held = {repr(texts[i]) for i in test}
@@ -176,11 +181,19 @@ def _entities(corpus: Corpus) -> Task:
         if len(group) <= 3 and len(test) < TEST_SHARE * len(parsed):
             test.update(group)
     pick = lambda inside: [i for i in range(len(parsed)) if (i in test) == inside]
-    split = lambda rows: Split([parsed[i][0] for i in rows], [[labels.index(tag) for tag in parsed[i][1]] for i in rows])
+    split = lambda rows: Split(
+        [parsed[i][0] for i in rows], [[labels.index(tag) for tag in parsed[i][1]] for i in rows]
+    )
     return Task("entities", "tokens", labels, split(pick(False)), split(pick(True)))
 
 
-EMBEDDED = {"topic": _topic, "sentiment": _sentiment, "dengue": _dengue, "entailment": _entailment, "entities": _entities}
+EMBEDDED = {
+    "topic": _topic,
+    "sentiment": _sentiment,
+    "dengue": _dengue,
+    "entailment": _entailment,
+    "entities": _entities,
+}
 
 
 def _own(spec: config.Task) -> Task:
@@ -189,7 +202,9 @@ def _own(spec: config.Task) -> Task:
     if spec.kind == "pair" and not spec.second:
         raise UserError(f"task {spec.name}: kind pair needs the column of the second text: second")
     if (spec.kind == "multilabel") != isinstance(spec.label, list):
-        raise UserError(f"task {spec.name}: label is a list of 0/1 columns for kind multilabel, and one column otherwise")
+        raise UserError(
+            f"task {spec.name}: label is a list of 0/1 columns for kind multilabel, and one column otherwise"
+        )
     columns = [spec.text, *([spec.second] if spec.second else []), *label_columns]
     frames = [sources.read_rows(spec, columns)]
     if spec.test:
@@ -201,7 +216,9 @@ def _own(spec: config.Task) -> Task:
         tags = {tag for row in frames[0][spec.label] for tag in _words(row, f"task {spec.name}", spec.label)}
         labels = sorted({"O", *tags}, key=lambda tag: (tag != "O", tag[2:], tag))
     if len(labels) < 2:
-        raise UserError(f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); at least two are needed")
+        raise UserError(
+            f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); at least two are needed"
+        )
     splits = [_own_split(spec, frame, labels) for frame in frames]
     if len(splits) == 1:
         return _split_rows(spec.name, spec.kind, labels, splits[0].texts, splits[0].targets)
@@ -265,12 +282,18 @@ def check(task: Task, distilled: set[str]) -> None:
     key = lambda text: text if isinstance(text, str) else tuple(text)
     shared = {key(text) for text in task.train.texts} & {key(text) for text in task.test.texts}
     if shared:
-        raise UserError(f"task {task.name}: {len(shared)} test rows also stand in train, such as {next(iter(shared))!r}")
+        raise UserError(
+            f"task {task.name}: {len(shared)} test rows also stand in train, such as {next(iter(shared))!r}"
+        )
     for text in task.test.texts:
         parts = [text] if isinstance(text, str) else [" ".join(text)] if task.kind == "tokens" else text
         if any(part in distilled for part in parts):
             raise UserError(f"task {task.name}: a test sentence stands in the distillation corpus: {parts[0]!r}")
     for name, split in (("train", task.train), ("test", task.test)):
-        seen = Counter(tuple(t) if isinstance(t, list) and task.kind == "multilabel" else t for t in split.targets if not isinstance(t, list) or task.kind == "multilabel")
+        seen = Counter(
+            tuple(t) if isinstance(t, list) and task.kind == "multilabel" else t
+            for t in split.targets
+            if not isinstance(t, list) or task.kind == "multilabel"
+        )
         if task.kind != "tokens" and len(seen) < 2:
             raise UserError(f"task {task.name}: the {name} rows hold one class only; at least two are needed")

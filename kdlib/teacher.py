@@ -25,7 +25,9 @@ def load_teacher(spec: config.Teacher, device: torch.device | str = "cpu", bf16:
         prefix = embedded.PREFIX if spec.prefix is None else spec.prefix
         encoder = load_encoder(embedded.folder(), embedded.NAME.split("/")[1], prefix, spec.max_length)
     else:
-        encoder = load_encoder(spec.source, Path(spec.source).name, spec.prefix or "", spec.max_length, spec.revision, spec.allow_pickle)
+        encoder = load_encoder(
+            spec.source, Path(spec.source).name, spec.prefix or "", spec.max_length, spec.revision, spec.allow_pickle
+        )
     encoder.model.to(device)
     encoder.bf16 = bf16
     return encoder
@@ -51,13 +53,17 @@ def load_encoder(
         kind = AutoConfig.from_pretrained(source, **options).model_type
         if kind not in FAMILIES:
             raise UserError(f"{source}: a model of kind {kind!r}; teachers are of kind {', '.join(FAMILIES)}")
-        model = AutoModel.from_pretrained(source, use_safetensors=None if allow_pickle else True, dtype=torch.float32, **options)
+        model = AutoModel.from_pretrained(
+            source, use_safetensors=None if allow_pickle else True, dtype=torch.float32, **options
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except UserError:
         raise
     except Exception as error:  # the hub client and the readers raise a dozen kinds; people need one line
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"model {str(source)!r} could not be loaded: {reason} Offline? Use teacher.source=embedded or a local folder.") from None
+        raise UserError(
+            f"model {str(source)!r} could not be loaded: {reason} Offline? Use teacher.source=embedded or a local folder."
+        ) from None
     finally:
         logging.set_verbosity(quiet)
         logging.enable_progress_bar()

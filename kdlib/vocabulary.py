@@ -8,9 +8,8 @@ any unseen word can be spelled with; tokenizer and embeddings are renumbered tog
 import copy
 import json
 import re
-from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -147,12 +146,18 @@ def select(
     used = np.flatnonzero(counts)
     scripts = set().union(*(script_of(pieces[i]) for i in used if i not in reason)) | NEUTRAL_SCRIPTS
     claim(
-        (i for i, p in enumerate(pieces) if _is_character(p, kind) and (characters == "all" or _in_scripts(p, scripts, kind))),
+        (
+            i
+            for i, p in enumerate(pieces)
+            if _is_character(p, kind) and (characters == "all" or _in_scripts(p, scripts, kind))
+        ),
         "character",
     )
     claim((i for text in extra for i in tokenizer(text, add_special_tokens=False).input_ids), "corpus")
     if max_rows is not None and len(reason) > max_rows:
-        raise UserError(f"vocabulary.max_rows is {max_rows:,}; special tokens and single characters alone need {len(reason):,}")
+        raise UserError(
+            f"vocabulary.max_rows is {max_rows:,}; special tokens and single characters alone need {len(reason):,}"
+        )
     dropped = 0
     for i in sorted(used, key=lambda i: -counts[i]):
         if int(i) not in reason and not claim([int(i)], "corpus", max_rows):
@@ -324,7 +329,9 @@ def coverage_curve(selection: Selection, counts: np.ndarray, points: int = 40) -
     then the word list's. counts: int [vocabulary], how often the text in question uses each piece.
     """
     first = [i for i in selection.ids if selection.reason[i] in ("special", "character")]
-    by_use = sorted((i for i in selection.ids if selection.reason[i] in ("corpus", "merge")), key=lambda i: -selection.counts[i])
+    by_use = sorted(
+        (i for i in selection.ids if selection.reason[i] in ("corpus", "merge")), key=lambda i: -selection.counts[i]
+    )
     rest = [i for i, why in selection.reason.items() if why == "wordlist"]
     covered = np.cumsum(counts[first + by_use + rest]) / max(1, counts.sum())
     sizes = np.unique(np.geomspace(max(1, len(first)), len(covered), points).round().astype(int))
@@ -349,7 +356,11 @@ def prove(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: list[str], sta
         for encoder in (full, pruned):
             row = torch.tensor([encoder.tokenize([text])[0].ids], device=device)
             with torch.inference_mode():
-                states.append(encoder.model(input_ids=row, attention_mask=torch.ones_like(row), output_hidden_states=True).hidden_states)
+                states.append(
+                    encoder.model(
+                        input_ids=row, attention_mask=torch.ones_like(row), output_hidden_states=True
+                    ).hidden_states
+                )
         equal += states[0][0].shape == states[1][0].shape and all(torch.equal(a, b) for a, b in zip(*states))
     claims = [("token ids map exactly", len(texts), same), ("hidden states equal bit for bit", len(sample), int(equal))]
     return pd.DataFrame(claims, columns=["claim", "texts", "holds"])

@@ -37,7 +37,16 @@ def front_matter(folder):
 
 
 def result(model="student", value=0.7654, **more):
-    row = dict(model=model, task="topic", metric="accuracy", method="probe", value=value, low=value - 0.05, high=value + 0.05, n=504)
+    row = dict(
+        model=model,
+        task="topic",
+        metric="accuracy",
+        method="probe",
+        value=value,
+        low=value - 0.05,
+        high=value + 0.05,
+        n=504,
+    )
     return row | more
 
 
@@ -96,7 +105,9 @@ def test_settings_of_sentence_transformers(make):
     assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 96
 
 
-@pytest.mark.parametrize("override, prefix", [((), "query: "), ({"teacher.prefix": ""}, ""), ({"teacher.prefix": "tanong: "}, "tanong: ")])
+@pytest.mark.parametrize(
+    "override, prefix", [((), "query: "), ({"teacher.prefix": ""}, ""), ({"teacher.prefix": "tanong: "}, "tanong: ")]
+)
 def test_prefix_goes_into_the_settings_and_the_example(make, override, prefix):
     folder = make(override)
     settings = json.loads((folder / "config_sentence_transformers.json").read_text())

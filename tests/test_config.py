@@ -192,7 +192,9 @@ def test_assigning_below_a_value(override):
     assert override.split("=")[0].rpartition(".")[0].split(".")[0] in refusal(override)
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "a b", "seed='", "seed=[", "seed={", "seed=!!python/name:os.system"])
+@pytest.mark.parametrize(
+    "override", ["seed", "=3", "a b", "seed='", "seed=[", "seed={", "seed=!!python/name:os.system"]
+)
 def test_override_that_is_no_assignment(override):
     refusal(override)
 

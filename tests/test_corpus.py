@@ -29,7 +29,9 @@ def own(source, **more):
 
 
 def text_of(count, start=0):
-    return "\n\n".join(f"Dokumento {i} una. Dokumento {i} ikalawa.\nDokumento {i} ikatlo!" for i in range(start, start + count))
+    return "\n\n".join(
+        f"Dokumento {i} una. Dokumento {i} ikalawa.\nDokumento {i} ikatlo!" for i in range(start, start + count)
+    )
 
 
 @pytest.fixture
@@ -81,9 +83,13 @@ def test_embedded_split_does_not_depend_on_row_order_or_seed(embedded, monkeypat
 
 
 def test_max_documents_draws_by_seed_and_leaves_the_rest_alone(embedded):
-    first, again, other = (load_corpus(load_profile("workshop", f"corpus.max_documents=40 seed={s}")) for s in (0, 0, 1))
+    first, again, other = (
+        load_corpus(load_profile("workshop", f"corpus.max_documents=40 seed={s}")) for s in (0, 0, 1)
+    )
     assert len(first.train) == 40 and names(first) == names(again)
-    assert {d.id for d in first.train} < {d.id for d in embedded.train} and names(first)["train"] != names(other)["train"]
+    assert {d.id for d in first.train} < {d.id for d in embedded.train} and names(first)["train"] != names(other)[
+        "train"
+    ]
     assert names(first)["test"] == names(embedded)["test"] and names(first)["heldout"] == names(embedded)["heldout"]
 
 
@@ -106,7 +112,9 @@ def test_planted_leak_is_caught(embedded, part):
 def test_own_txt_keeps_every_document_whole(txt):
     corpus = own(txt(text_of(40)))
     assert (len(corpus.train), len(corpus.heldout), corpus.test) == (39, 1, [])
-    assert all(len(d.sentences) == 3 and len({s.split()[1] for s in d.sentences}) == 1 for d in corpus.train + corpus.heldout)
+    assert all(
+        len(d.sentences) == 3 and len({s.split()[1] for s in d.sentences}) == 1 for d in corpus.train + corpus.heldout
+    )
     assert len({s for d in corpus.train + corpus.heldout for s in d.sentences}) == 120
 
 
@@ -209,7 +217,7 @@ def test_sentences_in_several_scripts(text, expected):
 def test_splitting_loses_and_adds_no_character():
     rng = random.Random(0)
     for _ in range(500):
-        text = "".join(rng.choices("ab .!?…。！？।؟\"”’)」 \n", k=30))
+        text = "".join(rng.choices('ab .!?…。！？।؟"”’)」 \n', k=30))
         pieces = split_sentences(text)
         assert "".join("".join(pieces).split()) == "".join(text.split())
         assert all(piece == piece.strip() and piece for piece in pieces)
@@ -230,7 +238,9 @@ def test_windows_hold_every_sentence_once_a_length(lengths):
     for text in texts:
         words = text.split()
         assert len(words) <= max(lengths) and len({word.split("-")[0] for word in words}) == 1
-        assert [int(word.split("-")[1]) for word in words] == list(range(int(words[0].split("-")[1]), int(words[-1].split("-")[1]) + 1))
+        assert [int(word.split("-")[1]) for word in words] == list(
+            range(int(words[0].split("-")[1]), int(words[-1].split("-")[1]) + 1)
+        )
 
 
 def test_windows_of_the_embedded_corpus(embedded):

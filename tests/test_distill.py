@@ -19,7 +19,9 @@ def spec(**changes):
 
 
 def data(teacher, settings, root, depth=2):
-    return prepare(teacher, tiny.texts(120), settings, root, depth), prepare(teacher, tiny.texts(30, 1), settings, root, depth)
+    return prepare(teacher, tiny.texts(120), settings, root, depth), prepare(
+        teacher, tiny.texts(30, 1), settings, root, depth
+    )
 
 
 def test_caught_scores_are_those_of_the_models_own_attention():
@@ -76,7 +78,9 @@ def test_loss_of_cached_and_live_runs_agrees(tmp_path):
     for cache in (True, False):
         settings = spec(cache=cache)
         student = build_student(teacher.model, 2)
-        outcome = distill(teacher, student, *data(teacher, settings, tmp_path / "cache"), settings, tmp_path / str(cache))
+        outcome = distill(
+            teacher, student, *data(teacher, settings, tmp_path / "cache"), settings, tmp_path / str(cache)
+        )
         curves.append(outcome.curve["loss"].to_numpy())
         assert (outcome.facts["cache_gigabytes"] > 0) == cache
     assert np.allclose(*curves, rtol=5e-3)
@@ -85,7 +89,9 @@ def test_loss_of_cached_and_live_runs_agrees(tmp_path):
 @pytest.mark.parametrize("objectives", [{"hidden": 1.0, "sentence": 0.25}, {"attention": 1.0, "hidden": 1.0}])
 def test_heldout_loss_falls(tmp_path, objectives):
     teacher, settings = tiny.encoder(), spec(objectives=objectives, epochs=6)
-    outcome = distill(teacher, build_student(teacher.model, 2), *data(teacher, settings, tmp_path / "c"), settings, tmp_path / "w")
+    outcome = distill(
+        teacher, build_student(teacher.model, 2), *data(teacher, settings, tmp_path / "c"), settings, tmp_path / "w"
+    )
     held = outcome.curve.query("split == 'heldout'")["loss"]
     assert held.iloc[-1] < 0.7 * held.iloc[0]
     assert set(objectives) <= set(outcome.curve.columns)
@@ -149,7 +155,13 @@ def test_impossible_pairs_are_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="wide"):
         distill(teacher, tiny.encoder(layers=2, hidden=16).model, *sets, settings, tmp_path)
     with pytest.raises(UserError, match="unknown objective"):
-        distill(teacher, build_student(teacher.model, 2), *sets, settings.model_copy(update={"objectives": {"x": 1.0}}), tmp_path)
+        distill(
+            teacher,
+            build_student(teacher.model, 2),
+            *sets,
+            settings.model_copy(update={"objectives": {"x": 1.0}}),
+            tmp_path,
+        )
     with pytest.raises(UserError, match="no texts"):
         prepare(teacher, [], settings, None, 2)
 

@@ -20,7 +20,9 @@ def encoder(request):
 @torch.inference_mode()
 def states_of(encoder, ids):
     """Hidden states of one text alone, without padding: [layers + 1, tokens, hidden]."""
-    output = encoder.model(input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), output_hidden_states=True)
+    output = encoder.model(
+        input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)).long(), output_hidden_states=True
+    )
     return torch.stack(output.hidden_states)[:, 0]
 
 

@@ -12,7 +12,9 @@ from kdlib.efficiency import size_rows, speed_rows
 from kdlib.finetune import finetune
 from kdlib.tasks import Split, Task
 
-SPEC = config.Benchmark(seeds=[0, 1, 2], finetune_epochs=6.0, finetune_rate=5e-3, finetune_batch=16, bootstrap=100, latency_runs=3)
+SPEC = config.Benchmark(
+    seeds=[0, 1, 2], finetune_epochs=6.0, finetune_rate=5e-3, finetune_batch=16, bootstrap=100, latency_runs=3
+)
 
 
 def task(kind):
@@ -30,7 +32,13 @@ def task(kind):
         labels = ["no", "yes"]
     else:
         rows, labels = Split(texts, [int(len(t.split()) > 3) for t in texts]), ["short", "long"]
-    return Task(f"{kind} task", kind, labels, Split(rows.texts[:100], rows.targets[:100]), Split(rows.texts[100:], rows.targets[100:]))
+    return Task(
+        f"{kind} task",
+        kind,
+        labels,
+        Split(rows.texts[:100], rows.targets[:100]),
+        Split(rows.texts[100:], rows.targets[100:]),
+    )
 
 
 @pytest.mark.parametrize("kind", ["classify", "multilabel", "pair", "tokens"])
@@ -76,5 +84,7 @@ def test_sizes_and_speeds_are_of_the_model_at_hand():
     assert sizes["parameters"] == sum(p.numel() for p in encoder.model.parameters())
     assert sizes["megabytes"] == sizes["parameters"] * 4 / 1e6
     rows = speed_rows({"a": encoder, "b": tiny.encoder(layers=1)}, tiny.texts(80), runs=3)
-    assert {(r["model"], r["metric"]) for r in rows} == {(m, k) for m in "ab" for k in ("latency_ms", "sentences_per_second")}
+    assert {(r["model"], r["metric"]) for r in rows} == {
+        (m, k) for m in "ab" for k in ("latency_ms", "sentences_per_second")
+    }
     assert all(0 < r["low"] <= r["value"] <= r["high"] for r in rows)

@@ -21,7 +21,14 @@ SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def kdlib(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "kdlib", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=600, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "kdlib", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        **options,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -115,13 +122,24 @@ print(tuple(state.shape), model.config.num_hidden_layers)
 
 def test_a_notebook_runs_alone_by_papermill_from_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    parameters = {"profile": "smoke", "run_dir": str(tmp_path / "alone"), "overrides": "distill.max_texts=60 benchmark.seeds=[0]"}
-    papermill.execute_notebook(ROOT / "notebooks" / "03_distill_a_student.ipynb", tmp_path / "out.ipynb", parameters, progress_bar=False)
+    parameters = {
+        "profile": "smoke",
+        "run_dir": str(tmp_path / "alone"),
+        "overrides": "distill.max_texts=60 benchmark.seeds=[0]",
+    }
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "03_distill_a_student.ipynb", tmp_path / "out.ipynb", parameters, progress_bar=False
+    )
     assert (tmp_path / "alone" / "student" / "model.safetensors").is_file()
 
 
 def test_start_here_runs(tmp_path):
-    papermill.execute_notebook(ROOT / "notebooks" / "00_start_here.ipynb", tmp_path / "out.ipynb", {"profile": "smoke", "run_dir": str(tmp_path / "r")}, progress_bar=False)
+    papermill.execute_notebook(
+        ROOT / "notebooks" / "00_start_here.ipynb",
+        tmp_path / "out.ipynb",
+        {"profile": "smoke", "run_dir": str(tmp_path / "r")},
+        progress_bar=False,
+    )
 
 
 BAD = {
@@ -148,7 +166,9 @@ def test_bad_input_ends_in_one_clear_line_and_code_2(case, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\n\n\n", b"\xff\xfe\x00rubbish\x00", b"isang linya lamang\n"])
 def test_bad_corpus_file_is_told_before_anything_runs(content, tmp_path):
     (tmp_path / "c.txt").write_bytes(content)
-    result = kdlib("run", "--profile", "smoke", "--out", tmp_path / "run", "--set", f"corpus.source={tmp_path / 'c.txt'}")
+    result = kdlib(
+        "run", "--profile", "smoke", "--out", tmp_path / "run", "--set", f"corpus.source={tmp_path / 'c.txt'}"
+    )
     assert result.returncode == 2 and "c.txt" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -199,7 +219,9 @@ def test_killed_run_goes_on_from_the_last_finished_stage(tmp_path, smoke):
     for stage in STAGES[3:]:
         (out / "stages" / f"{stage}.json").unlink()
     command = [sys.executable, "-m", "kdlib", "run", "--profile", "smoke", "--out", str(out)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     partial = out / "notebooks" / f"{NOTEBOOKS['benchmark']}.ipynb"
     old, end = partial.stat().st_mtime_ns, time.time() + 60
     while partial.stat().st_mtime_ns == old and time.time() < end:

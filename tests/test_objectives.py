@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from kdlib.errors import UserError
-from kdlib.objectives import OBJECTIVES, States, attention_loss, check_objectives, hidden_loss, sentence_loss, total_loss
+from kdlib.objectives import (
+    OBJECTIVES,
+    States,
+    attention_loss,
+    check_objectives,
+    hidden_loss,
+    sentence_loss,
+    total_loss,
+)
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
 
@@ -44,9 +52,13 @@ def test_attention_loss_is_the_mse_of_scaled_dot_products_before_the_softmax():
                 for i in range(5):
                     for j in range(5):
                         if MASK[b, i] and MASK[b, j]:
-                            dot = lambda s: sum(
-                                s.query[layer][b, head, i, k].item() * s.key[layer][b, head, j, k].item() for k in range(4)
-                            ) / math.sqrt(4)
+                            dot = lambda s: (
+                                sum(
+                                    s.query[layer][b, head, i, k].item() * s.key[layer][b, head, j, k].item()
+                                    for k in range(4)
+                                )
+                                / math.sqrt(4)
+                            )
                             pairs.append((dot(student), dot(teacher)))
         mean = sum(y for _, y in pairs) / len(pairs)
         variance = sum((y - mean) ** 2 for _, y in pairs) / (len(pairs) - 1)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tiny
 
+from kdlib.encoder import text_vectors
 from kdlib.probe import (
     cka_rows,
     layer_probe,
@@ -18,7 +19,6 @@ from kdlib.probe import (
     train_targets,
     word_overlap_retrieval,
 )
-from kdlib.encoder import text_vectors
 from kdlib.tasks import Split, Task
 
 NO_PLACES = np.empty((0, 2), int)
@@ -203,7 +203,10 @@ def test_seeds_of_a_probe_draw_shares_and_repeat_themselves(rng):
 
 def test_probe_on_one_class_answers_that_class(rng):
     task = task_of("classify", list("ab"), [1] * 10, [0, 1, 1, 1])
-    assert linear_probe(task, rng.normal(size=(10, 3)), np.ones(10, int), rng.normal(size=(4, 3)), NO_PLACES)[0].value == 0.75
+    assert (
+        linear_probe(task, rng.normal(size=(10, 3)), np.ones(10, int), rng.normal(size=(4, 3)), NO_PLACES)[0].value
+        == 0.75
+    )
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def test_txt_without_empty_lines_has_a_document_a_line(put):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
-@pytest.mark.parametrize("values", [["1", "2"], ["01", "2.50"], ["True", "False"], ["NA", "nan"], ["1e5", "null"], ["", "x"]])
+@pytest.mark.parametrize(
+    "values", [["1", "2"], ["01", "2.50"], ["True", "False"], ["NA", "nan"], ["1e5", "null"], ["", "x"]]
+)
 def test_tables_do_not_guess_what_text_means(put, kind, values):
     rows = [{"id": "7", "text": value} for value in values]
     assert texts(put(f"a.{kind}", content(kind, rows))) == values
@@ -185,7 +187,21 @@ def test_missing_column_lists_those_there_are(put):
     assert "no column 'text'" in text and "'tekst', 'label'" in text
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.csv", "./a", "~/nothing", "~nobody-here/a.txt", "a.json", "a", "a\0/b", "x" * 5000, "x" * 5000 + ".txt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a.txt",
+        "a.csv",
+        "./a",
+        "~/nothing",
+        "~nobody-here/a.txt",
+        "a.json",
+        "a",
+        "a\0/b",
+        "x" * 5000,
+        "x" * 5000 + ".txt",
+    ],
+)
 def test_missing_file(tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refusal(name)
@@ -202,7 +218,10 @@ def test_empty_file(put, kind, data):
     refusal(put(f"a.{kind}.gz", gzip.compress(data)), "text")
 
 
-@pytest.mark.parametrize("name, data", [("a.csv", "text,label\n"), ("a.jsonl", "{}\n{}\n"), ("a.parquet", content("parquet", [])), ("a.txt", " \n\t\n")])
+@pytest.mark.parametrize(
+    "name, data",
+    [("a.csv", "text,label\n"), ("a.jsonl", "{}\n{}\n"), ("a.parquet", content("parquet", [])), ("a.txt", " \n\t\n")],
+)
 def test_no_rows(put, name, data):
     assert "no rows" in refusal(put(name, data), "text")
 
@@ -221,7 +240,17 @@ def test_nul_bytes(put, kind):
 
 @pytest.mark.parametrize(
     "data",
-    ["[1, 2]", "1", '"a"', "null", '[{"text": "a"}]', '{"text": "a"', '{"text": "\\ud83d"}', "[" * 100_000, '{"a": ' * 5000],
+    [
+        "[1, 2]",
+        "1",
+        '"a"',
+        "null",
+        '[{"text": "a"}]',
+        '{"text": "a"',
+        '{"text": "\\ud83d"}',
+        "[" * 100_000,
+        '{"a": ' * 5000,
+    ],
 )
 def test_broken_line_of_jsonl_is_named(put, data):
     assert "line 3" in refusal(put("a.jsonl", '{"text": "a"}\n\n' + data + "\n"))
@@ -231,7 +260,9 @@ def test_whole_emoji_in_escapes_is_text(put):
     assert texts(put("a.jsonl", '{"text": "\\ud83d\\ude42"}')) == ["🙂"]
 
 
-@pytest.mark.parametrize("data", ["text,label\na,1,\nb,2,\n", "text,label\na,b,c,d\n", "text,label\na,1\nb,2,3\n", 'text\n"a\n'])
+@pytest.mark.parametrize(
+    "data", ["text,label\na,1,\nb,2,\n", "text,label\na,b,c,d\n", "text,label\na,1\nb,2,3\n", 'text\n"a\n']
+)
 def test_csv_rows_that_do_not_fit_the_header(put, data):
     refusal(put("a.csv", data))
 
@@ -295,17 +326,25 @@ def test_hub_rows_and_names_of_classes(monkeypatch):
 # -- names, and what comes with the kit
 
 
-@pytest.mark.parametrize("name, kind", [("a.csv", ".csv"), ("A.TXT.GZ", ".txt"), ("a.parquet.gz", ".parquet"), ("a.json", None), ("gz", None)])
+@pytest.mark.parametrize(
+    "name, kind",
+    [("a.csv", ".csv"), ("A.TXT.GZ", ".txt"), ("a.parquet.gz", ".parquet"), ("a.json", None), ("gz", None)],
+)
 def test_kind_by_name(tmp_path, name, kind):
     assert suffix(tmp_path / name) == kind
 
 
-@pytest.mark.parametrize("name, local", [("a.csv", True), ("./a", True), ("/a", True), ("~/a", True), ("owner/name", False), ("train", False)])
+@pytest.mark.parametrize(
+    "name, local",
+    [("a.csv", True), ("./a", True), ("/a", True), ("~/a", True), ("owner/name", False), ("train", False)],
+)
 def test_local_names(name, local):
     assert looks_local(name) == local
 
 
-@pytest.mark.parametrize("name, count", [("documents", 2590), ("sentiment", 1000), ("dengue", 800), ("entities", 900), ("parallel", 500)])
+@pytest.mark.parametrize(
+    "name, count", [("documents", 2590), ("sentiment", 1000), ("dengue", 800), ("entities", 900), ("parallel", 500)]
+)
 def test_embedded_files(name, count):
     rows = embedded_rows(name)
     assert len(rows) == count and rows["id"].is_unique and not rows.isna().any(axis=None)

@@ -223,7 +223,19 @@ def test_results_before_the_first_stage(run):
 
 def test_record_gives_back_what_it_was_given(run):
     rows = [
-        dict(model="a", metric="m", value=0.1 + 0.2, seed=0, layer=3, low=0.0, high=1.0, n=5, x=0.25, task="t", arm="None"),
+        dict(
+            model="a",
+            metric="m",
+            value=0.1 + 0.2,
+            seed=0,
+            layer=3,
+            low=0.0,
+            high=1.0,
+            n=5,
+            x=0.25,
+            task="t",
+            arm="None",
+        ),
         dict(model="NA", metric="m", value=1),
     ]
     table = run.record("probe", rows)

@@ -53,7 +53,13 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
     table = study.run.results()
     assert set(table["stage"]) == {"probe", "prune", "distill", "benchmark", "ablations"}
     assert set(table["language"]) == {"ceb"} and table["value"].notna().all()
-    assert set(table[table["stage"] == "benchmark"]["model"]) == {"teacher", "pruned teacher", "student", "no distillation", "from scratch"}
+    assert set(table[table["stage"] == "benchmark"]["model"]) == {
+        "teacher",
+        "pruned teacher",
+        "student",
+        "no distillation",
+        "from scratch",
+    }
     assert student.layers == 2 and student.tokenizer.vocab_size <= 100
 
 
@@ -90,7 +96,11 @@ def test_only_the_new_arm_is_run(study, sources, monkeypatch):
 
 def test_a_changed_parameter_makes_its_stage_and_those_after_stale():
     base, deeper = load_profile("smoke"), load_profile("smoke", "student.layers=3")
-    changed = {stage for stage in ("probe", "prune", "distill", "benchmark", "ablations") if stage_key(base, stage) != stage_key(deeper, stage)}
+    changed = {
+        stage
+        for stage in ("probe", "prune", "distill", "benchmark", "ablations")
+        if stage_key(base, stage) != stage_key(deeper, stage)
+    }
     assert changed == {"distill", "benchmark", "ablations"}
 
 
@@ -99,17 +109,27 @@ def test_student_card_quotes_the_results(study):
 
     write_card(study.run.path / "student", study.run)
     card = (study.run.path / "student" / "README.md").read_text()
-    value = study.run.results().query("stage == 'benchmark' and model == 'student' and method == 'probe' and metric == 'score'")["value"].iloc[0]
+    value = (
+        study.run.results()
+        .query("stage == 'benchmark' and model == 'student' and method == 'probe' and metric == 'score'")["value"]
+        .iloc[0]
+    )
     assert f"{value:.3f} [" in card and "ceb" in card
 
 
 def test_student_folder_says_what_it_was_made_of(study):
-    assert json.loads((study.run.path / "student" / "made.json").read_text())["key"] == stage_key(study.profile, "distill")
+    assert json.loads((study.run.path / "student" / "made.json").read_text())["key"] == stage_key(
+        study.profile, "distill"
+    )
 
 
 @pytest.mark.parametrize(
     "change, word",
-    [({"student.layers": 9}, "layers"), ({"student.init": [1, 99]}, "1 to 4"), ({"distill.objectives": {"x": 1.0}}, "objective")],
+    [
+        ({"student.layers": 9}, "layers"),
+        ({"student.init": [1, 99]}, "1 to 4"),
+        ({"distill.objectives": {"x": 1.0}}, "objective"),
+    ],
 )
 def test_contradictions_between_parameters_are_told(sources, tmp_path, change, word):
     with pytest.raises(UserError, match=word):

@@ -238,10 +238,17 @@ def test_repeated_rows_do_not_end_up_on_both_sides(put):
 
 
 def test_csv_labels_and_flags_are_read_as_they_stand(tmp_path):
-    (tmp_path / "a.csv").write_text("text,label,x,y\n" + "".join(f"{i},0{i % 2},{i % 2},{i // 2 % 2}\n" for i in range(40)))
+    (tmp_path / "a.csv").write_text(
+        "text,label,x,y\n" + "".join(f"{i},0{i % 2},{i % 2},{i // 2 % 2}\n" for i in range(40))
+    )
     task = own(str(tmp_path / "a.csv"))
     assert task.labels == ["00", "01"] and all(text.isdigit() for text in task.test.texts)
-    assert own(str(tmp_path / "a.csv"), kind="multilabel", label=["x", "y"]).train.targets[1] in ([0, 0], [0, 1], [1, 0], [1, 1])
+    assert own(str(tmp_path / "a.csv"), kind="multilabel", label=["x", "y"]).train.targets[1] in (
+        [0, 0],
+        [0, 1],
+        [1, 0],
+        [1, 1],
+    )
 
 
 def test_words_and_tags_as_lists(put):
@@ -292,7 +299,9 @@ def test_flag_that_is_neither_0_nor_1(put, value):
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", 12, ["a"]])
-@pytest.mark.parametrize("kind, column", [("classify", "text"), ("pair", "text"), ("pair", "then"), ("multilabel", "text")])
+@pytest.mark.parametrize(
+    "kind, column", [("classify", "text"), ("pair", "text"), ("pair", "then"), ("multilabel", "text")]
+)
 def test_text_that_is_none(put, kind, column, value):
     rows, more = KINDS[kind]
     text = refusal(put([*rows, rows[0] | {column: value}]), **more)

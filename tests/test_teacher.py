@@ -4,8 +4,16 @@ import pytest
 import tiny
 import torch
 from transformers import (
-    BertConfig, BertModel, DebertaV2Config, DebertaV2Model, DistilBertConfig, DistilBertModel, GPT2Config, GPT2Model,
-    XLMRobertaConfig, XLMRobertaModel,
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    XLMRobertaConfig,
+    XLMRobertaModel,
 )  # fmt: skip
 
 from kdlib import config
@@ -13,7 +21,9 @@ from kdlib.encoder import text_vectors
 from kdlib.errors import UserError
 from kdlib.teacher import load_teacher
 
-SMALL = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+SMALL = dict(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40
+)
 FAMILIES = {
     "bert": lambda v: BertModel(BertConfig(vocab_size=v, **SMALL)),
     "xlm-roberta": lambda v: XLMRobertaModel(XLMRobertaConfig(vocab_size=v, **SMALL)),
