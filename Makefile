@@ -4,6 +4,8 @@ PROFILE ?= workshop
 OUT ?= runs/$(PROFILE)
 SET ?=
 BIN = .venv/bin
+# In a container one is often root, which Jupyter wants to be told.
+ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
 .PHONY: study test lab figures clean
 
@@ -14,7 +16,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 lab: .venv/ready
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 notebooks
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) notebooks
 
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)

@@ -13,7 +13,8 @@ from kdlib.store import Run, new_file, write_json
 def write_card(folder: Path, run: Run) -> None:
     """Write README.md and the sentence-transformers settings into a student's folder.
 
-    Numbers come from the run's table of results; those not yet measured are left out, so write it again after the benchmark.
+    Numbers come from the run's table of results; those not yet measured are left out, so write it again after the
+    benchmark.
     """
     profile = run.profile
     teacher = embedded.NAME if profile.teacher.source == "embedded" else profile.teacher.source
@@ -26,11 +27,13 @@ def write_card(folder: Path, run: Run) -> None:
     )
     licence = "mit" if profile.teacher.source == "embedded" else "other"
     corpus = (
-        "the kit's own Tagalog corpus: CC0, machine-written, reread in part, not reviewed as a whole by a native speaker"
+        "the kit's own Tagalog corpus: CC0, machine-written, reread in part, "
+        "not reviewed as a whole by a native speaker"
         if profile.corpus.source == "embedded"
         else profile.corpus.source
     )
     use = f'texts = ["{prefix}" + text for text in ["..."]]' if prefix else 'texts = ["..."]'
+    scripts = " (characters: scripts)" if profile.vocabulary.characters == "scripts" else ""
     text = f"""---
 language: "{profile.language}"
 license: {licence}
@@ -42,7 +45,8 @@ tags: [distillation, vocabulary-pruning]
 
 # A small {profile.language} encoder, distilled from {teacher}
 
-{profile.student.layers} layers started from the teacher ({profile.student.init}), a vocabulary pruned to the language, and
+{profile.student.layers} layers started from the teacher ({profile.student.init}), \
+a vocabulary pruned to the language, and
 {profile.distill.epochs:g} passes of distillation (objectives {", ".join(profile.distill.objectives)}) over {corpus}.
 After Cruz and Aji 2025 (arXiv 2501.12660).
 
@@ -69,8 +73,9 @@ With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the p
 
 ## Limits
 
-- One language. Text in other scripts than the corpus's falls to the unknown token{" (characters: scripts)" if profile.vocabulary.characters == "scripts" else ""}.
-- It repeats what the teacher got wrong, and knows less of rare words and long texts (states were compared up to {profile.teacher.max_length} tokens).
+- One language. Text in other scripts than the corpus's falls to the unknown token{scripts}.
+- It repeats what the teacher got wrong, and knows less of rare words and long texts \
+(states were compared up to {profile.teacher.max_length} tokens).
 - The numbers above are of small tests; look at the intervals before choosing between models.
 - Licence: the teacher's ({licence}) and the corpus's bind whoever uses it.
 """
@@ -107,6 +112,7 @@ def _numbers(results: pd.DataFrame) -> str:
         by = {row.model: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in group.itertuples()}
         first = group.iloc[0]
         lines.append(
-            f"| {method} | {task} | {first['metric']} | {by.get('teacher', '')} | {by.get('student', '')} | {first['n']} |"
+            f"| {method} | {task} | {first['metric']} | {by.get('teacher', '')} | {by.get('student', '')} "
+            f"| {first['n']} |"
         )
     return "\n".join(lines) + "\n\nBrackets: 95% bootstrap intervals over seeds and test items."

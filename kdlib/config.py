@@ -234,8 +234,9 @@ def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, 
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number, as people write it (YAML 1.1 wants 5.0e-4), and `no` as text, a language's code.
+    """YAML that reads 5e-4 as a number and `no` as text.
 
+    5e-4 is how people write it (YAML 1.1 wants 5.0e-4), and `no` is a language's code.
     Merge keys (<<) are no part of it: nested ones can fill the memory.
     """
 

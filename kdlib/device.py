@@ -19,7 +19,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def use_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bfloat16. "auto": on a GPU that has it, and on a CPU where it measures at least 1.5 times as fast."""
+    """Whether to compute in bfloat16.
+
+    "auto": on a GPU that has it, and on a CPU where it measures at least 1.5 times as fast.
+    """
     if precision == "auto":
         return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_bf16_wins()
     return precision == "bf16"
@@ -46,7 +49,10 @@ def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, devi
 
 @contextlib.contextmanager
 def training_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Plain attention while training on a CPU: for short texts the gradient of the fused kernel takes several times as long there."""
+    """Plain attention while training on a CPU.
+
+    For short texts the gradient of the fused kernel takes several times as long there.
+    """
     fused = model.config._attn_implementation
     plain = model.device.type == "cpu" and fused == "sdpa"
     if plain:

@@ -23,7 +23,11 @@ from kdlib.objectives import States, check_objectives, total_loss
 from kdlib.progress import Progress
 from kdlib.student import layer_map
 
-PROJECTIONS = (("attention.self.query", "attention.self.key"), ("attention.self.query_proj", "attention.self.key_proj"), ("attention.q_lin", "attention.k_lin"))  # fmt: skip
+PROJECTIONS = (
+    ("attention.self.query", "attention.self.key"),
+    ("attention.self.query_proj", "attention.self.key_proj"),
+    ("attention.q_lin", "attention.k_lin"),
+)
 LOGS = 50  # points of the training curve
 
 
@@ -40,7 +44,10 @@ def forward_states(
     hooks = []
     if attention:
         heads = base.config.num_attention_heads
-        split = lambda x: x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        def split(x: torch.Tensor) -> torch.Tensor:
+            return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
         for kind, modules in zip(("query", "key"), _projections(base)):
             for layer in layers:
                 hooks.append(
@@ -96,7 +103,10 @@ class Texts:
         return Texts(self.ids, None, self.pad_id)
 
     def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask [batch, tokens]; teacher_states float16 [batch, tokens, layers, hidden] if cached."""
+        """input_ids and attention_mask [batch, tokens]; if cached, teacher_states.
+
+        teacher_states: float16 [batch, tokens, layers, hidden].
+        """
         ids, mask = pad([self.ids[i] for i in batch], self.pad_id)
         features = {"input_ids": ids, "attention_mask": mask}
         if self.cached is not None:
@@ -262,9 +272,9 @@ def distill(
 ) -> Outcome:
     """Distil `teacher` (in the student's vocabulary) into `student`; goes on from the last checkpoint under `work`.
 
-    train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached (attention).
-    Layers are compared as TinyBERT does: student layer i with teacher layer i * L / l. on_point: called with the curve
-    so far after every held-out evaluation.
+    train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached
+    (attention). Layers are compared as TinyBERT does: student layer i with teacher layer i * L / l. on_point: called
+    with the curve so far after every held-out evaluation.
     """
     check_objectives(spec.objectives)
     depth = student.config.num_hidden_layers
@@ -276,7 +286,8 @@ def distill(
         raise UserError("the attention objective compares head by head: student and teacher need as many heads")
     if student.config.hidden_size != teacher.hidden:
         raise UserError(
-            f"the student is {student.config.hidden_size} wide, the teacher {teacher.hidden}; objectives compare equal widths"
+            f"the student is {student.config.hidden_size} wide, the teacher {teacher.hidden}; "
+            "objectives compare equal widths"
         )
     if spec.objectives.get("attention"):
         train, heldout = train.live(), heldout.live()
@@ -298,8 +309,8 @@ def distill(
     )  # fmt: skip
     history = _History(label, on_point)
     trainer = DistillTrainer(
-        model=student, args=arguments, train_dataset=train, eval_dataset=heldout, teacher=teacher.model, callbacks=[history],
-        student_layers=list(range(1, depth + 1)), teacher_layers=layers, weights=spec.objectives,
+        model=student, args=arguments, train_dataset=train, eval_dataset=heldout, teacher=teacher.model,
+        callbacks=[history], student_layers=list(range(1, depth + 1)), teacher_layers=layers, weights=spec.objectives,
         batch_tokens=spec.batch_tokens, bf16=teacher.bf16,
     )  # fmt: skip
     history.trainer = trainer

@@ -305,7 +305,8 @@ def build_model(contents: Contents) -> BertModel:
     config = BertConfig(
         vocab_size=h.rows, hidden_size=h.hidden, num_hidden_layers=h.layers, num_attention_heads=h.heads,
         intermediate_size=h.ffn, max_position_embeddings=h.positions, type_vocab_size=h.types, layer_norm_eps=h.eps,
-        pad_token_id=contents.special["pad"], bos_token_id=contents.special["bos"], eos_token_id=contents.special["eos"],
+        pad_token_id=contents.special["pad"], bos_token_id=contents.special["bos"],
+        eos_token_id=contents.special["eos"],
     )  # fmt: skip
     with torch.device("meta"):
         model = BertModel(config)

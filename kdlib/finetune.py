@@ -99,7 +99,8 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
     """Train a copy of the encoder and a new head on the task; the task's metrics on its test rows.
 
     Settings: Cruz and Aji 2025 (learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says otherwise.
-    `seed` draws the head, the order and, with spec.finetune_rows, the training rows. spec.finetune_test_rows are the same for every seed.
+    `seed` draws the head, the order and, with spec.finetune_rows, the training rows. spec.finetune_test_rows are the
+    same for every seed.
     """
     set_seed(seed)
     device = next(encoder.model.parameters()).device
@@ -111,9 +112,9 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
     with tempfile.TemporaryDirectory() as work:
         arguments = TrainingArguments(
             output_dir=work, num_train_epochs=spec.finetune_epochs, learning_rate=spec.finetune_rate,
-            per_device_train_batch_size=spec.finetune_batch, weight_decay=0.01, warmup_steps=0.1, optim="adamw_torch_fused",
-            bf16=encoder.bf16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no", logging_strategy="no",
-            report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+            per_device_train_batch_size=spec.finetune_batch, weight_decay=0.01, warmup_steps=0.1,
+            optim="adamw_torch_fused", bf16=encoder.bf16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no",
+            logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
         )  # fmt: skip
         trainer = _Trainer(
             model=model,
@@ -132,7 +133,10 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
 
 @torch.inference_mode()
 def predict(model: TaskModel, rows: _Rows, task: Task, bf16: bool) -> list | np.ndarray:
-    """Predictions for the test rows, in the form `metrics.score` takes; a word that was cut off counts as the first label."""
+    """Predictions for the test rows, in the form `metrics.score` takes.
+
+    A word that was cut off counts as the first label.
+    """
     device = model.head.weight.device
     out: list = [None] * len(rows)
     for batch in budget_batches([len(row) for row in rows.ids], TOKENS_PER_BATCH):

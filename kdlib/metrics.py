@@ -23,7 +23,10 @@ class Metric:
 
 
 def _f1(sums: np.ndarray) -> np.ndarray:
-    """Mean F1 over classes; sums [..., classes * 3] of true positives, predicted, gold. A class that is nowhere counts 0."""
+    """Mean F1 over classes; sums [..., classes * 3] of true positives, predicted, gold.
+
+    A class that is nowhere counts 0.
+    """
     hits, predicted, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
     return (2 * hits / np.maximum(predicted + gold, 1)).mean(-1)
 
@@ -35,8 +38,8 @@ def _mean(sums: np.ndarray) -> np.ndarray:
 def score(task: Task, predicted: Sequence) -> list[Metric]:
     """The task's metrics, the headline one first.
 
-    classify and pair: accuracy, macro F1. multilabel: macro F1, accuracy (all labels of an item right). tokens: entity F1
-    as seqeval counts it (an entity is right if kind and both ends are), accuracy of tags.
+    classify and pair: accuracy, macro F1. multilabel: macro F1, accuracy (all labels of an item right). tokens: entity
+    F1 as seqeval counts it (an entity is right if kind and both ends are), accuracy of tags.
     predicted: one label index per item; for multilabel [items, labels] of 0/1; for tokens a list of indices per item.
     """
     gold = task.test.targets
@@ -71,7 +74,8 @@ def headline(kind: str) -> str:
 def interval(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
     """Bootstrap percentile interval of the mean over seeds, resampling seeds and test items together.
 
-    runs: the same metric on the same items, one per seed. Follows the paired-items scheme of Efron and Tibshirani (1993), ch. 13.
+    runs: the same metric on the same items, one per seed. Follows the paired-items scheme of Efron and
+    Tibshirani (1993), ch. 13.
     """
     samples = resampled(runs, resamples, seed)
     tail = (1 - level) / 2

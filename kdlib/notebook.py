@@ -1,4 +1,7 @@
-"""What the notebooks use to show things: figures, sentences that quote results, and a picture that grows while training."""
+"""What the notebooks use to show things.
+
+Figures, sentences that quote results, and a picture that grows while training.
+"""
 
 import io
 from collections.abc import Callable

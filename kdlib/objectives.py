@@ -46,14 +46,16 @@ def hidden_loss(student: States, teacher: States) -> torch.Tensor:
 
 
 def attention_loss(student: States, teacher: States) -> torch.Tensor:
-    """Mean over layers of MSE(student, teacher) / Var(teacher) of attention scores before the softmax, between real tokens.
+    """Mean over layers of MSE(student, teacher) / Var(teacher) of attention scores.
 
+    The scores are those before the softmax, between real tokens.
     TinyBERT (Jiao et al. 2020, eq. 7) with scores Q K^T / sqrt(head size), on the scale of `hidden_loss`. Needs as many
     heads in the student as in the teacher.
     """
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
-            f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; they must be as many, and some"
+            f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
+            "they must be as many, and some"
         )
     pairs = (student.mask[:, None, :, None] * student.mask[:, None, None, :]).bool()
     losses = []

@@ -20,8 +20,8 @@ PENALTY = 0.05  # C of the logistic regression: strong, since there are as many 
 def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, float]:
     """How finely a tokenizer cuts texts.
 
-    fertility: tokens per word (words are runs of non-space); tokens_per_character; unknown_rate: share of tokens that are
-    the unknown token; split_words: share of words cut into several tokens. Source: Rust et al. 2021, section 3.
+    fertility: tokens per word (words are runs of non-space); tokens_per_character; unknown_rate: share of tokens that
+    are the unknown token; split_words: share of words cut into several tokens. Source: Rust et al. 2021, section 3.
     """
     words = [word for text in texts for word in text.split()]
     encoded = tokenizer(words, add_special_tokens=False, verbose=False).input_ids if words else []
@@ -42,8 +42,8 @@ def task_vectors(
     """Frozen features of a task: train [items, layers, features], test alike, and the places of the test words.
 
     classify and multilabel: the mean-pooled states of the text. pair: of both texts u and v, [u, v, |u - v|, u * v]
-    (Conneau et al. 2017). tokens: the state of each word's first token; items are words then, and places int [words, 2] says which
-    text and word each is (empty for the other kinds).
+    (Conneau et al. 2017). tokens: the state of each word's first token; items are words then, and places int
+    [words, 2] says which text and word each is (empty for the other kinds).
     """
     label = f"{encoder.name}: {task.name}"
     if task.kind == "tokens":
@@ -64,7 +64,10 @@ def task_vectors(
 
 
 def train_targets(encoder: Encoder, task: Task) -> np.ndarray:
-    """Targets in the order of the training features of `task_vectors`; words beyond max_length are left out there too."""
+    """Targets in the order of the training features of `task_vectors`.
+
+    Words beyond max_length are left out there too.
+    """
     if task.kind != "tokens":
         return np.asarray(task.train.targets)
     kept = encoder.tokenize(task.train.texts)
@@ -84,8 +87,9 @@ def linear_probe(
 ) -> list[Metric]:
     """Logistic regression on standardised frozen features; the task's metrics on its test rows.
 
-    train, test: [items, features]. share: train on so large a random share of the items, drawn with `seed`; this is where
-    the seeds of a probe differ, for the regression itself has no randomness. A test word that was cut off counts as the first label.
+    train, test: [items, features]. share: train on so large a random share of the items, drawn with `seed`; this is
+    where the seeds of a probe differ, for the regression itself has no randomness. A test word that was cut off counts
+    as the first label.
     """
     if share < 1:
         count = max(2, round(len(train) * share))
@@ -120,7 +124,10 @@ def majority(task: Task) -> list[Metric]:
 
 
 def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, seed: int = 0) -> list[dict]:
-    """A linear probe at every layer (0 = embeddings): rows of layer, metric, value, low, high, n; with the majority's."""
+    """A linear probe at every layer (0 = embeddings); with the majority's.
+
+    Rows of layer, metric, value, low, high, n.
+    """
     small = task.small(train_rows, test_rows, seed)
     layers = range(encoder.layers + 1)
     train, test, places = task_vectors(encoder, small, layers)
@@ -158,8 +165,8 @@ def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, s
 def retrieval(queries: np.ndarray, targets: np.ndarray, centred: bool = False) -> np.ndarray:
     """Whether each query's nearest target by cosine is its translation: bool [rows].
 
-    queries, targets: [rows, hidden], row i of one translates row i of the other. centred: subtract each side's mean vector
-    first, which takes out the direction that says which language a text is in (Libovický et al. 2020).
+    queries, targets: [rows, hidden], row i of one translates row i of the other. centred: subtract each side's mean
+    vector first, which takes out the direction that says which language a text is in (Libovický et al. 2020).
     """
 
     def unit(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Running the notebooks in order, headlessly, with progress; a failure leaves the partial notebook and a plain message."""
+"""Running the notebooks in order, headlessly, with progress.
+
+A failure leaves the partial notebook and a plain message.
+"""
 
 import json
 import os
@@ -44,7 +47,8 @@ def notebook_folder() -> Path:
         if (folder / f"{NOTEBOOKS['probe']}.ipynb").is_file():
             return folder
     raise UserError(
-        "the notebooks were not found: run kdlib in a checkout of the project, or install it from one (pip install -e .)"
+        "the notebooks were not found: run kdlib in a checkout of the project, "
+        "or install it from one (pip install -e .)"
     )
 
 
@@ -68,7 +72,8 @@ def run_study(
 ) -> None:
     """Run the notebooks of a study into the run folder `out`.
 
-    A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after `start`.
+    A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after
+    `start`.
     Raises UserError for bad input, before anything runs, and NotebookError when a notebook stops.
     """
     console = console or Console()
@@ -96,7 +101,10 @@ def run_study(
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any], console: Console) -> None:
-    """Run one notebook by papermill. The output is saved after every cell. Raises NotebookError naming notebook, cell and error."""
+    """Run one notebook by papermill. The output is saved after every cell.
+
+    Raises NotebookError naming notebook, cell and error.
+    """
     with (
         tempfile.TemporaryDirectory() as folder,
         _report(source.stem, Path(folder) / "progress.json", console) as report,
@@ -156,8 +164,8 @@ class _Report:
         self.name, self.file, self.console, self.cell, self.total = name, file, console, 0, 0
         self.stopped = threading.Event()
         self.bar = Progress(
-            SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/bold] cell {task.completed}/{task.total}"), BarColumn(20),
-            TextColumn("{task.fields[step]}"), TimeElapsedColumn(), console=console, transient=True,
+            SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/bold] cell {task.completed}/{task.total}"),
+            BarColumn(20), TextColumn("{task.fields[step]}"), TimeElapsedColumn(), console=console, transient=True,
         )  # fmt: skip
         self.row = self.bar.add_task("", stage=name, step="", total=None)
 

@@ -1,4 +1,7 @@
-"""Rows from anywhere: a hub data set, a local folder, or a local txt, jsonl, csv, tsv or parquet file (each also .gz)."""
+"""Rows from anywhere.
+
+A hub data set, a local folder, or a local txt, jsonl, csv, tsv or parquet file (each also .gz).
+"""
 
 import gzip
 import io
@@ -28,10 +31,10 @@ def read_rows(source: Source, columns: list[str] = (), split: str | None = None)
     """The rows of a source as a table.
 
     source: a local file or folder, or a hub id. columns: those that must be there. split: overrides `source.split`;
-    for a local source it may itself be a file. Of a folder, the files named after the split are read; all, where none is
-    and `split` is not given. A txt file gives a column `text`, a line a row, and a column `document` that counts the
-    blocks between empty lines (the lines, where there are none). Raises UserError when the source is missing, empty, not
-    what its name says, or lacks a column.
+    for a local source it may itself be a file. Of a folder, the files named after the split are read; all, where none
+    is and `split` is not given. A txt file gives a column `text`, a line a row, and a column `document` that counts the
+    blocks between empty lines (the lines, where there are none). Raises UserError when the source is missing, empty,
+    not what its name says, or lacks a column.
     """
     name = split if split and looks_local(split) else source.source
     path = Path(os.path.expanduser(name))
@@ -155,7 +158,10 @@ def _read_hub(source: Source, split: str) -> pd.DataFrame:
         for column, kind in rows.features.items():  # classes are stored as numbers; take their names
             names = getattr(getattr(kind, "feature", kind), "names", None)
             if names:
-                name = lambda value: names[int(value)] if 0 <= value < len(names) else None
+
+                def name(value):
+                    return names[int(value)] if 0 <= value < len(names) else None
+
                 table[column] = [[name(v) for v in cell] if np.ndim(cell) else name(cell) for cell in table[column]]
         return table
     except Exception as error:  # the client raises a dozen kinds; the reader needs one line

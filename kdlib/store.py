@@ -184,7 +184,8 @@ def read_results(path: Path) -> pd.DataFrame:
 def run_folder(run_dir: str | Path | None, profile: str) -> Path:
     """The run folder a notebook or command means: `run_dir`, or runs/<profile>.
 
-    Relative to the current folder, or to the project when that is its `notebooks/`, as it is for a notebook opened by hand.
+    Relative to the current folder, or to the project when that is its `notebooks/`, as it is for a notebook opened
+    by hand.
     """
     base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
     return base / (run_dir or Path("runs") / Path(profile).stem)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from transformers.utils import logging
 
 from kdlib import config, device, embedded, sources, vocabulary
 from kdlib.benchmark import average_row, compare, probe_runs, rows_of
@@ -64,6 +65,7 @@ class Study:
     """A run's artefacts: corpus, tasks, teacher, pruned teacher, student, and the rows of each stage."""
 
     def __init__(self, run_dir: str | Path | None = None, profile: str = "workshop", overrides: Any = ()):
+        logging.disable_progress_bar()  # of loading and saving, which take a second; long work shows its own
         self.run = find_run(run_dir, profile, overrides)
         self.profile = self.run.profile
         check_objectives(self.profile.distill.objectives)
@@ -127,7 +129,10 @@ class Study:
     # -- 01
 
     def segmentation_rows(self) -> list[dict]:
-        """Fertility, unknown tokens and split words of the teacher's tokenizer, per language of the parallel sentences."""
+        """Fertility, unknown tokens and split words of the teacher's tokenizer.
+
+        Per language of the parallel sentences.
+        """
         texts = self.parallel or {self.profile.language: sentences(self.corpus.heldout)}
         method = "parallel" if self.parallel else "heldout"
         return [
@@ -228,7 +233,10 @@ class Study:
         return rows
 
     def prove_pruning(self, texts: list[str] | None = None, states_of: int = 200) -> pd.DataFrame:
-        """On every text: do the pruned ids name the teacher's ids? On the first ones: are hidden states equal bit for bit?"""
+        """On every text: do the pruned ids name the teacher's ids?
+
+        On the first ones: are hidden states equal bit for bit?
+        """
         texts = sentences(self.corpus.train) if texts is None else texts
         return vocabulary.prove(
             self.teacher, self.pruned, np.load(self.run.path / "vocabulary" / "kept_ids.npy"), texts, states_of
@@ -274,8 +282,9 @@ class Study:
         )
 
     def distill(self, on_point: Callable[[pd.DataFrame], None] | None = None) -> tuple[Encoder, pd.DataFrame, dict]:
-        """The student, the curve of its training and the facts of the run, from `student/` and `distill/` or made there.
+        """The student, the curve of its training and the facts of the run.
 
+        They come from `student/` and `distill/` or are made there.
         A run that was cut off goes on from its last checkpoint.
         """
         work = self.run.path / "distill"
@@ -285,8 +294,9 @@ class Study:
             train, held = self.texts
             start = self.undistilled()
             outcome: Outcome = distill(
-                self.pruned, start.model, train, held, self._spec(start_random=self.profile.student.init == "random"), checkpoints,
-                self.profile.seed, "distilling the student", on_point,
+                self.pruned, start.model, train, held,
+                self._spec(start_random=self.profile.student.init == "random"), checkpoints, self.profile.seed,
+                "distilling the student", on_point,
             )  # fmt: skip
             work.mkdir(exist_ok=True)
             outcome.curve.to_csv(work / "curve.csv", index=False)
@@ -377,8 +387,8 @@ class Study:
     def ablation_rows(self, on_arm: Callable[[dict, list[dict]], None] | None = None) -> list[dict]:
         """Every arm distilled and probed, plus the teacher and the undistilled student for reference.
 
-        An arm lies in a folder named by what it changes; finished arms are never made again, and arms that come to the same
-        thing are made once. All arms share the cached teacher states.
+        An arm lies in a folder named by what it changes; finished arms are never made again, and arms that come to the
+        same thing are made once. All arms share the cached teacher states.
         """
         tasks = self._tasks_that("ablate") or self.tasks
         rows = []

@@ -22,7 +22,10 @@ TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
 
 @dataclass
 class Split:
-    """texts: str, (str, str) for kind pair, or a list of words for kind tokens; targets: int, list of 0/1, or list of int."""
+    """texts: str, (str, str) for kind pair, or a list of words for kind tokens.
+
+    targets: int, list of 0/1, or list of int.
+    """
 
     texts: list
     targets: list
@@ -131,8 +134,10 @@ def _dengue(corpus: Corpus) -> Task:
 
 
 def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: list) -> Task:
-    """Hold out a share of each class (of each label combination), the same on every machine; rows that repeat a held-out
-    text are taken from the training side."""
+    """Hold out a share of each class (of each label combination), the same on every machine.
+
+    Rows that repeat a held-out text are taken from the training side.
+    """
     groups: dict[str, list[int]] = {}
     for i in sorted(
         range(len(texts)), key=lambda i: hashlib.sha256(repr(texts[i]).encode("utf-8", "replace")).hexdigest()
@@ -143,12 +148,18 @@ def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: l
     train = [i for i in range(len(texts)) if repr(texts[i]) not in held]
     if not test or not train:
         raise UserError(f"task {name}: {len(texts)} rows are too few to hold any out for testing")
-    pick = lambda rows: Split([texts[i] for i in rows], [targets[i] for i in rows])
+
+    def pick(rows: list[int]) -> Split:
+        return Split([texts[i] for i in rows], [targets[i] for i in rows])
+
     return Task(name, kind, labels, pick(train), pick(sorted(test)))
 
 
 def parse_entities(text: str) -> tuple[list[str], list[str], list[str]]:
-    """Inline entities to words, BIO tags and names: "si [PER Ana Cruz] ," -> si Ana Cruz , / O B-PER I-PER O / Ana Cruz."""
+    """Inline entities to words, BIO tags and names.
+
+    "si [PER Ana Cruz] ," -> si Ana Cruz , / O B-PER I-PER O / Ana Cruz.
+    """
     words, tags, names = [], [], []
     for kind, name, word in ENTITY.findall(text):
         parts = name.split() if kind else [word]
@@ -180,11 +191,12 @@ def _entities(corpus: Corpus) -> Task:
     for group in sorted(groups.values(), key=lambda g: hashlib.sha256(repr(parsed[g[0]][0]).encode()).hexdigest()):
         if len(group) <= 3 and len(test) < TEST_SHARE * len(parsed):
             test.update(group)
-    pick = lambda inside: [i for i in range(len(parsed)) if (i in test) == inside]
-    split = lambda rows: Split(
-        [parsed[i][0] for i in rows], [[labels.index(tag) for tag in parsed[i][1]] for i in rows]
-    )
-    return Task("entities", "tokens", labels, split(pick(False)), split(pick(True)))
+
+    def side(held: bool) -> Split:
+        rows = [i for i in range(len(parsed)) if (i in test) == held]
+        return Split([parsed[i][0] for i in rows], [[labels.index(tag) for tag in parsed[i][1]] for i in rows])
+
+    return Task("entities", "tokens", labels, side(False), side(True))
 
 
 EMBEDDED = {
@@ -217,7 +229,8 @@ def _own(spec: config.Task) -> Task:
         labels = sorted({"O", *tags}, key=lambda tag: (tag != "O", tag[2:], tag))
     if len(labels) < 2:
         raise UserError(
-            f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); at least two are needed"
+            f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); "
+            "at least two are needed"
         )
     splits = [_own_split(spec, frame, labels) for frame in frames]
     if len(splits) == 1:
@@ -279,7 +292,10 @@ def _binary(value, where: str, column: str) -> int:
 def check(task: Task, distilled: set[str]) -> None:
     """Raises UserError when a test row also stands in the task's train rows, a test sentence in `distilled`, or a
     split has fewer than two classes."""
-    key = lambda text: text if isinstance(text, str) else tuple(text)
+
+    def key(text: str | list[str] | tuple[str, str]) -> str | tuple[str, ...]:
+        return text if isinstance(text, str) else tuple(text)
+
     shared = {key(text) for text in task.train.texts} & {key(text) for text in task.test.texts}
     if shared:
         raise UserError(

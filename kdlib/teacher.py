@@ -46,7 +46,7 @@ def load_encoder(
     if not folder.is_dir() and (folder.is_absolute() or str(source).startswith(".") or os.path.exists(source)):
         raise UserError(f"{source}: no folder of a model there")
     options = dict(revision=revision) if revision else {}
-    quiet = logging.get_verbosity()
+    quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
@@ -62,11 +62,13 @@ def load_encoder(
     except Exception as error:  # the hub client and the readers raise a dozen kinds; people need one line
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"model {str(source)!r} could not be loaded: {reason} Offline? Use teacher.source=embedded or a local folder."
+            f"model {str(source)!r} could not be loaded: {reason} "
+            "Offline? Use teacher.source=embedded or a local folder."
         ) from None
     finally:
         logging.set_verbosity(quiet)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
     if not tokenizer.is_fast:
         raise UserError(f"{source}: no fast tokenizer (tokenizer.json)")
     limit = min(max_length, model.config.max_position_embeddings - (2 if kind in ("xlm-roberta", "roberta") else 0))

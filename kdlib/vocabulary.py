@@ -30,7 +30,8 @@ class Selection:
     """Which pieces stay, and why.
 
     ids: kept token ids of the full tokenizer, ascending; a piece's place in this list is its new id.
-    reason: for each kept id "special", "corpus", "character", "wordlist" or "merge" (a BPE piece that others are built of).
+    reason: for each kept id "special", "corpus", "character", "wordlist" or "merge" (a BPE piece that others are
+        built of).
     counts: int64 [vocabulary], how often the corpus uses each piece of the full vocabulary.
     dropped: how many pieces the corpus uses that `max_rows` left no room for; 0 means exact on every corpus text.
     """
@@ -88,7 +89,8 @@ def word_list(language: str, size: int | None = None) -> list[str]:
     """wordfreq's words for a language, most frequent first, each followed by its capitalised form.
 
     `language`: any ISO 639 code ("tgl", "ceb", "id"); `size`: at most so many words, default all. A language
-    that wordfreq does not have gives an empty list: then the corpus alone decides. Raises UserError for what is no code.
+    that wordfreq does not have gives an empty list: then the corpus alone decides. Raises UserError for what is no
+    code.
     """
     import langcodes
     import wordfreq
@@ -115,7 +117,8 @@ def select(
 
     Order of claim: special tokens; single characters (so that no word in their scripts falls to the unknown token
     more often than before); the pieces of `extra` (prefixes) and of `texts`; then the words of `words`, in their
-    order, until `max_rows` is reached. Only if the first three exceed `max_rows` are corpus pieces left out, rarest first.
+    order, until `max_rows` is reached. Only if the first three exceed `max_rows` are corpus pieces left out, rarest
+    first.
 
     characters: "scripts" keeps single characters of every script that `texts` use and all script-neutral ones
     (digits, punctuation, symbols, emoji); "all" keeps those of every script (13,828 in XLM-R, most of them Chinese).
@@ -341,8 +344,8 @@ def coverage_curve(selection: Selection, counts: np.ndarray, points: int = 40) -
 def prove(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: list[str], states_of: int = 200) -> pd.DataFrame:
     """The proof that pruning changed nothing, as a table of claim, texts checked, texts that hold.
 
-    Ids: on every text the pruned ids, mapped back, are the full tokenizer's. States: on the first `states_of` texts every hidden
-    state is equal bit for bit, in fp32.
+    Ids: on every text the pruned ids, mapped back, are the full tokenizer's. States: on the first `states_of` texts
+    every hidden state is equal bit for bit, in fp32.
     """
     same = 0
     for start in range(0, len(texts), 8192):

@@ -60,7 +60,10 @@ def test_pairs_are_encoded_together(encoder):
 def test_word_vectors_are_the_states_of_first_tokens(encoder):
     vectors, places = word_vectors(encoder, WORDS, [1, 2])
     assert vectors.shape == (len(places), 2, 32) and vectors.dtype == np.float32 and places.dtype.kind == "i"
-    encode = lambda words: encoder.tokenizer(words, add_special_tokens=False, is_split_into_words=True).input_ids
+
+    def encode(words):
+        return encoder.tokenizer(words, add_special_tokens=False, is_split_into_words=True).input_ids
+
     prefix = encoder.prefix.split()
     ids = [[2, *encode(prefix + words)][: encoder.max_length - 1] + [3] if prefix + words else [] for words in WORDS]
     states = [states_of(encoder, row)[1:].numpy() if row else None for row in ids]

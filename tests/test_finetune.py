@@ -19,13 +19,15 @@ SPEC = config.Benchmark(
 
 def task(kind):
     texts = tiny.texts(140)
-    has = lambda text, word: int(word in text.split())
     if kind == "tokens":
         words = [text.split() for text in texts]
         rows = Split(words, [[int(word in ("aso", "pusa")) for word in row] for row in words])
         labels = ["O", "B-ANIMAL"]
     elif kind == "multilabel":
-        rows, labels = Split(texts, [[has(t, "aso"), has(t, "ang")] for t in texts]), ["aso", "ang"]
+        rows, labels = (
+            Split(texts, [[int(word in t.split()) for word in ("aso", "ang")] for t in texts]),
+            ["aso", "ang"],
+        )
     elif kind == "pair":
         seconds = tiny.texts(140, 5, 3)
         rows = Split(list(zip(texts, seconds)), [int(len(a.split()) > 3) for a in texts])

@@ -21,7 +21,10 @@ MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
 
 def states(seed, layers=2, heads=2, size=4):
     g = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=g)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
     hidden = [draw(2, 5, heads * size) for _ in range(layers)]
     query, key = ([draw(2, heads, 5, size) for _ in range(layers)] for _ in range(2))
     return States(hidden, MASK, query, key)
@@ -43,7 +46,11 @@ def test_hidden_loss_is_the_mse_over_real_tokens_by_the_teachers_variance():
 
 
 def test_attention_loss_is_the_mse_of_scaled_dot_products_before_the_softmax():
-    student, teacher = states(2), states(3)
+    both = student, teacher = states(2), states(3)
+
+    def dot(query, key):
+        return sum(query[k].item() * key[k].item() for k in range(4)) / math.sqrt(4)
+
     expected = 0
     for layer in range(2):
         pairs = []
@@ -52,14 +59,7 @@ def test_attention_loss_is_the_mse_of_scaled_dot_products_before_the_softmax():
                 for i in range(5):
                     for j in range(5):
                         if MASK[b, i] and MASK[b, j]:
-                            dot = lambda s: (
-                                sum(
-                                    s.query[layer][b, head, i, k].item() * s.key[layer][b, head, j, k].item()
-                                    for k in range(4)
-                                )
-                                / math.sqrt(4)
-                            )
-                            pairs.append((dot(student), dot(teacher)))
+                            pairs.append([dot(s.query[layer][b, head, i], s.key[layer][b, head, j]) for s in both])
         mean = sum(y for _, y in pairs) / len(pairs)
         variance = sum((y - mean) ** 2 for _, y in pairs) / (len(pairs) - 1)
         expected += sum((x - y) ** 2 for x, y in pairs) / len(pairs) / variance / 2

@@ -44,24 +44,26 @@ def separable(rng, classes, count=60):
 
 
 def task_of(kind, labels, train, test, texts=None):
-    split = lambda targets: Split(texts or [f"t{i}" for i in range(len(targets))], list(targets))
+    def split(targets):
+        return Split(texts or [f"t{i}" for i in range(len(targets))], list(targets))
+
     return Task("mine", kind, labels, split(train), split(test))
 
 
 # -- CKA and similarity
 
 
-def hsic(k, l):
+def hsic(k, m):
     n = len(k)
     centring = np.eye(n) - 1 / n
-    return np.trace(k @ centring @ l @ centring) / (n - 1) ** 2
+    return np.trace(k @ centring @ m @ centring) / (n - 1) ** 2
 
 
 def test_cka_against_the_kernel_formula(rng):
     for _ in range(5):
         x, y = rng.normal(size=(30, 7)) + 3, rng.normal(size=(30, 12)) @ rng.normal(size=(12, 12))
-        k, l = x @ x.T, y @ y.T
-        assert linear_cka(x, y) == pytest.approx(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
+        k, m = x @ x.T, y @ y.T
+        assert linear_cka(x, y) == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)))
 
 
 def test_cka_ignores_rotation_scale_and_shift_but_not_more(rng):
@@ -158,7 +160,10 @@ def test_probe_separates_classes(rng, kind):
 
 def test_probe_separates_flags(rng):
     targets, gold = rng.integers(0, 2, (2, 80, 3))
-    features = lambda flags: flags * 4.0 + rng.normal(size=flags.shape) * 0.1
+
+    def features(flags):
+        return flags * 4.0 + rng.normal(size=flags.shape) * 0.1
+
     task = task_of("multilabel", list("abc"), targets.tolist(), gold.tolist())
     assert linear_probe(task, features(targets), targets, features(gold), NO_PLACES)[0].value == 1
 
@@ -169,7 +174,10 @@ def test_probe_separates_words_and_takes_cut_ones_for_the_first_label(rng):
     words = [[f"w{i}" for i in row] for row in gold]
     places = np.array([(t, w) for t, row in enumerate(gold) for w in range(len(row))])
     flat = np.array([tag for row in gold for tag in row])
-    features = lambda tags: np.eye(3)[tags] * 5 + rng.normal(size=(len(tags), 3)) * 0.1
+
+    def features(tags):
+        return np.eye(3)[tags] * 5 + rng.normal(size=(len(tags), 3)) * 0.1
+
     train = np.tile(flat, 10)
     task = task_of("tokens", labels, gold, gold, words)
     f1, right = linear_probe(task, features(train), train, features(flat), places)
@@ -196,7 +204,10 @@ def test_seeds_of_a_probe_draw_shares_and_repeat_themselves(rng):
     targets, gold = rng.integers(0, 2, (2, 60))
     train, test = rng.normal(size=(2, 60, 30))
     task = task_of("classify", list("ab"), targets, gold)
-    score = lambda seed, share: linear_probe(task, train, targets, test, NO_PLACES, seed, share)[0].items.tolist()
+
+    def score(seed, share):
+        return linear_probe(task, train, targets, test, NO_PLACES, seed, share)[0].items.tolist()
+
     assert score(0, 0.5) == score(0, 0.5) != score(1, 0.5)
     assert score(0, 1.0) == score(1, 1.0)
 

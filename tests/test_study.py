@@ -11,8 +11,9 @@ from kdlib.errors import UserError
 from kdlib.study import Study, stage_key
 
 OVERRIDES = {
-    "language": "ceb", "parallel": None, "teacher.max_length": 32, "vocabulary.max_rows": 100, "vocabulary.wordlist": False,
-    "student.layers": 2, "distill.batch_tokens": 128, "distill.evaluations": 2, "distill.precision": "fp32", "distill.epochs": 1,
+    "language": "ceb", "parallel": None, "teacher.max_length": 32,
+    "vocabulary.max_rows": 100, "vocabulary.wordlist": False, "student.layers": 2,
+    "distill.batch_tokens": 128, "distill.evaluations": 2, "distill.precision": "fp32", "distill.epochs": 1,
     "benchmark.seeds": [0, 1], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 100,
     "benchmark.latency_runs": 3, "ablations.epochs": 1, "ablations.max_texts": 50, "ablations.fractions": [0.5, 1.0],
     "ablations.inits": ["alternate", "random"], "ablations.objectives": {"attention": {"attention": 1.0}},

@@ -27,8 +27,12 @@ SMALL = dict(
 FAMILIES = {
     "bert": lambda v: BertModel(BertConfig(vocab_size=v, **SMALL)),
     "xlm-roberta": lambda v: XLMRobertaModel(XLMRobertaConfig(vocab_size=v, **SMALL)),
-    "distilbert": lambda v: DistilBertModel(DistilBertConfig(vocab_size=v, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40)),
-    "deberta-v2": lambda v: DebertaV2Model(DebertaV2Config(vocab_size=v, pos_att_type=["p2c", "c2p"], relative_attention=True, **SMALL)),
+    "distilbert": lambda v: DistilBertModel(
+        DistilBertConfig(vocab_size=v, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=40)
+    ),
+    "deberta-v2": lambda v: DebertaV2Model(
+        DebertaV2Config(vocab_size=v, pos_att_type=["p2c", "c2p"], relative_attention=True, **SMALL)
+    ),
 }  # fmt: skip
 
 

@@ -113,8 +113,8 @@ def train_unigram(texts, before=()):
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=ids
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=edit(backend, forget(*before)), bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>",
-        unk_token="<unk>", pad_token="<pad>", mask_token="<mask>",
+        tokenizer_object=edit(backend, forget(*before)), bos_token="<s>", eos_token="</s>", cls_token="<s>",
+        sep_token="</s>", unk_token="<unk>", pad_token="<pad>", mask_token="<mask>",
     )  # fmt: skip
 
 

@@ -6,7 +6,10 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from kdlib.encoder import Encoder
 
-WORDS = "ang ng sa mga ay na at si ako ikaw bata aso pusa bahay araw gabi ulan tubig kumain natulog tumakbo maganda malaki maliit".split()
+WORDS = (
+    "ang ng sa mga ay na at si ako ikaw bata aso pusa bahay araw gabi ulan tubig "
+    "kumain natulog tumakbo maganda malaki maliit"
+).split()
 
 
 def tokenizer():
@@ -27,8 +30,8 @@ def tokenizer():
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
-        model_input_names=["input_ids", "attention_mask"],
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        mask_token="[MASK]", model_input_names=["input_ids", "attention_mask"],
     )  # fmt: skip
 
 
