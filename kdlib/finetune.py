@@ -72,12 +72,13 @@ class _Rows:
 
 
 class _Trainer(Trainer):
-    """Batches of like length, a fixed number of texts each."""
+    """Batches of texts of like length, as many tokens as `train_batch_size` texts of mean length have."""
 
     def get_train_dataloader(self) -> DataLoader:
         rows = self.train_dataset
-        longest = max(map(len, rows.ids))
-        sampler = BudgetSampler([longest] * len(rows), longest * self.args.train_batch_size, self.args.seed)
+        lengths = [len(row) for row in rows.ids]
+        budget = max(max(lengths), round(self.args.train_batch_size * sum(lengths) / len(lengths)))
+        sampler = BudgetSampler(lengths, budget, self.args.seed)
         return self.accelerator.prepare(DataLoader(rows, batch_sampler=sampler, collate_fn=rows.collate))
 
 
