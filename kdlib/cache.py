@@ -1,5 +1,6 @@
 """The teacher's hidden states on disk: computed once, read by every epoch, every ablation arm and every later run."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,7 +70,10 @@ def _key(teacher: Encoder, ids: Sequence[Sequence[int]], layers: Sequence[int]) 
 
 @torch.inference_mode()
 def _compute(path: Path, teacher: Encoder, ids, layers, starts, shape) -> None:
-    out = np.memmap(path, np.float16, "w+", shape=shape)
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here and now, not a crash while writing
+            os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(shape)))
+    out = np.memmap(path, np.float16, "r+" if path.stat().st_size else "w+", shape=shape)
     device = next(teacher.model.parameters()).device
     for batch in track(budget_batches([len(row) for row in ids], TOKENS_PER_BATCH), "caching the teacher's states"):
         tokens, mask = pad([ids[i] for i in batch], teacher.tokenizer.pad_token_id)

@@ -34,7 +34,7 @@ def run(
     except UserError as error:
         runner.fail(str(error), 2)
     except runner.NotebookError as error:
-        runner.fail(f"{error}\n  the same command again goes on from this notebook", 2 if error.user else 1)
+        runner.fail(str(error), 2 if error.user else 1)
     except KeyboardInterrupt:
         runner.fail("stopped; the same command again goes on from the notebook that was running", 130)
 

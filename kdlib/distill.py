@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
@@ -318,8 +319,18 @@ def distill(
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(callback)
     last = get_last_checkpoint(str(work)) if Path(work).is_dir() else None
-    with training_attention(student):
-        trainer.train(resume_from_checkpoint=last)
+    try:
+        with training_attention(student):
+            trainer.train(resume_from_checkpoint=last)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (
+            isinstance(error, RuntimeError)
+            and "PytorchStreamWriter" not in str(error)
+            and "unexpected pos" not in str(error)
+        ):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{work}: a checkpoint could not be written ({reason})") from error
     for module, p in dropouts.items():
         module.p = p
     student.requires_grad_(True).eval()

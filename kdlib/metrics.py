@@ -86,11 +86,8 @@ def resampled(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0) -> n
     """Bootstrap samples [resamples] of the mean over seeds. The same seed draws the same items for every model, so
     that differences between models are paired."""
     rng = np.random.default_rng(seed)
-    stack = np.stack([run.items for run in runs])
-    count = stack.shape[1]
-    out = np.empty(resamples)
-    for i in range(resamples):
-        weights = np.bincount(rng.integers(0, count, count), minlength=count)
-        chosen = rng.integers(0, len(runs), len(runs))
-        out[i] = runs[0].score(np.einsum("n,snk->sk", weights, stack[chosen])).mean()
-    return out
+    count = len(runs[0].items)
+    weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+    chosen = rng.integers(0, len(runs), (resamples, len(runs)))
+    scores = np.stack([run.score(weights @ run.items) for run in runs], axis=1)
+    return np.take_along_axis(scores, chosen, axis=1).mean(axis=1)

@@ -121,20 +121,20 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], console: Con
                 extra_arguments=["--IPKernelApp.log_level=40"],
             )
         except PapermillExecutionError as error:
-            reason = error.evalue if error.ename == "UserError" else f"{error.ename}: {error.evalue}"
-            raise NotebookError(
-                f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}",
-                error.ename == "UserError",
-            ) from None
-        except (DeadKernelError, CellTimeoutError) as error:
-            reason = (
-                "its kernel died (killed, or out of memory)"
-                if isinstance(error, DeadKernelError)
-                else "a cell took too long"
-            )
-            raise NotebookError(
-                f"notebook {source.stem}, cell {report.cell}: {reason}\n  as far as it came: {target}", False
-            ) from None
+            mendable = error.ename == "UserError"
+            reason = error.evalue if mendable else f"{error.ename}: {error.evalue}"
+        except DeadKernelError:
+            mendable, reason = False, "its kernel died (killed, or out of memory)"
+        except CellTimeoutError:
+            mendable, reason = False, "a cell took too long"
+        except OSError as error:
+            mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
+        else:
+            return
+        where = f"notebook {source.stem}, cell {report.cell}"
+        raise NotebookError(
+            f"{where}: {reason} (partial notebook: {target}; the same command goes on from here)", mendable
+        )
 
 
 class _Engine(NBClientEngine):

@@ -459,6 +459,12 @@ class Study:
         runs = {task.name: probe_runs(encoder, task, spec) for task in tasks}
         rows = [row for task, task_runs in runs.items() for row in rows_of(task_runs, spec, task=task)]
         rows.append(average_row(runs, spec))
-        held = sentences(self.corpus.heldout)[:300]
-        value = similarity(text_vectors(encoder, held)[:, 0], text_vectors(self.pruned, held)[:, 0])
+        held, target = self._heldout_vectors
+        value = similarity(text_vectors(encoder, held)[:, 0], target)
         return rows + [dict(metric="similarity", value=value, n=len(held))]
+
+    @cached_property
+    def _heldout_vectors(self) -> tuple[list[str], np.ndarray]:
+        """Some held-out sentences and the teacher's vectors of them, which every arm is compared with."""
+        held = sentences(self.corpus.heldout)[:300]
+        return held, text_vectors(self.pruned, held)[:, 0]

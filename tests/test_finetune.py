@@ -13,7 +13,7 @@ from kdlib.finetune import finetune
 from kdlib.tasks import Split, Task
 
 SPEC = config.Benchmark(
-    seeds=[0, 1, 2], finetune_epochs=6.0, finetune_rate=5e-3, finetune_batch=16, bootstrap=100, latency_runs=3
+    seeds=[0, 1, 2], finetune_epochs=12.0, finetune_rate=5e-3, finetune_batch=16, bootstrap=100, latency_runs=3
 )
 
 

@@ -150,10 +150,6 @@ def test_resampled_mean_is_near_the_score():
 
 def test_resampling_by_hand():
     run = score(task_of("classify", "abc", [0, 1, 2, 0, 1]), np.array([0, 1, 1, 1, 1]))[1]
-    rng = np.random.default_rng(4)
-    expected = []
-    for _ in range(20):
-        items = run.items[rng.integers(0, 5, 5)]
-        rng.integers(0, 1, 1)
-        expected.append(float(run.score(items.sum(0))))
+    drawn = np.random.default_rng(4).multinomial(5, [0.2] * 5, size=20)
+    expected = [float(run.score(np.repeat(run.items, times, axis=0).sum(0))) for times in drawn]
     np.testing.assert_allclose(resampled([run], 20, seed=4), expected)

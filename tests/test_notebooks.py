@@ -115,7 +115,7 @@ print(tuple(state.shape), model.config.num_hidden_layers)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "2)" in result.stdout
+    assert result.stdout.endswith(" 2\n")
     card = (smoke[0] / "student" / "README.md").read_text()
     assert "| probe | average |" in card and not list((smoke[0] / "student").glob("*.bin"))
 
