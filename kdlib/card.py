@@ -8,6 +8,7 @@ import pandas as pd
 from kdlib import embedded
 from kdlib.metrics import headline
 from kdlib.store import Run, new_file, write_json
+from kdlib.teacher import prefix_of
 
 
 def write_card(folder: Path, run: Run) -> None:
@@ -18,13 +19,7 @@ def write_card(folder: Path, run: Run) -> None:
     """
     profile = run.profile
     teacher = embedded.NAME if profile.teacher.source == "embedded" else profile.teacher.source
-    prefix = (
-        profile.teacher.prefix
-        if profile.teacher.prefix is not None
-        else embedded.PREFIX
-        if profile.teacher.source == "embedded"
-        else ""
-    )
+    prefix = prefix_of(profile.teacher)
     licence = "mit" if profile.teacher.source == "embedded" else "other"
     corpus = (
         "the kit's own Tagalog corpus: CC0, machine-written, reread in part, "

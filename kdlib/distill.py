@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdlib import config
@@ -315,9 +315,7 @@ def distill(
         batch_tokens=spec.batch_tokens, bf16=teacher.bf16,
     )  # fmt: skip
     history.trainer = trainer
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ == "PrinterCallback":
-            trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(work)) if Path(work).is_dir() else None
     try:
         with training_attention(student):

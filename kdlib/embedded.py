@@ -2,6 +2,10 @@
 
 Only the file `e5-small-q4.bin` is used, never the package's engine. It is read once, checked field by
 field, and written as a plain Hugging Face folder that `AutoModel` and `AutoTokenizer` load.
+
+The file is little-endian and holds, in order: the magic `E5S1` and a u32 version; 7 i32 sizes, an f32 epsilon and the
+i32 block size; 5 i32 (number of pieces, special ids), a u64 length, u32 offsets, f32 scores and the UTF-8 pieces; the
+normalisation map; an i32 number of tensors, each with name, type (0 f32, 1 Q4_0), element count, file offset and bytes.
 """
 
 import hashlib
@@ -94,7 +98,7 @@ class _Reader:
 
 
 def read_file(path: Path) -> Contents:
-    """Read an `E5S1` file (layout in the module `embedded` of the documentation), checking every field.
+    """Read an `E5S1` file (layout above), checking every field.
 
     Raises UserError naming the file and the field that is wrong: magic, version, an impossible size, a piece
     that is not UTF-8, a missing, unknown or misshapen tensor, a value that is not finite, a truncated file.

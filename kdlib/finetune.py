@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from kdlib import config
 from kdlib.batches import BudgetSampler, budget_batches
@@ -124,9 +124,7 @@ def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0
             data_collator=train.collate,
             callbacks=[_Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}")],
         )
-        for callback in list(trainer.callback_handler.callbacks):
-            if type(callback).__name__ == "PrinterCallback":
-                trainer.remove_callback(callback)
+        trainer.remove_callback(PrinterCallback)
         with training_attention(model.encoder):
             trainer.train()
     return score(small, predict(model.eval(), _Rows(encoder, task.kind, small.test), small, encoder.bf16))

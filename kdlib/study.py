@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from transformers.utils import logging
 
-from kdlib import config, device, embedded, sources, vocabulary
+from kdlib import config, device, sources, vocabulary
 from kdlib.benchmark import average_row, compare, probe_runs, rows_of
 from kdlib.card import write_card
 from kdlib.corpus import Corpus, load_corpus, sentences, windows, without
@@ -28,7 +28,7 @@ from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, sim
 from kdlib.store import find_run, fingerprint, new_folder, write_json
 from kdlib.student import build_student, layer_map
 from kdlib.tasks import Task, load_tasks
-from kdlib.teacher import load_encoder, load_teacher
+from kdlib.teacher import load_encoder, load_teacher, prefix_of
 
 STAGES = ["probe", "prune", "distill", "benchmark", "ablations", "figures"]
 NOTEBOOKS = {
@@ -112,8 +112,7 @@ class Study:
 
     @property
     def _prefix(self) -> str:
-        given = self.profile.teacher.prefix
-        return given if given is not None else embedded.PREFIX if self.profile.teacher.source == "embedded" else ""
+        return prefix_of(self.profile.teacher)
 
     @property
     def _max_length(self) -> int:

@@ -22,15 +22,20 @@ def load_teacher(spec: config.Teacher, device: torch.device | str = "cpu", bf16:
     Raises UserError when the source cannot be loaded, saying how to go on offline.
     """
     if spec.source == "embedded":
-        prefix = embedded.PREFIX if spec.prefix is None else spec.prefix
-        encoder = load_encoder(embedded.folder(), embedded.NAME.split("/")[1], prefix, spec.max_length)
+        source, name = embedded.folder(), embedded.NAME.split("/")[1]
     else:
-        encoder = load_encoder(
-            spec.source, Path(spec.source).name, spec.prefix or "", spec.max_length, spec.revision, spec.allow_pickle
-        )
+        source, name = spec.source, Path(spec.source).name
+    encoder = load_encoder(source, name, prefix_of(spec), spec.max_length, spec.revision, spec.allow_pickle)
     encoder.model.to(device)
     encoder.bf16 = bf16
     return encoder
+
+
+def prefix_of(spec: config.Teacher) -> str:
+    """What goes before every text: as the profile says, else what the teacher was trained with, if that is known."""
+    if spec.prefix is not None:
+        return spec.prefix
+    return embedded.PREFIX if spec.source == "embedded" else ""
 
 
 def load_encoder(
