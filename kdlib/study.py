@@ -231,11 +231,8 @@ class Study:
                 )
         return rows
 
-    def prove_pruning(self, texts: list[str] | None = None, states_of: int = 200) -> pd.DataFrame:
-        """On every text: do the pruned ids name the teacher's ids?
-
-        On the first ones: are hidden states equal bit for bit?
-        """
+    def prove_pruning(self, texts: list[str] | None = None, states_of: int = 100) -> pd.DataFrame:
+        """Do the pruned ids name the teacher's on every text, are the weights its own, the hidden states equal?"""
         texts = sentences(self.corpus.train) if texts is None else texts
         return vocabulary.prove(
             self.teacher, self.pruned, np.load(self.run.path / "vocabulary" / "kept_ids.npy"), texts, states_of

@@ -67,7 +67,7 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
 def test_pruning_is_proved_on_every_text(study):
     study.pruned
     proof = study.prove_pruning()
-    assert (proof["texts"] == proof["holds"]).all() and proof["texts"].iloc[0] > 100
+    assert (proof["checked"] == proof["holds"]).all() and proof["checked"].iloc[0] > 100
 
 
 def test_teacher_and_pruned_teacher_probe_alike(study):

@@ -720,7 +720,8 @@ def encoders(study, pruned):
 
 def test_proof_holds_for_a_pruned_model(study):
     table = prove(*encoders(study, study.pruned), np.array(study.chosen.ids), study.corpus, states_of=5)
-    assert table[["texts", "holds"]].values.tolist() == [[len(study.corpus)] * 2, [5, 5]]
+    weights = len(study.pruned.base_model.state_dict())
+    assert table[["checked", "holds"]].values.tolist() == [[len(study.corpus)] * 2, [weights] * 2, [5, 5]]
 
 
 def test_proof_fails_for_rows_and_ids_that_are_wrong(studies):
@@ -728,7 +729,7 @@ def test_proof_fails_for_rows_and_ids_that_are_wrong(studies):
     rolled = copy.deepcopy(study.pruned)
     rolled.get_input_embeddings().weight.data = study.pruned.get_input_embeddings().weight.data.roll(1, 0)
     table = prove(*encoders(study, rolled), np.array(study.chosen.ids)[::-1], study.corpus, states_of=5)
-    assert table.holds.tolist() == [0, 0]
+    assert table.holds.tolist() == [0, len(study.pruned.base_model.state_dict()) - 1, 0]
 
 
 # words and scripts
