@@ -29,8 +29,8 @@ def budget_batches(lengths: Sequence[int], budget: int, order: Sequence[int] | N
 class BudgetSampler(Sampler[list[int]]):
     """A batch sampler: shuffled buckets, sorted inside, cut by token budget, the batches shuffled.
 
-    Every epoch holds each index once and has its own order, fixed by `seed` and the epoch; the number of batches is
-    the same in every epoch's plan of the first, so that a resumed run finds its place again.
+    Every epoch holds each index once, in the same batches; their order is the epoch's own, fixed by `seed` and the
+    epoch, so that a resumed run finds its place again.
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0):
