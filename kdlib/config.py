@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kdlib.errors import UserError
 
@@ -75,15 +75,57 @@ class Vocabulary(Section):
     max_rows: int | None = Field(None, ge=100, description="embedding rows to keep at most")
 
 
+class Condition(Section):
+    """Further masked-language training of the pruned teacher on the target language, before it is distilled."""
+
+    use: bool = Field(False, description="distill from the conditioned teacher")
+    epochs: float = Field(1.0, gt=0)
+    head_epochs: float = Field(
+        1.0, ge=0, description="passes that warm up a new head, the encoder frozen, for a teacher that has none"
+    )
+    learning_rate: float = Field(5e-5, gt=0)
+    head_rate: float = Field(1e-3, gt=0, description="learning rate of the warm-up")
+    mask: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are masked")
+    whole_words: bool = Field(False, description="mask all tokens of a word together")
+    batch_tokens: int = Field(2048, ge=64)
+    max_texts: int | None = Field(None, ge=50)
+
+
+PRESETS = {  # Cruz and Aji 2025
+    "base": dict(layers=6, hidden=768, ffn=3072, heads=12),
+    "tiny": dict(layers=4, hidden=312, ffn=1200, heads=12),
+}
+
+
 class Student(Section):
+    preset: Literal["base", "tiny"] | None = Field(None, description="sizes not named are the preset's")
     layers: int = Field(4, ge=1)
+    hidden: int | None = Field(None, ge=8, description="width; None: the teacher's")
+    ffn: int | None = Field(None, ge=8, description="width of the feed-forward layers; None: the teacher's")
+    heads: int | None = Field(None, ge=1, description="attention heads; None: the teacher's")
     init: Init = "alternate"
+    narrow: Literal["pca", "truncate", "random"] = Field(
+        "pca", description="how a narrower student starts from the teacher's weights"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, values: Any) -> Any:
+        known = isinstance(values, dict) and PRESETS.get(str(values.get("preset")))
+        return {**known, **values} if known else values
 
 
 class Distill(Section):
     objectives: dict[str, float] = Field(
         {"hidden": 1.0, "sentence": 1.0}, description="weight of each objective by name"
     )
+    temperature: float = Field(2.0, gt=0, description="of the soft targets (objective kl)")
+    mask: float = Field(0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
+    projection: Literal["auto", "shared"] = Field(
+        "auto", description="learned projection of the student's states: where widths differ, or always as TinyBERT"
+    )
+    teacher_noise: bool = Field(False, description="dropout in the teacher too, as TinyBERT's script has it")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the training texts")
     epochs: float = Field(3.0, gt=0)
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -112,20 +154,28 @@ class Benchmark(Section):
     finetune_rate: float = Field(2e-5, gt=0)
     finetune_batch: int = Field(32, ge=1)
     freeze_embeddings: bool = False
+    fewshot: list[Annotated[int, Field(ge=1)]] = Field([], description="examples per class of few-shot fine-tuning")
+    fewshot_steps: int = Field(60, ge=1, description="steps of a few-shot run at least")
+    margin: float = Field(0.02, gt=0, lt=1, description="scores within this are on par, where a test shows it")
     latency_runs: int = Field(30, ge=3)
     bootstrap: int = Field(1000, ge=100)
 
 
 class Ablations(Section):
-    epochs: float = Field(1.0, gt=0)
-    max_texts: int | None = Field(None, ge=50)
-    fractions: list[Annotated[float, Field(gt=0, le=1)]] = [0.1, 0.3, 0.5, 1.0]
-    inits: list[Init] = ["alternate", "last", "first", "random"]
-    objectives: dict[str, dict[str, float]] = {
-        "hidden": {"hidden": 1.0},
-        "sentence": {"sentence": 1.0},
-        "hidden + sentence": {"hidden": 1.0, "sentence": 1.0},
-        "hidden + attention": {"hidden": 1.0, "attention": 1.0},
+    """The grid as data: family -> arm -> what it changes, in the profile's own keys (vocabulary, condition, student,
+    distill)."""
+
+    epochs: float = Field(1.0, gt=0, description="distill.epochs of every arm that does not say otherwise")
+    max_texts: int | None = Field(None, ge=50, description="texts that arms are distilled on at most")
+    arms: dict[str, dict[str, dict[str, Any]]] = {
+        "fraction": {f"{share:.0%}": {"distill.fraction": share} for share in (0.1, 0.3, 0.5, 1.0)},
+        "init": {init: {"student.init": init} for init in ("alternate", "last", "first", "random")},
+        "objective": {
+            "hidden": {"distill.objectives": {"hidden": 1.0}},
+            "sentence": {"distill.objectives": {"sentence": 1.0}},
+            "hidden + sentence": {"distill.objectives": {"hidden": 1.0, "sentence": 1.0}},
+            "hidden + attention": {"distill.objectives": {"hidden": 1.0, "attention": 1.0}},
+        },
     }
 
 
@@ -139,6 +189,7 @@ class Profile(Section):
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
     parallel: Parallel | None = Parallel()
+    baselines: dict[str, Teacher] = Field({}, description="other encoders to benchmark, by the name to show")
     tasks: list[Task] = [
         Task(name="topic"),
         Task(name="sentiment"),
@@ -148,6 +199,7 @@ class Profile(Section):
     ]
     probe: Probe = Probe()
     vocabulary: Vocabulary = Vocabulary()
+    condition: Condition = Condition()
     student: Student = Student()
     distill: Distill = Distill()
     benchmark: Benchmark = Benchmark()

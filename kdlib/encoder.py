@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.batches import budget_batches
 from kdlib.device import autocast
+from kdlib.mlm import MaskedHead
 from kdlib.progress import track
 
 TOKENS_PER_BATCH = 4096
@@ -18,7 +19,8 @@ TOKENS_PER_BATCH = 4096
 
 @dataclass
 class Encoder:
-    """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens."""
+    """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens; head: the
+    masked-language head, where the model has one."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -26,6 +28,7 @@ class Encoder:
     prefix: str = ""
     max_length: int = 128
     bf16: bool = False
+    head: MaskedHead | None = None
 
     @property
     def layers(self) -> int:

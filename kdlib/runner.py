@@ -237,7 +237,7 @@ def summary(run: Run, seconds: float, console: Console) -> None:
     table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})", box=box.SIMPLE)
     table.add_column("")
     for model in headline.index:
-        table.add_column(str(model), justify="right")
+        table.add_column(str(model).replace(" ", "\n"), justify="right", no_wrap=True)
     for measure, values in headline.T.iterrows():
         table.add_row(str(measure), *("" if pd.isna(value) else f"{value:,.1f}" for value in values))
     console.print(table)

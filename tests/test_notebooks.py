@@ -27,6 +27,7 @@ def kdlib(*arguments, **options):
         text=True,
         cwd=ROOT,
         timeout=600,
+        env=os.environ | {"COLUMNS": "80"},  # tables are laid out for the width of the terminal
         **options,
     )
 
@@ -78,7 +79,7 @@ def test_results_are_tidy_and_cover_every_stage(smoke):
 
 def test_terminal_ends_with_where_things_are_and_the_headline(smoke):
     out, printed = smoke
-    for word in ("student", "results.csv", "figures", "teacher", "from scratch"):
+    for word in ("student", "results.csv", "figures", "teacher", "distillation", "scratch"):
         assert word in printed
     assert (out / "figures").is_dir() and len(list((out / "figures").glob("*.png"))) >= 8
 
