@@ -24,13 +24,16 @@ def run(
     ] = None,
     start: Annotated[str | None, typer.Option("--from", help="run this stage and those after it, even if done")] = None,
     only: Annotated[list[str] | None, typer.Option(help="run this stage only, even if done; repeatable")] = None,
+    arms: Annotated[
+        list[str] | None, typer.Option(help="run this ablation family, or family/arm, only; repeatable")
+    ] = None,
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: the same command again goes on where it stopped."""
     from kdlib import runner
 
     out = out or Path("runs") / Path(profile).stem
     try:
-        runner.run_study(out, profile, list(set_ or []), list(only or []), start)
+        runner.run_study(out, profile, list(set_ or []), list(only or []), start, list(arms or []))
     except UserError as error:
         runner.fail(str(error), 2)
     except runner.NotebookError as error:

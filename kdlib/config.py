@@ -167,7 +167,7 @@ class Ablations(Section):
 
     epochs: float = Field(1.0, gt=0, description="distill.epochs of every arm that does not say otherwise")
     max_texts: int | None = Field(None, ge=50, description="texts that arms are distilled on at most")
-    arms: dict[str, dict[str, dict[str, Any]]] = {
+    arms: dict[Annotated[str, Field(pattern=r"^\w[\w +.-]*$")], dict[str, dict[str, Any]]] = {
         "fraction": {f"{share:.0%}": {"distill.fraction": share} for share in (0.1, 0.3, 0.5, 1.0)},
         "init": {init: {"student.init": init} for init in ("alternate", "last", "first", "random")},
         "objective": {
@@ -202,6 +202,9 @@ class Profile(Section):
     condition: Condition = Condition()
     student: Student = Student()
     distill: Distill = Distill()
+    students: dict[str, dict[str, Any]] = Field(
+        {}, description="other students to benchmark: name -> what they change, as arms do"
+    )
     benchmark: Benchmark = Benchmark()
     ablations: Ablations = Ablations()
 
@@ -233,10 +236,21 @@ def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] |
             ) from None
     else:
         raise UserError(f"unknown profile {profile!r}: {', '.join(profile_names())}, or a .yaml file")
-    tree = _parse_yaml(text, profile)
-    for key, value in parse_overrides(overrides).items():
+    return _with(_parse_yaml(text, profile), parse_overrides(overrides), profile)
+
+
+def changed(profile: Profile, overrides: dict[str, Any], origin: str) -> Profile:
+    """The profile with some dotted keys changed, checked; `origin` is named in errors."""
+    return _with(profile.model_dump(), overrides, origin)
+
+
+def _with(tree: dict, overrides: dict[str, Any], origin: str) -> Profile:
+    if overrides.get("student.preset") and isinstance(tree.get("student"), dict):
+        for size in PRESETS["base"]:  # a preset that is asked for comes before sizes the profile names
+            tree["student"].pop(size, None)
+    for key, value in overrides.items():
         _assign(tree, key, value)
-    return check(tree, profile)
+    return check(tree, origin)
 
 
 _SHORT = reprlib.Repr()  # values as messages quote them: YAML aliases can make one too large to write out

@@ -6,6 +6,7 @@ models of a study, which look the same in every figure.
 
 import functools
 import io
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from fontTools.unicodedata import script_name
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
@@ -30,9 +32,16 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 GREY, PALE, INK = PALETTE[7], "#d9d9d9", "#333333"
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*", "<", ">"]
 LINES = ["-", "--", "-.", ":"]
+# For scripts that DejaVu has no letters of; what a machine lacks is passed over.
+SCRIPT_FONTS = re.compile(
+    r"Noto Sans|Noto Sans (?!.*(Mono|Math|Symbols)).*|Arial Unicode MS|Nirmala UI|Leelawadee UI|Ebrima|Microsoft YaHei"
+    r"|Malgun Gothic|Yu Gothic|PingFang SC|Hiragino Sans|Apple SD Gothic Neo|WenQuanYi.*|Unifont"
+)
+FALLBACKS = sorted({font.name for font in font_manager.fontManager.ttflist if SCRIPT_FONTS.fullmatch(font.name)})
 STYLE = {
     **sns.axes_style("whitegrid"),
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib: the same letters, so the same bytes, on every machine
+    # DejaVu comes with matplotlib: the same letters, so the same bytes, on every machine
+    "font.family": ["DejaVu Sans", *FALLBACKS],
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.labelsize": 12,
@@ -76,6 +85,18 @@ LOSSES = {
     "hidden": "hidden (MSE / teacher's variance)",
     "sentence": "sentence (1 − cosine)",
     "attention": "attention (MSE of scores)",
+}
+FAMILIES = {  # a family of ablation arms: title of its figure, label of its axis
+    "fraction": ("How much text does the student need?", "corpus used (%)"),
+    "epochs": ("How long should a student learn?", "passes over the corpus"),
+    "init": ("From which of the teacher's layers should a student start?", "layers copied"),
+    "objective": ("What should the student have in common with the teacher?", "objectives"),
+    "conditioning": ("Does it help to condition the teacher first?", "distilled from"),
+    "depth": ("How deep must a student be?", "layers of the student"),
+    "width": ("How wide must a student be?", "width of the student"),
+    "size": ("How large must a student be?", "student"),
+    "start": ("How should a narrower student start?", "weights from the teacher"),
+    "vocabulary": ("How many embedding rows does a student need?", "rows of the vocabulary"),
 }
 SPLITS = {"train": "training texts", "heldout": "held-out texts"}
 TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to keep
@@ -123,7 +144,7 @@ def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Pa
     """Draw and save every figure that the table has rows for: the files by name, and (name, why not) of the others."""
     _check(table)
     files, missing = {}, []
-    for name, draw in FIGURES.items():
+    for name, draw in drawers(table).items():
         try:
             figure = draw(table)
         except UserError as error:
@@ -131,6 +152,12 @@ def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Pa
         else:
             files[name] = save(figure, folder, name)
     return files, missing
+
+
+def drawers(table: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
+    """Every figure of a table by name: those of FIGURES, and one for each family of ablation arms that it has."""
+    families = {f"ablation_{family.replace(' ', '_')}": family for family in ablation_families(table)}
+    return FIGURES | {name: functools.partial(ablation, family=family) for name, family in families.items()}
 
 
 # --- reading the table
@@ -705,18 +732,25 @@ def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, L
     _legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
 
 
-def _arms_figure(table: pd.DataFrame, family: str, title: str, label: str) -> Figure:
-    """A panel per task, in it a line per arm."""
-    looks = _looks(table)
+@_styled
+def ablation(table: pd.DataFrame, family: str) -> Figure:
+    """Score of the students of a family of arms, a panel per task: a curve where every arm is a number (x), else a line
+    per arm."""
+    title, label = FAMILIES.get(family, (f"What does it change? ({family})", family))
     arms, reference = _ablation(table, family)
-    tasks = _tasks(arms)
+    looks, tasks = _looks(table), _tasks(arms)
+    numeric = arms["x"].notna().all() and arms["x"].nunique() > 2
     labels = {arm: _wrap(arm, 20) for arm in arms["arm"].unique()}
-    figure, axes, columns = _panels(title, len(tasks), 4, 1.4 + 0.5 * len(labels), sharey=True)
+    height = 3.4 if numeric else 1.4 + 0.5 * len(labels)
+    figure, axes, columns = _panels(title, len(tasks), 4, height, **{"sharex" if numeric else "sharey": True})
     for i, (ax, task) in enumerate(zip(axes, tasks)):
         mine = arms[arms["task"] == task]
-        _dots(ax, mine, "arm", labels, looks)
-        _references(ax, reference, task, "x", looks)
+        _references(ax, reference, task, "y" if numeric else "x", looks)
         ax.set_title(_panel_title(task, mine))
+        if numeric:
+            _arm_curve(ax, mine.sort_values("x"), label, looks["student"])
+            continue
+        _dots(ax, mine, "arm", labels, looks)
         _percent(ax.xaxis, _score_label(mine))
         if i % columns == 0:
             ax.set_ylabel(label)
@@ -726,46 +760,31 @@ def _arms_figure(table: pd.DataFrame, family: str, title: str, label: str) -> Fi
     return figure
 
 
-@_styled
-def ablation_fraction(table: pd.DataFrame) -> Figure:
-    """Score of students distilled on a part of the corpus."""
-    looks = _looks(table)
-    arms, reference = _ablation(table, "fraction")
-    tasks = _tasks(arms)
-    figure, axes, _ = _panels("How much text does the student need?", len(tasks), 4, 3.4, sharex=True)
-    for ax, task in zip(axes, tasks):
-        mine = arms[arms["task"] == task].sort_values("x")
-        look = looks["student"]
-        ax.errorbar(
-            mine["x"], mine["value"], yerr=_errors(mine), color=look.colour, marker=look.marker,
-            markeredgecolor="white", capsize=3, elinewidth=1.8,
-        )  # fmt: skip
-        _references(ax, reference, task, "y", looks)
-        ax.set_title(_panel_title(task, mine))
-        _percent(ax.yaxis, _score_label(mine))
-        _percent(ax.xaxis, "corpus used (%)")
-        ax.set_xlim(left=0)
-    _ablation_legend(figure, reference, looks)
-    return figure
+def _arm_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look) -> None:
+    axes.errorbar(
+        rows["x"], rows["value"], yerr=_errors(rows), color=look.colour, marker=look.marker,
+        markeredgecolor="white", capsize=3, elinewidth=1.8,
+    )  # fmt: skip
+    _percent(axes.yaxis, _score_label(rows))
+    if label.endswith("(%)"):
+        _percent(axes.xaxis, label)
+    else:
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_xlim(left=0)
 
 
-@_styled
-def ablation_init(table: pd.DataFrame) -> Figure:
-    """Score of students started from different layers of the teacher."""
-    return _arms_figure(table, "init", "From which of the teacher's layers should a student start?", "layers copied")
-
-
-@_styled
-def ablation_objective(table: pd.DataFrame) -> Figure:
-    """Score of students distilled with different objectives."""
-    return _arms_figure(table, "objective", "What should the student have in common with the teacher?", "objectives")
+def ablation_families(table: pd.DataFrame) -> list[str]:
+    """The families of arms that the table has rows for, in its order."""
+    rows = table[(table["stage"] == "ablations") & (table["method"] != "reference")]
+    return list(rows["method"].dropna().unique())
 
 
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     draw.__name__: draw
     for draw in (
         fertility, layer_probe, retrieval, cka, vocabulary, learning_curve, benchmark_probe, benchmark_finetune,
-        retention, efficiency, ablation_fraction, ablation_init, ablation_objective,
+        retention, efficiency,
     )
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kdlib import figures, progress
+from kdlib import ablate, figures, progress
 from kdlib.errors import UserError
 from kdlib.store import Run
 from kdlib.study import NOTEBOOKS, STAGES, Study, stage_key
@@ -68,12 +68,13 @@ def run_study(
     overrides: list[str],
     only: list[str] = (),
     start: str | None = None,
+    arms: list[str] = (),
     console: Console | None = None,
 ) -> None:
     """Run the notebooks of a study into the run folder `out`.
 
     A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after
-    `start`.
+    `start`. arms: of the ablations only these, "family" or "family/arm"; the stage then counts as unfinished.
     Raises UserError for bad input, before anything runs, and NotebookError when a notebook stops.
     """
     console = console or Console()
@@ -81,6 +82,7 @@ def run_study(
     study = Study(out, profile, overrides)
     study.tasks  # reads corpus and tasks: what is wrong with them is said now, not after the first stage
     study.parallel
+    ablate.arms(study.profile, arms)
     source = notebook_folder()
     target = study.run.folder("notebooks")
     begun = time.time()
@@ -92,9 +94,11 @@ def run_study(
         started = time.time()
         name = f"{NOTEBOOKS[stage]}.ipynb"
         parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
-        execute(source / name, target / name, parameters, console)
+        some = stage == "ablations" and bool(arms)
+        execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console)
         seconds = time.time() - started
-        study.run.mark(stage, key, seconds)
+        if not some:
+            study.run.mark(stage, key, seconds)
         console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
     if not only:
         summary(study.run, time.time() - begun, console)

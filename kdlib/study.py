@@ -4,18 +4,20 @@ Every notebook opens a `Study` and asks it for what it needs; so any notebook ru
 same profile finds what is already there.
 """
 
+import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from kdlib import config, device, sources, vocabulary
+from kdlib import ablate, condition, config, device, sources, vocabulary
 from kdlib.benchmark import average_row, compare, probe_runs, rows_of
 from kdlib.card import write_card
 from kdlib.corpus import Corpus, load_corpus, sentences, windows, without
@@ -30,10 +32,11 @@ from kdlib.student import build_student, layer_map
 from kdlib.tasks import Task, load_tasks
 from kdlib.teacher import load_encoder, load_teacher, prefix_of
 
-STAGES = ["probe", "prune", "distill", "benchmark", "ablations", "figures"]
+STAGES = ["probe", "prune", "condition", "distill", "benchmark", "ablations", "figures"]
 NOTEBOOKS = {
     "probe": "01_probe_the_teacher",
     "prune": "02_prune_the_vocabulary",
+    "condition": "02b_condition_the_teacher",
     "distill": "03_distill_a_student",
     "benchmark": "04_benchmark_students",
     "ablations": "05_ablations",
@@ -42,18 +45,27 @@ NOTEBOOKS = {
 READS = {  # the sections of a profile that a stage depends on, besides those of the stages before it
     "probe": ["language", "seed", "teacher", "corpus", "parallel", "tasks", "probe"],
     "prune": ["language", "seed", "teacher", "corpus", "vocabulary"],
+    "condition": ["device", "condition"],
     "distill": ["device", "student", "distill"],
-    "benchmark": ["tasks", "benchmark"],
-    "ablations": ["tasks", "benchmark", "ablations"],
-    "figures": ["probe", "tasks", "parallel", "benchmark", "ablations"],
+    "benchmark": ["tasks", "baselines", "benchmark"],
+    "ablations": ["tasks", "benchmark", "condition", "student", "distill", "ablations"],
+    "figures": ["probe", "tasks", "parallel", "baselines", "benchmark", "ablations"],
 }
-BEFORE = {"distill": "prune", "benchmark": "distill", "ablations": "distill", "figures": "distill"}
+BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "figures": "distill"}
+
+
+SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
 
 
 def stage_key(profile: config.Profile, stage: str) -> str:
     """A fingerprint of all that a stage's result depends on."""
     sections = {name: profile.model_dump()[name] for name in READS[stage]}
-    return fingerprint(sections, stage_key(profile, BEFORE[stage]) if stage in BEFORE else None)
+    before = BEFORE.get(stage)
+    if stage == "condition":
+        del sections["condition"]["use"]  # says who is distilled, not how conditioning is done
+    if stage == "distill":
+        before = "condition" if profile.condition.use else "prune"
+    return fingerprint(sections, stage_key(profile, before) if before else None)
 
 
 def _parts(text: str | tuple[str, str] | list[str]) -> tuple[str, ...]:
@@ -68,9 +80,8 @@ class Study:
         logging.disable_progress_bar()  # of loading and saving, which take a second; long work shows its own
         self.run = find_run(run_dir, profile, overrides)
         self.profile = self.run.profile
-        check_objectives(self.profile.distill.objectives)
-        for weights in self.profile.ablations.objectives.values():
-            check_objectives(weights)
+        for profile in (self.profile, *(arm.profile for arm in ablate.arms(self.profile))):
+            check_objectives(profile.distill.objectives)
         self.device = device.pick_device(self.profile.device)
         self.bf16 = device.use_bf16(self.profile.distill.precision, self.device)
 
@@ -104,11 +115,28 @@ class Study:
     def teacher(self) -> Encoder:
         return load_teacher(self.profile.teacher, self.device, self.bf16)
 
-    def _load(self, folder: str, name: str) -> Encoder:
-        encoder = load_encoder(self.run.path / folder, name, self._prefix, self._max_length)
+    def _place(self, name: str, stage: str) -> Path:
+        """The folder of an artefact: `name` in the run folder; for an arm that makes it otherwise, one of its own."""
+        key = stage_key(self.profile, stage)
+        ours = key == stage_key(self.run.profile, stage)
+        return self.run.path / name if ours else self.run.folder("ablations") / f"{name}-{key}"
+
+    def _load(self, folder: Path, name: str) -> Encoder:
+        encoder = load_encoder(folder, name, self._prefix, self._max_length)
         encoder.model.to(self.device)
         encoder.bf16 = self.bf16
         return encoder
+
+    def as_arm(self, profile: config.Profile) -> "Study":
+        """The same study under the profile of an arm; what the arm leaves as it is is shared."""
+        arm = copy.copy(self)
+        arm.profile = profile
+        for name, stage in (("selection", "prune"), ("pruned", "prune"), ("conditioned", "condition")):
+            if stage_key(profile, stage) != stage_key(self.profile, stage):
+                arm.__dict__.pop(name, None)
+        for name in ("texts", "student", "contestants", "_train_texts"):
+            arm.__dict__.pop(name, None)
+        return arm
 
     @property
     def _prefix(self) -> str:
@@ -118,9 +146,9 @@ class Study:
     def _max_length(self) -> int:
         return self.profile.teacher.max_length
 
-    def _made(self, folder: str, stage: str) -> bool:
+    def _made(self, folder: Path, stage: str) -> bool:
         try:
-            made = json.loads((self.run.path / folder / "made.json").read_text("utf-8"))
+            made = json.loads((folder / "made.json").read_text("utf-8"))
             return made["key"] == stage_key(self.profile, stage)
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -180,16 +208,17 @@ class Study:
     @cached_property
     def pruned(self) -> Encoder:
         """The teacher with the pruned vocabulary, from `vocabulary/` or made there."""
-        if not self._made("vocabulary", "prune"):
+        target = self._place("vocabulary", "prune")
+        if not self._made(target, "prune"):
             ids = self.selection.ids
             teacher = self.teacher
             model = vocabulary.prune_model(teacher.model, teacher.tokenizer, ids)
             tokenizer = vocabulary.prune_tokenizer(teacher.tokenizer, ids)
-            with new_folder(self.run.path / "vocabulary") as folder:
+            with new_folder(target) as folder:
                 Encoder(model, tokenizer, "pruned teacher", teacher.prefix, teacher.max_length).save(folder)
                 np.save(folder / "kept_ids.npy", np.array(ids))
                 write_json(folder / "made.json", {"key": stage_key(self.profile, "prune")})
-        return self._load("vocabulary", "pruned teacher")
+        return self._load(target, "pruned teacher")
 
     def prune_rows(self) -> list[dict]:
         """What pruning kept and cut, and what it costs in tokens and unknown tokens."""
@@ -235,24 +264,69 @@ class Study:
         """Do the pruned ids name the teacher's on every text, are the weights its own, the hidden states equal?"""
         texts = sentences(self.corpus.train) if texts is None else texts
         return vocabulary.prove(
-            self.teacher, self.pruned, np.load(self.run.path / "vocabulary" / "kept_ids.npy"), texts, states_of
+            self.teacher, self.pruned, np.load(self._place("vocabulary", "prune") / "kept_ids.npy"), texts, states_of
         )
+
+    # -- 02b
+
+    def condition(self, on_point: Callable[[pd.DataFrame], None] | None = None) -> tuple[Encoder, pd.DataFrame, dict]:
+        """The pruned teacher trained further on the language, the curve of that training and its facts.
+
+        They come from `conditioned/` or are made there. A run that was cut off goes on from its last checkpoint.
+        """
+        target = self._place("conditioned", "condition")
+        if not self._made(target, "condition"):
+            spec = self.profile.condition
+            work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
+            train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:1000]
+            outcome = condition.condition(
+                self.pruned, train, held, spec, work, self.profile.seed, "conditioning the teacher", on_point
+            )
+            with new_folder(target) as folder:
+                outcome.encoder.save(folder)
+                outcome.curve.to_csv(folder / "curve.csv", index=False)
+                write_json(folder / "facts.json", outcome.facts)
+                write_json(folder / "made.json", {"key": stage_key(self.profile, "condition")})
+            shutil.rmtree(work, ignore_errors=True)
+        facts = json.loads((target / "facts.json").read_text("utf-8"))
+        return self.conditioned, pd.read_csv(target / "curve.csv"), facts
+
+    @cached_property
+    def conditioned(self) -> Encoder:
+        target = self._place("conditioned", "condition")
+        if not self._made(target, "condition"):
+            self.condition()
+        return self._load(target, "conditioned teacher")
+
+    @property
+    def source(self) -> Encoder:
+        """Whom the student learns from: the pruned teacher, or the conditioned one with `condition.use`."""
+        return self.conditioned if self.profile.condition.use else self.pruned
 
     # -- 03
 
     @cached_property
-    def texts(self) -> tuple[Texts, Texts]:
-        """What students are distilled on and watched with, with the teacher's cached states."""
-        spec = self.profile.distill
+    def _train_texts(self) -> list[str]:
+        """Windows of the training documents, without what the tasks are tested on."""
         tested = {part for task in self.tasks for text in task.test.texts for part in _parts(text)}
-        train = windows(without(self.corpus.train, tested), spec.windows)
-        if spec.max_texts and len(train) > spec.max_texts:
-            chosen = np.random.default_rng(self.profile.seed).permutation(len(train))[: spec.max_texts]
-            train = [train[i] for i in sorted(chosen)]
-        root = self.run.path / "cache"
-        depth = self.profile.student.layers
-        held = sentences(self.corpus.heldout)[:1000]
-        return prepare(self.pruned, train, spec, root, depth), prepare(self.pruned, held, spec, root, depth)
+        return windows(without(self.corpus.train, tested), self.profile.distill.windows)
+
+    def _some(self, texts: list[str], count: int | None, share: float = 1.0) -> list[str]:
+        """At most `count` of the texts, and of those a share; smaller choices are parts of the larger ones."""
+        chosen = np.random.default_rng(self.profile.seed).permutation(len(texts))[:count]
+        chosen = chosen[: max(1, round(len(chosen) * share))]
+        return [texts[i] for i in sorted(chosen)]
+
+    @cached_property
+    def texts(self) -> tuple[Texts, Texts]:
+        """What the student is distilled on and watched with, with the teacher's cached states."""
+        spec = self.profile.distill
+        return self._prepared(self._some(self._train_texts, spec.max_texts, spec.fraction), 1000)
+
+    def _prepared(self, train: list[str], heldout: int) -> tuple[Texts, Texts]:
+        held = sentences(self.corpus.heldout)[:heldout]
+        cache, depth = self.run.path / "cache", self.profile.student.layers
+        return tuple(prepare(self.source, texts, self.profile.distill, cache, depth) for texts in (train, held))
 
     @property
     def copied_layers(self) -> list[int]:
@@ -271,11 +345,16 @@ class Study:
     def undistilled(self, init: config.Init | None = None) -> Encoder:
         """The student as it starts: "no distillation", or "from scratch" with init="random"."""
         spec = self.profile.student
-        model = build_student(self.pruned.model, spec.layers, spec.init if init is None else init, self.profile.seed)
+        spec = spec if init is None else spec.model_copy(update={"init": init})
+        sample = [encoding.ids for encoding in self.source.tokenize(sentences(self.corpus.train)[:SAMPLE])]
+        model = build_student(self.source.model, spec, self.profile.seed, sample)
         name = "from scratch" if init == "random" else "no distillation"
-        return Encoder(
-            model.to(self.device), self.pruned.tokenizer, name, self._prefix, self.pruned.max_length, self.bf16
-        )
+        return self._encoder(model, name)
+
+    def _encoder(self, model: PreTrainedModel, name: str) -> Encoder:
+        """A student's model as an encoder with the pruned tokenizer."""
+        model = model.to(self.device)
+        return Encoder(model, self.pruned.tokenizer, name, self._prefix, self.pruned.max_length, self.bf16)
 
     def distill(self, on_point: Callable[[pd.DataFrame], None] | None = None) -> tuple[Encoder, pd.DataFrame, dict]:
         """The student, the curve of its training and the facts of the run.
@@ -285,35 +364,32 @@ class Study:
         """
         work = self.run.path / "distill"
         key = stage_key(self.profile, "distill")
-        if not self._made("student", "distill"):
+        if not self._made(self.run.path / "student", "distill"):
             checkpoints = work / f"checkpoints-{key}"
-            train, held = self.texts
-            start = self.undistilled()
-            outcome: Outcome = distill(
-                self.pruned, start.model, train, held,
-                self._spec(start_random=self.profile.student.init == "random"), checkpoints, self.profile.seed,
-                "distilling the student", on_point,
-            )  # fmt: skip
+            outcome = self._train("distilling the student", *self.texts, checkpoints, on_point)
             work.mkdir(exist_ok=True)
             outcome.curve.to_csv(work / "curve.csv", index=False)
             write_json(work / "facts.json", outcome.facts)
             with new_folder(self.run.path / "student") as folder:
-                Encoder(outcome.student, self.pruned.tokenizer, "student", self._prefix, self._max_length).save(folder)
+                self._encoder(outcome.student, "student").save(folder)
                 write_json(folder / "made.json", {"key": key})
                 write_card(folder, self.run)
             shutil.rmtree(checkpoints, ignore_errors=True)
         return self.student, pd.read_csv(work / "curve.csv"), json.loads((work / "facts.json").read_text())
 
-    def _spec(self, start_random: bool = False, **changes) -> config.Distill:
-        """The distillation's settings; a random start has no teacher embeddings worth freezing."""
-        changes = {"freeze_embeddings": False, **changes} if start_random else changes
-        return self.profile.distill.model_copy(update=changes)
+    def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None) -> Outcome:
+        """Distil the profile's student on `train`; goes on from the last checkpoint under `work`."""
+        spec = self.profile.distill
+        if self.profile.student.init == "random":  # a random start has no teacher embeddings worth freezing
+            spec = spec.model_copy(update={"freeze_embeddings": False})
+        start = self.undistilled().model
+        return distill(self.source, start, train, heldout, spec, work, self.profile.seed, label, on_point)
 
     @cached_property
     def student(self) -> Encoder:
-        if not self._made("student", "distill"):
+        if not self._made(self.run.path / "student", "distill"):
             self.distill()
-        return self._load("student", "student")
+        return self._load(self.run.path / "student", "student")
 
     def distill_rows(self, curve: pd.DataFrame, facts: dict) -> list[dict]:
         losses = [column for column in curve if column not in ("split", "step", "seconds")]
@@ -331,7 +407,7 @@ class Study:
         ]
         rows += [dict(model="student", metric=metric, value=value) for metric, value in facts.items()]
         held = sentences(self.corpus.heldout)[:1000]
-        target = text_vectors(self.pruned, held)[:, 0]
+        target = text_vectors(self.source, held)[:, 0]
         for encoder in (self.undistilled(), self.student):
             value = similarity(text_vectors(encoder, held)[:, 0], target)
             rows.append(dict(model=encoder.name, metric="similarity", method="heldout", value=value, n=len(held)))
@@ -364,100 +440,74 @@ class Study:
 
     # -- 05
 
-    def arms(self) -> list[dict]:
-        """The ablation arms: family, arm, x, and what they change; the profile's own choice is in each family."""
-        spec, base = (
-            self.profile.ablations,
-            dict(fraction=1.0, init=self.profile.student.init, objectives=self.profile.distill.objectives),
-        )
-        arms = [
-            dict(family="fraction", arm=f"{share:.0%}", x=share, **(base | {"fraction": share}))
-            for share in spec.fractions
-        ]
-        arms += [dict(family="init", arm=str(init), x=None, **(base | {"init": init})) for init in spec.inits]
-        return arms + [
-            dict(family="objective", arm=name, x=None, **(base | {"objectives": weights}))
-            for name, weights in spec.objectives.items()
-        ]
-
-    def ablation_rows(self, on_arm: Callable[[dict, list[dict]], None] | None = None) -> list[dict]:
+    def ablation_rows(
+        self, wanted: Sequence[str] = (), on_arm: Callable[[ablate.Arm, list[dict]], None] | None = None
+    ) -> list[dict]:
         """Every arm distilled and probed, plus the teacher and the undistilled student for reference.
 
-        An arm lies in a folder named by what it changes; finished arms are never made again, and arms that come to the
-        same thing are made once. All arms share the cached teacher states.
+        wanted: run only these arms, "family" or "family/arm"; of the others those that are finished are told. An arm
+        lies in a folder named by what it is made of: finished arms are never made again, arms that come to the same
+        thing are made once, and one that was cut off goes on where it stopped. Arms share the teacher's cached states.
         """
-        tasks = self._tasks_that("ablate") or self.tasks
         rows = []
-        for encoder in (self.pruned, self.undistilled()):
-            name = "teacher" if encoder is self.pruned else "no distillation"
-            rows += self._kept(
-                ["reference", name],
-                lambda encoder=encoder: self._probe_arm(encoder, tasks),
-                model=name,
-                method="reference",
-            )
-        for arm in self.arms():
-            changed = {key: arm[key] for key in ("fraction", "init", "objectives")}
-            made = self._kept(
-                changed,
-                lambda arm=arm: self._run_arm(arm, tasks),
-                model="student",
-                method=arm["family"],
-                arm=arm["arm"],
-                x=arm["x"],
-            )
+        for name, encoder in (("teacher", lambda: self.pruned), ("no distillation", self.undistilled)):
+            made = self._kept("reference", name, lambda folder: self._arm_scores(encoder()))
+            rows += [row | dict(model=name, method="reference") for row in made]
+        chosen = {(arm.family, arm.name) for arm in ablate.arms(self.profile, wanted)}
+        for arm in ablate.arms(self.profile):
+            study, label = self.as_arm(arm.profile), f"arm {arm.family} {arm.name}"
+            run = (lambda folder: study._run_arm(label, folder)) if (arm.family, arm.name) in chosen else None
+            made = study._kept("arm", arm.changes, run)
+            made = [row | dict(model="student", method=arm.family, arm=arm.name, x=arm.x) for row in made]
             rows += made
-            if on_arm:
+            if on_arm and made:
                 on_arm(arm, made)
         return rows
 
-    def _kept(self, what: Any, make: Callable[[], list[dict]], **labels) -> list[dict]:
+    def _kept(self, kind: str, what: Any, make: Callable[[Path], list[dict]] | None) -> list[dict]:
+        """The rows of an arm, from its folder or made there; none where it is not there and not to be made.
+
+        `what` is written down for people to read.
+        """
+        probes = ("seeds", "probe_share", "probe_rows", "probe_test_rows", "bootstrap")
         full = self.profile.model_dump()
-        shared = [full["distill"], full["student"], full["tasks"], full["seed"]]
-        shared += [full["ablations"][k] for k in ("epochs", "max_texts")] + [
-            full["benchmark"][k] for k in ("seeds", "probe_share", "bootstrap")
-        ]
-        key = fingerprint(what, stage_key(self.profile, "prune"), shared)
-        file = self.run.folder("ablations") / key / "rows.json"
-        if not file.is_file():
-            rows = make()
-            write_json(file, rows)
-        return [row | labels for row in json.loads(file.read_text("utf-8"))]
+        judged = [full["tasks"], full["ablations"]["max_texts"], *(full["benchmark"][key] for key in probes)]
+        name = what if kind == "reference" else None
+        folder = self.run.folder("ablations") / fingerprint(kind, name, stage_key(self.profile, "distill"), judged)
+        try:
+            return json.loads((folder / "rows.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            if make is None:
+                return []
+        rows = make(folder)
+        write_json(folder / "arm.json", what)
+        write_json(folder / "rows.json", rows)
+        return rows
 
-    def _run_arm(self, arm: dict, tasks: list[Task]) -> list[dict]:
-        spec = self.profile.ablations
-        train, held = self.texts
-        rng = np.random.default_rng(self.profile.seed)
-        places = rng.permutation(len(train))[: spec.max_texts]
-        places = places[: max(1, round(len(places) * arm["fraction"]))]
-        settings = self._spec(arm["init"] == "random", objectives=arm["objectives"], epochs=spec.epochs, evaluations=1)
-        model = build_student(self.pruned.model, self.profile.student.layers, arm["init"], self.profile.seed)
-        label = f"arm {arm['family']} {arm['arm']}"
-        work = self.run.path / "ablations" / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        outcome = distill(
-            self.pruned,
-            model.to(self.device),
-            train.part(places),
-            held.part(range(min(300, len(held)))),
-            settings,
-            work,
-            self.profile.seed,
-            label,
-        )
-        shutil.rmtree(work, ignore_errors=True)
-        encoder = Encoder(outcome.student, self.pruned.tokenizer, label, self._prefix, self._max_length, self.bf16)
+    def _run_arm(self, label: str, folder: Path) -> list[dict]:
+        spec = self.profile.distill
+        texts = self._some(self._some(self._train_texts, spec.max_texts), self.profile.ablations.max_texts)
+        train, held = self._prepared(texts, 300)
+        order = np.random.default_rng(self.profile.seed).permutation(len(train))
+        train = train.part(order[: max(1, round(len(train) * spec.fraction))])
+        outcome = self._train(label, train, held, folder / "work")
+        outcome.curve.to_csv(folder / "curve.csv", index=False)
+        shutil.rmtree(folder / "work", ignore_errors=True)
         last = outcome.curve.query("split == 'heldout'").iloc[-1]
-        return [dict(metric="heldout_loss", value=float(last["loss"])), *self._probe_arm(encoder, tasks)]
+        scores = self._arm_scores(self._encoder(outcome.student, label))
+        return [dict(metric="heldout_loss", value=float(last["loss"])), *scores]
 
-    def _probe_arm(self, encoder: Encoder, tasks: list[Task]) -> list[dict]:
+    def _arm_scores(self, encoder: Encoder) -> list[dict]:
+        """Probe scores on the tasks that the profile ablates on, their mean, and similarity to the teacher."""
         spec = self.profile.benchmark
-        runs = {task.name: probe_runs(encoder, task, spec) for task in tasks}
+        runs = {task.name: probe_runs(encoder, task, spec) for task in self._tasks_that("ablate") or self.tasks}
         rows = [row for task, task_runs in runs.items() for row in rows_of(task_runs, spec, task=task)]
         rows.append(average_row(runs, spec))
         held, target = self._heldout_vectors
-        value = similarity(text_vectors(encoder, held)[:, 0], target)
-        return rows + [dict(metric="similarity", value=value, n=len(held))]
+        if encoder.hidden == target.shape[1]:
+            value = similarity(text_vectors(encoder, held)[:, 0], target)
+            rows.append(dict(metric="similarity", value=value, n=len(held)))
+        return rows + [dict(metric="parameters", value=encoder.parameters)]
 
     @cached_property
     def _heldout_vectors(self) -> tuple[list[str], np.ndarray]:

@@ -155,7 +155,7 @@ def drawn(table, tmp_path_factory):
 def shown(table):
     """Every figure, by name, drawn where somebody has settings of their own."""
     with matplotlib.rc_context({"font.size": 30, "axes.grid": False, "savefig.bbox": "tight"}):
-        found = {name: draw(table) for name, draw in figures.FIGURES.items()}
+        found = {name: draw(table) for name, draw in figures.drawers(table).items()}
         assert matplotlib.rcParams["font.size"] == 30
     return found
 
@@ -167,7 +167,7 @@ def texts(figure):
 def test_a_whole_table_gives_every_figure(drawn):
     files, missing = drawn
     assert missing == []
-    assert list(files) == list(figures.FIGURES)
+    assert list(files) == [*figures.FIGURES, "ablation_fraction", "ablation_init", "ablation_objective"]
     for name, paths in files.items():
         assert [path.name for path in paths] == [f"{name}.png", f"{name}.pdf"]
         assert paths[0].read_bytes().startswith(b"\x89PNG")
@@ -181,7 +181,7 @@ def test_the_same_table_gives_the_same_bytes(drawn, shown, tmp_path):
             assert first.read_bytes() == second.read_bytes(), first.name
 
 
-@pytest.mark.parametrize("name", figures.FIGURES)
+@pytest.mark.parametrize("name", [*figures.FIGURES, "ablation_fraction", "ablation_init", "ablation_objective"])
 def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(shown, name):
     figure = shown[name]
     for axes in figure.axes:
@@ -201,13 +201,29 @@ def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(shown, name):
         "prune": ["vocabulary"],
         "distill": ["learning_curve"],
         "benchmark": ["benchmark_probe", "benchmark_finetune", "retention", "efficiency"],
-        "ablations": ["ablation_fraction", "ablation_init", "ablation_objective"],
     }.items(),
 )
 def test_a_missing_stage_is_named(table, stage, names):
     for name in names:
         with pytest.raises(UserError, match=f"run the stage '{stage}' first"):
             figures.FIGURES[name](table[table["stage"] != stage])
+
+
+def test_a_family_that_was_not_run_is_named(table):
+    with pytest.raises(UserError, match="ablation of depth.*run the stage 'ablations' first"):
+        figures.ablation(table, "depth")
+
+
+def test_every_family_of_arms_is_drawn_numbers_as_a_curve_and_names_as_lines(table):
+    arms = table[(table["stage"] == "ablations") & (table["method"] == "fraction")]
+    depth = arms.assign(method="depth", x=arms["x"] * 10, arm=arms["arm"] + " deep")
+    own = arms.assign(method="my own", x=None)
+    more = pd.concat([table, depth, own])
+    assert figures.ablation_families(more)[-2:] == ["depth", "my own"]
+    names = set(figures.drawers(more)) - set(figures.FIGURES)
+    assert names == {f"ablation_{family}" for family in ("fraction", "init", "objective", "depth", "my_own")}
+    assert figures.ablation(more, "depth").axes[0].get_xlabel() == "layers of the student"
+    assert figures.ablation(more, "my own").axes[0].get_ylabel() == "my own"
 
 
 def test_draw_all_draws_what_it_can(table, tmp_path):
@@ -230,8 +246,9 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     tasks = {"ปัญหา": "accuracy", "主题 分类": "macro_f1", "$x$ and $y": "f1"}
     models = {"teacher": 0.8, "student": 0.75, "somebody/else-base": 0.7}
     table = make_table(tmp_path / "results.csv", tasks, ("ไทย", "中文"), models)
-    for draw in (figures.fertility, figures.layer_probe, figures.retrieval, figures.retention, figures.ablation_init):
+    for draw in (figures.fertility, figures.layer_probe, figures.retrieval, figures.retention):
         draw(table)
+    figures.ablation(table, "init")
     figure = figures.benchmark_probe(table)
     figures.save(figure, tmp_path, "benchmark_probe")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
@@ -276,7 +293,7 @@ def test_retention_is_student_over_teacher(table):
 def test_ablations_over_seeds_show_the_mean(table):
     arms = table[(table["stage"] == "ablations") & (table["method"] == "fraction") & (table["task"] == "topic")]
     other = arms.assign(seed=1, value=arms["value"] + 0.1)
-    figure = figures.ablation_fraction(pd.concat([arms, other]))
+    figure = figures.ablation(pd.concat([arms, other]), "fraction")
     assert np.allclose(figure.axes[0].containers[0].lines[0].get_ydata(), arms["value"] + 0.05)
 
 
