@@ -70,6 +70,7 @@ class Probe(Section):
 
 
 class Vocabulary(Section):
+    prune: bool = Field(True, description="false: the student keeps the teacher's whole vocabulary")
     wordlist: bool = Field(True, description="keep the pieces of wordfreq's words for the language")
     characters: Literal["scripts", "all"] = "scripts"
     max_rows: int | None = Field(None, ge=100, description="embedding rows to keep at most")
@@ -152,9 +153,15 @@ class Benchmark(Section):
     finetune_test_rows: int | None = Field(None, ge=20)
     finetune_epochs: float = Field(3.0, gt=0)
     finetune_rate: float = Field(2e-5, gt=0)
-    finetune_batch: int = Field(32, ge=1)
+    finetune_batch: int = Field(32, ge=1, description="texts a step; the paper: 4 times 8")
+    finetune_max_length: int | None = Field(
+        None, ge=8, description="tokens per text in fine-tuning, as far as the model goes; None: teacher.max_length"
+    )
+    finetune_fp16: bool = Field(
+        False, description="half precision in fine-tuning on a GPU, as the paper; else as distill.precision"
+    )
     freeze_embeddings: bool = False
-    fewshot: list[Annotated[int, Field(ge=1)]] = Field([], description="examples per class of few-shot fine-tuning")
+    fewshot: list[Annotated[int, Field(ge=1)]] = Field([], description="examples per class of few-shot runs")
     fewshot_steps: int = Field(60, ge=1, description="steps of a few-shot run at least")
     margin: float = Field(0.02, gt=0, lt=1, description="scores within this are on par, where a test shows it")
     latency_runs: int = Field(30, ge=3)

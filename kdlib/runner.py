@@ -86,20 +86,21 @@ def run_study(
     source = notebook_folder()
     target = study.run.folder("notebooks")
     begun = time.time()
-    for stage in stages:
-        key = stage_key(study.profile, stage)
-        if not only and not start and study.run.done(stage, key):
-            console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
-            continue
-        started = time.time()
-        name = f"{NOTEBOOKS[stage]}.ipynb"
-        parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
-        some = stage == "ablations" and bool(arms)
-        execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console)
-        seconds = time.time() - started
-        if not some:
-            study.run.mark(stage, key, seconds)
-        console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
+    with study.run.lock():
+        for stage in stages:
+            key = stage_key(study.profile, stage)
+            if not only and not start and study.run.done(stage, key):
+                console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
+                continue
+            started = time.time()
+            name = f"{NOTEBOOKS[stage]}.ipynb"
+            parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
+            some = stage == "ablations" and bool(arms)
+            execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console)
+            seconds = time.time() - started
+            if not some:
+                study.run.mark(stage, key, seconds)
+            console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
     if not only:
         summary(study.run, time.time() - begun, console)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from kdlib.config import Profile, load_profile
@@ -129,6 +130,20 @@ class Run:
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
         return folder
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands off this folder. The lock goes with the process, however that ends.
+
+        Raises UserError when another command holds it.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another kdlib run is at work here; wait for it, or choose another --out"
+            ) from None
 
     @property
     def results_file(self) -> Path:

@@ -199,6 +199,10 @@ class Study:
     def selection(self) -> vocabulary.Selection:
         """The pieces to keep."""
         spec = self.profile.vocabulary
+        if not spec.prune:
+            counts = vocabulary.count_pieces(self.teacher.tokenizer, sentences(self.corpus.train))
+            everything = list(range(len(counts)))
+            return vocabulary.Selection(everything, dict.fromkeys(everything, "not pruned"), counts, 0)
         words = vocabulary.word_list(self.profile.language) if spec.wordlist else []
         prefix = [self._prefix] if self._prefix else []
         return vocabulary.select(

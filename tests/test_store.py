@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -319,3 +321,18 @@ def test_stage_is_done_with_the_key_it_was_marked_with(run):
 def test_broken_mark_counts_as_not_done(run, content):
     (run.folder("stages") / "probe.json").write_bytes(content)
     assert not run.done("probe", "k")
+
+
+def test_two_commands_cannot_work_in_one_folder(tmp_path):
+    run = Run(tmp_path / "run", load_profile("smoke"))
+    script = f"import time\nfrom kdlib.store import Run\nwith Run({str(run.path)!r}).lock():\n print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="another kdlib run is at work here"), run.lock():
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+    with run.lock():  # a killed command leaves nothing locked
+        pass
