@@ -77,7 +77,7 @@ def test_scientific_notation_is_a_number(text, value):
 def test_whole_number_where_a_fraction_is_meant():
     epochs = load_profile("smoke", "distill.epochs=3").distill.epochs
     assert epochs == 3.0 and isinstance(epochs, float)
-    assert load_profile("smoke", {"ablations.fractions": [1]}).ablations.fractions == [1.0]
+    assert load_profile("smoke", {"distill.objectives": {"hidden": 1}}).distill.objectives == {"hidden": 1.0}
 
 
 def test_language_codes_stay_text():
@@ -162,7 +162,10 @@ def test_unknown_key_in_a_task_names_its_place():
         ("distill.windows=[]", "distill.windows", "[]"),
         ("benchmark.seeds=[]", "benchmark.seeds", "[]"),
         ("benchmark.seeds=[-1]", "benchmark.seeds.0", "-1"),
-        ("ablations.fractions=[2]", "ablations.fractions.0", "2"),
+        ("ablations.arms.x=[2]", "ablations.arms.x", "[2]"),
+        ("student.preset=huge", "student.preset", "'huge'"),
+        ("student.heads=0", "student.heads", "0"),
+        ("condition.mask=1", "condition.mask", "1"),
         ("'distill.objectives={hidden: much}'", "distill.objectives.hidden", "'much'"),
         ("distill.compile=1", "distill.compile", "1"),
         ("distill.cache=maybe", "distill.cache", "'maybe'"),
