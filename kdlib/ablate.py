@@ -10,6 +10,8 @@ from kdlib.errors import UserError
 
 SECTIONS = ("vocabulary", "condition", "student", "distill")  # what an arm may change
 
+RESERVED = ("teacher", "pruned teacher", "conditioned teacher", "student", "no distillation", "from scratch")
+
 
 @dataclass
 class Arm:
@@ -36,17 +38,32 @@ def arms(profile: config.Profile, wanted: Sequence[str] = ()) -> list[Arm]:
     """
     spec = profile.ablations
     found = []
+    shared = {"distill.epochs": spec.epochs, "distill.evaluations": 1}
     for family, members in spec.arms.items():
         for name, changes in members.items():
-            where = f"ablations.arms.{family}.{name}"
-            for key in changes:
-                if key.split(".")[0] not in SECTIONS:
-                    raise UserError(f"{where}: cannot change {key!r}; an arm changes keys of {', '.join(SECTIONS)}")
-            shared = {"distill.epochs": spec.epochs, "distill.evaluations": 1}
-            found.append(Arm(family, name, changes, config.changed(profile, shared | changes, where)))
+            changed = _changed(profile, changes, f"ablations.arms.{family}.{name}", shared)
+            found.append(Arm(family, name, changes, changed))
     names = {name for arm in found for name in (arm.family, f"{arm.family}/{arm.name}")}
     for name in wanted:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
             raise UserError(f"no ablation arm {name!r}; closest: {', '.join(close) or ', '.join(sorted(spec.arms))}")
     return [arm for arm in found if not wanted or arm.family in wanted or f"{arm.family}/{arm.name}" in wanted]
+
+
+def students(profile: config.Profile) -> dict[str, config.Profile]:
+    """The profile's other students to benchmark: by name, the study's profile as each has it. Errors as `arms`."""
+    for section, taken in (("students", [*RESERVED, *profile.baselines]), ("baselines", RESERVED)):
+        for name in getattr(profile, section):
+            if name in taken:
+                raise UserError(f"{section}.{name}: this name is taken; call it something else")
+    return {name: _changed(profile, changes, f"students.{name}") for name, changes in profile.students.items()}
+
+
+def _changed(
+    profile: config.Profile, changes: dict[str, Any], where: str, shared: dict | None = None
+) -> config.Profile:
+    for key in changes:
+        if key.split(".")[0] not in SECTIONS:
+            raise UserError(f"{where}: cannot change {key!r}; it may change keys of {', '.join(SECTIONS)}")
+    return config.changed(profile, (shared or {}) | changes, where)

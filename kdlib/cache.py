@@ -1,7 +1,17 @@
-"""The teacher's hidden states on disk: computed once, read by every epoch, every ablation arm and every later run."""
+"""The teacher's hidden states on disk: computed once, read by every epoch, every ablation arm and every later run.
 
+A folder holds the states of one list of texts under one teacher, a file per layer, so that students of other depths
+find the layers they share: `layer-03.f16`, and beside it `layer-03.json` with its size and checksum.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +24,36 @@ from kdlib.device import autocast
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
 from kdlib.progress import track
-from kdlib.store import fingerprint, new_folder, write_json
+from kdlib.store import new_file, write_json
+
+log = logging.getLogger(__name__)
+CHUNK = 1 << 24  # bytes that are checked at once
+SPARE = 0.9  # share of the free disk that a cache may take
+_checked: dict[Path, tuple[int, int]] = {}  # files that this process has found whole: size and time of change
 
 
 @dataclass
 class TeacherStates:
-    """Half-precision states of texts, memory-mapped: float16 [tokens of all texts, layers, hidden]; `starts` says at
-    which token each text begins."""
+    """Half-precision states of texts, memory-mapped.
 
-    states: np.ndarray
+    layers: layer (0 = embeddings, n = after layer n) -> float16 [tokens of all texts, hidden]; starts: int [texts], at
+    which token each text begins.
+    """
+
+    layers: dict[int, np.ndarray]
     starts: np.ndarray
 
-    def rows(self, text: int, length: int) -> np.ndarray:
-        """States of one text: float16 [length, layers, hidden]."""
-        start = self.starts[text]
-        return self.states[start : start + length]
+    def part(self, places: Sequence[int]) -> "TeacherStates":
+        """The states of some of the texts."""
+        return TeacherStates(self.layers, self.starts[np.asarray(places, int)])
+
+    def batch(self, layer: int, texts: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
+        """One layer's states of some texts, padded with zeros: float16 [texts, longest, hidden]."""
+        states = self.layers[layer]
+        out = np.zeros((len(texts), max(lengths), states.shape[1]), np.float16)
+        for row, start, length in zip(out, self.starts[np.asarray(texts, int)], lengths):
+            row[:length] = states[start : start + length]
+        return torch.from_numpy(out)
 
 
 def gigabytes(tokens: int, layers: int, hidden: int) -> float:
@@ -37,43 +62,149 @@ def gigabytes(tokens: int, layers: int, hidden: int) -> float:
 
 
 def teacher_states(
-    root: Path, teacher: Encoder, ids: Sequence[Sequence[int]], layers: Sequence[int], budget: float
+    root: Path, teacher: Encoder, ids: Sequence[np.ndarray], layers: Sequence[int], budget: float
 ) -> TeacherStates | None:
-    """The states of `layers` (1 = first) for tokenised texts, from the cache under `root` or computed into it.
+    """The states of `layers` (0 = embeddings, 1 = first) for tokenised texts, from the cache under `root` or computed
+    into it.
 
-    budget: in gigabytes; None is returned where the states would take more, or the disk has no room: then the teacher
-    runs live. The key covers the teacher's weights, the ids and the layers, so that nothing stale is ever read.
+    The folder is named after the teacher's weights and the ids, so that nothing stale is ever read; layers that are
+    there are used, the others are computed in one pass. A file that is torn or corrupted is named in a warning and made
+    anew. budget: gigabytes that the folder may take; None is returned, with a warning, where it would take more, or
+    where the disk has no room: then the teacher runs live. Raises UserError where `root` cannot be written.
     """
     lengths = np.array([len(row) for row in ids])
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    shape = (int(starts[-1]), len(layers), teacher.hidden)
-    size = gigabytes(*shape)
-    folder = root / _key(teacher, ids, layers)
-    file = folder / "states.f16"
-    if not (file.is_file() and file.stat().st_size == 2 * int(np.prod(shape))):
-        root.mkdir(parents=True, exist_ok=True)
-        if size > budget or size * 1e9 > shutil.disk_usage(root).free * 0.9:
-            return None
-        with new_folder(folder) as work:
-            _compute(work / file.name, teacher, ids, layers, starts, shape)
-            write_json(
-                work / "cache.json",
-                {"texts": len(ids), "shape": shape, "layers": list(layers), "teacher": teacher.name},
-            )
-    return TeacherStates(np.memmap(file, np.float16, "r", shape=shape), starts[:-1])
+    shape = (int(starts[-1]), teacher.hidden)
+    folder = root / _key(teacher, ids, lengths)
+    files = {layer: folder / f"layer-{layer:02}.f16" for layer in sorted(set(layers))}
+    missing = {layer: file for layer, file in files.items() if not _whole(file, 2 * shape[0] * shape[1])}
+    if missing and not (_fits(folder, missing, shape, budget) and _make(missing, teacher, ids, starts, shape)):
+        return None
+    mapped = {layer: np.memmap(file, np.float16, "r", shape=shape) for layer, file in files.items()}
+    return TeacherStates(mapped, starts[:-1])
 
 
-def _key(teacher: Encoder, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> str:
-    sums = [float(p.detach().double().sum()) for p in teacher.model.parameters()]
-    return fingerprint(teacher.bf16, sums, [np.asarray(row).tolist() for row in ids], list(layers))
+def _key(teacher: Encoder, ids: Sequence[np.ndarray], lengths: np.ndarray) -> str:
+    """What the states depend on, as a SHA-256 over the bytes of weights, settings and ids."""
+    settings = teacher.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):  # of the folder, not of the model
+        settings.pop(name, None)
+    digest = hashlib.sha256(json.dumps([teacher.bf16, settings], sort_keys=True, default=str).encode())
+    for name, value in teacher.model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(lengths.astype("<i8"))
+    digest.update(np.concatenate([np.asarray(row, "<i4") for row in ids]))
+    return digest.hexdigest()[:32]
+
+
+def _whole(file: Path, size: int) -> bool:
+    """Whether a layer's file is there and has the size and the checksum it was written with.
+
+    Read through once a process; what is wrong is said in a line.
+    """
+    if not file.is_file():
+        return False
+    found = file.stat()
+    if _checked.get(file) == (found.st_size, found.st_mtime_ns) and found.st_size == size:
+        return True
+    try:
+        kept = json.loads(file.with_suffix(".json").read_text("utf-8"))
+        sound = found.st_size == size == kept["bytes"] and _checksum(file) == kept["crc32"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if sound:
+        _checked[file] = (found.st_size, found.st_mtime_ns)
+    else:
+        log.warning("%s: torn or corrupted; the teacher's states are computed again", file)
+    return sound
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb", buffering=0) as stream:
+        buffer = bytearray(CHUNK)
+        while count := stream.readinto(buffer):
+            value = zlib.crc32(memoryview(buffer)[:count], value)
+    return value
+
+
+def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget: float) -> bool:
+    """Whether the missing layers keep the folder within its budget and leave room on the disk; says if not."""
+    new = gigabytes(shape[0], len(missing), shape[1])
+    others = set(folder.glob("layer-*.f16")) - set(missing.values())
+    total = new + sum(file.stat().st_size for file in others) / 1e9
+    if total > budget:
+        log.warning(
+            "the teacher's states take %.2f GB, distill.cache_gigabytes allows %.2f: the teacher runs live, at every step",
+            total, budget,
+        )  # fmt: skip
+        return False
+    _sweep(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder.parent).free * SPARE / 1e9
+    except OSError as error:
+        raise UserError(f"{folder.parent}: cannot write there ({error.strerror})") from None
+    if new > free:
+        _tell_full(folder.parent, new)
+    return new <= free
+
+
+def _tell_full(root: Path, size: float) -> None:
+    log.warning(
+        "%s: no room for the teacher's states (%.2f GB): the teacher runs live, at every step", root, size
+    )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that were killed left unfinished: it is as large as the cache."""
+    for file in folder.glob(".layer-*"):
+        process = file.stem.rpartition("-")[2]
+        with contextlib.suppress(OSError):
+            if process.isdigit() and not _alive(int(process)):
+                file.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> bool:
+    """Compute layers in one pass and put their files in place; False where the disk filled up meanwhile."""
+    try:
+        with contextlib.ExitStack() as stack:
+            work = {layer: stack.enter_context(new_file(file)) for layer, file in files.items()}
+            _compute(work, teacher, ids, starts, shape)
+            kept = {layer: {"bytes": path.stat().st_size, "crc32": _checksum(path)} for layer, path in work.items()}
+        for layer, file in files.items():
+            write_json(file.with_suffix(".json"), kept[layer])
+            found = file.stat()
+            _checked[file] = (found.st_size, found.st_mtime_ns)
+    except UserError as error:
+        if getattr(error.__cause__, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _tell_full(next(iter(files.values())).parent, gigabytes(shape[0], len(files), shape[1]))
+        return False
+    return True
 
 
 @torch.inference_mode()
-def _compute(path: Path, teacher: Encoder, ids, layers, starts, shape) -> None:
-    with open(path, "wb") as file:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here and now, not a crash while writing
-            os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(shape)))
-    out = np.memmap(path, np.float16, "r+" if path.stat().st_size else "w+", shape=shape)
+def _compute(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> None:
+    out = {}
+    for layer, path in files.items():
+        with open(path, "wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here and now, not a crash while writing
+                os.posix_fallocate(file.fileno(), 0, 2 * shape[0] * shape[1])
+            else:
+                file.truncate(2 * shape[0] * shape[1])
+        out[layer] = np.memmap(path, np.float16, "r+", shape=shape)
     device = next(teacher.model.parameters()).device
     for batch in track(budget_batches([len(row) for row in ids], TOKENS_PER_BATCH), "caching the teacher's states"):
         tokens, mask = pad([ids[i] for i in batch], teacher.tokenizer.pad_token_id)
@@ -81,9 +212,11 @@ def _compute(path: Path, teacher: Encoder, ids, layers, starts, shape) -> None:
             hidden = teacher.model(
                 input_ids=tokens.to(device), attention_mask=mask.to(device), output_hidden_states=True
             ).hidden_states
-        states = torch.stack([hidden[layer] for layer in layers], 2).to(torch.float16).cpu()
-        if not torch.isfinite(states).all():
-            raise UserError("the teacher's states do not fit half precision; set distill.cache=false")
-        for r, i in enumerate(batch):
-            out[starts[i] : starts[i + 1]] = states[r, : len(ids[i])].numpy()
-    out.flush()
+        for layer, states in out.items():
+            found = hidden[layer].to(torch.float16).cpu()
+            if not torch.isfinite(found).all():
+                raise UserError("the teacher's states do not fit half precision; set distill.cache=false")
+            for row, i in zip(found.numpy(), batch):
+                states[starts[i] : starts[i + 1]] = row[: len(ids[i])]
+    for states in out.values():
+        states.flush()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from kdlib.errors import UserError
 
@@ -22,12 +23,39 @@ class Section(BaseModel):
 
 
 class Source(Section):
-    """Where text or rows come from: `embedded`, a hub id, a local folder or a local file."""
+    """Where text or rows come from: `embedded`, a hub id, a file of a hub data set (hf://datasets/owner/name/file), an
+    address (https://), a local folder or a local file. A zip is read as the folder it holds."""
 
     source: str = "embedded"
     subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str = Field("train", description="split of a hub data set or a folder")
+    split: str = Field("train", description="split of a hub data set; files of a folder or zip by a word in their name")
     revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
+
+
+class Fallback(Source):
+    """Another place for the same data, tried when those before it cannot be read.
+
+    It says for itself where its rows are; columns that it does not name are called as in the first place.
+    """
+
+    source: str = Field(description="as in the first place, but for `embedded`, which is other data")
+    text: str | None = None
+
+    @model_validator(mode="after")
+    def _is_the_same_data(self) -> "Fallback":
+        if self.source == "embedded":
+            raise PydanticCustomError("embedded_fallback", "embedded data is no other place for the same data")
+        return self
+
+
+class CorpusFallback(Fallback):
+    document: str | None = None
+
+
+class TaskFallback(Fallback):
+    test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
+    second: str | None = None
+    label: str | list[str] | None = None
 
 
 class Teacher(Section):
@@ -43,6 +71,14 @@ class Corpus(Source):
     document: str | None = Field(None, description="column that says which document a row belongs to")
     heldout: float = Field(0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
     max_documents: int | None = Field(None, ge=10)
+    streaming: bool = Field(False, description="read the first max_documents documents and leave the rest where it is")
+    fallbacks: list[CorpusFallback] = Field([], description="other places for the same text, tried in order")
+
+    @model_validator(mode="after")
+    def _streams_so_many(self) -> "Corpus":
+        if self.streaming and self.max_documents is None:
+            raise PydanticCustomError("endless_stream", "streaming needs max_documents")
+        return self
 
 
 class Parallel(Source):
@@ -58,13 +94,16 @@ class Task(Source):
     second: str | None = Field(None, description="column of the second text (kind pair)")
     label: str | list[str] = Field("label", description="label column; a list of 0/1 columns (kind multilabel)")
     test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
+    fallbacks: list[TaskFallback] = Field([], description="other places for the same rows, tried in order")
     finetune: bool = Field(True, description="fine-tune on it in the benchmark")
+    fewshot: bool = Field(True, description="fine-tune on a few examples per class (where benchmark.fewshot has sizes)")
     ablate: bool = Field(True, description="probe the ablation arms on it")
 
 
 class Probe(Section):
     languages_rows: int = Field(500, ge=20, description="parallel sentences used")
     cka_sentences: int = Field(200, ge=20)
+    cloze_sentences: int = Field(50, ge=5, description="sentences for pseudo-perplexity and cloze")
     train_rows: int = Field(600, ge=20, description="training items of a layer probe, per task")
     test_rows: int = Field(400, ge=20)
 
@@ -82,7 +121,7 @@ class Condition(Section):
     use: bool = Field(False, description="distill from the conditioned teacher")
     epochs: float = Field(1.0, gt=0)
     head_epochs: float = Field(
-        1.0, ge=0, description="passes that warm up a new head, the encoder frozen, for a teacher that has none"
+        3.0, ge=0, description="passes that warm up a new head, the encoder frozen, for a teacher that has none"
     )
     learning_rate: float = Field(5e-5, gt=0)
     head_rate: float = Field(1e-3, gt=0, description="learning rate of the warm-up")

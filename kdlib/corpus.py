@@ -3,15 +3,22 @@
 import hashlib
 import random
 import re
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from kdlib import config, sources
 from kdlib.errors import UserError
 
-SENTENCE_END = re.compile(  # space behind an end and up to two closing marks; behind a wide end no space is needed
-    r"(?:(?<=[.!?…؟۔።।])|(?<=[.!?…؟۔።।][\"'”’»)])|(?<=[.!?…؟۔።।][\"'”’»)]{2}))\s+"
-    r"|(?:(?<=[。！？])|(?<=[。！？][”’」』）]))(?![。！？…”’」』）])\s*"
+ENDS = ".!?…؟۔።፧।॥။។៕༎།։᱾"  # followed by space; Arabic, Ethiopic, Indic, Burmese, Khmer, Tibetan, Armenian, Ol Chiki
+WIDE = "。！？｡።။"  # also without
+CLOSERS, WIDE_CLOSERS = "\"'”’»)", "”’」』）"
+SENTENCE_END = re.compile(
+    rf"(?:(?<=[{ENDS}])|(?<=[{ENDS}][{CLOSERS}])|(?<=[{ENDS}][{CLOSERS}]{{2}}))\s+"
+    rf"|(?:(?<=[{WIDE}])|(?<=[{WIDE}][{WIDE_CLOSERS}]))(?![{WIDE}{WIDE_CLOSERS}…])\s*"
 )
+LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
 TEST_REGISTERS = ("everyday", "story")
 TEST_PER_CELL = 18  # documents of each topic and test register that the tasks are tested on
 HELDOUT_PER_CELL = 2  # documents of each topic and register that watch the distillation
@@ -28,30 +35,40 @@ class Document:
 
 @dataclass
 class Corpus:
-    """train: what students are distilled on; heldout: what watches them; test: what embedded tasks test on."""
+    """train: what students are distilled on; heldout: what watches them; test: what embedded tasks test on; origin:
+    what was read."""
 
     train: list[Document]
     heldout: list[Document]
     test: list[Document]
+    origin: sources.Origin | None = field(default=None, compare=False)
 
 
 def load_corpus(profile: config.Profile) -> Corpus:
     """The profile's corpus, split by document. The split depends on the text alone, not on order or seed.
 
-    Raises UserError for a source that cannot be read, an empty text, or too few documents to hold any out.
+    It is read from the first of the corpus's source and its fallbacks that can be. With corpus.streaming it is the
+    first max_documents documents, in the source's order; without, max_documents drawn with the profile's seed.
+    Raises UserError for sources that cannot be read, an empty text, or too few documents to hold any out.
     """
     spec = profile.corpus
+    place, commit, passed_over = spec.source, None, ()
     if spec.source == "embedded":
         if profile.language != "tgl":
             raise UserError(
                 f"the embedded corpus is Tagalog (tgl); for language {profile.language!r} set corpus.source to a file"
             )
-        corpus = _split_embedded(_embedded())
+        documents = _embedded()
+        corpus = _split_embedded(documents)
     else:
-        corpus = _split(_read(spec), spec.heldout)
+        (documents, place, commit), passed_over = sources.first_of(spec, _read, "corpus")
+        corpus = _split(documents, spec.heldout)
     if spec.max_documents and len(corpus.train) > spec.max_documents:
         corpus.train = random.Random(profile.seed).sample(corpus.train, spec.max_documents)
     check_leaks(corpus)
+    sizes = {"train": len(corpus.train), "heldout": len(corpus.heldout), "test": len(corpus.test)}
+    content = sources.digest(document.sentences for document in documents)
+    corpus.origin = sources.Origin(place, commit, content, sizes, passed_over=passed_over)
     return corpus
 
 
@@ -60,16 +77,22 @@ def _embedded() -> list[Document]:
     return [Document(r.id, list(r.sentences), {"topic": r.topic, "register": r.register}) for r in rows.itertuples()]
 
 
-def _read(spec: config.Corpus) -> list[Document]:
-    rows = sources.read_rows(spec, [spec.text, *([spec.document] if spec.document else [])])
-    rows = rows[rows[spec.text].map(lambda text: isinstance(text, str) and bool(text.strip()))]
-    group = spec.document or ("document" if "document" in rows and rows["document"].nunique() > 1 else None)
+def _read(spec: config.Corpus) -> tuple[list[Document], str, str | None]:
+    """The documents of one place, its name, and the commit where a hub gives one."""
+    columns = [spec.text, *([spec.document] if spec.document else [])]
+    if spec.streaming:
+        rows, commit = sources.stream_rows(spec, columns)
+        grouped = _take(rows, spec)
+    else:
+        table, commit = sources.read_table(spec, columns)
+        table = table[table[spec.text].map(_has_text)]
+        groups = table[spec.document or "document"].map(str) if spec.document or "document" in table else None
+        grouped = (
+            table.groupby(groups, sort=False)[spec.text]
+            if groups is not None and (spec.document or groups.nunique() > 1)
+            else ((i, [t]) for i, t in zip(table.index, table[spec.text]))
+        )
     documents = []
-    grouped = (
-        rows.groupby(group, sort=False, dropna=False)[spec.text]
-        if group
-        else ((i, [t]) for i, t in zip(rows.index, rows[spec.text]))
-    )
     for name, texts in grouped:
         sentences = [s for text in texts for s in split_sentences(text)]
         if sentences:
@@ -78,13 +101,39 @@ def _read(spec: config.Corpus) -> list[Document]:
         raise UserError(
             f"{spec.source}: {len(documents)} documents with text; at least 10 are needed, some are held out"
         )
-    return documents
+    return documents, spec.source, commit
+
+
+def _take(rows: Iterator[dict[str, Any]], spec: config.Corpus) -> Iterable[tuple[str, list[str]]]:
+    """The texts of the first max_documents documents; of the rows behind them the first at most is asked for."""
+    column = spec.document or "document"
+    texts: dict[str, list[str]] = {}
+    for number, row in enumerate(rows):
+        if not _has_text(row[spec.text]):
+            continue
+        name = str(row.get(column, number))
+        if name not in texts and len(texts) == spec.max_documents:
+            break
+        texts.setdefault(name, []).append(row[spec.text])
+        if column not in row and len(texts) == spec.max_documents:
+            break
+    return texts.items()
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut at sentence ends followed by space (behind 。！？ also without), and at line ends; white space collapsed."""
+    """Cut at sentence ends followed by space (behind 。！？ also without), and at line ends; white space collapsed.
+
+    What is longer than LONGEST is cut at spaces: Thai and Lao have no mark for the end of a sentence, and what does not
+    fit into a teacher would be lost.
+    """
     lines = (" ".join(line.split()) for line in text.splitlines())
-    return [s for line in lines for s in SENTENCE_END.split(line) if s]
+    whole = [s for line in lines for s in SENTENCE_END.split(line) if s]
+    fits = textwrap.TextWrapper(LONGEST, break_long_words=False, break_on_hyphens=False)
+    return [piece for s in whole for piece in ([s] if len(s) <= LONGEST else fits.wrap(s))]
 
 
 def _rank(document: Document) -> str:

@@ -1,13 +1,16 @@
 """Distillation: a `transformers.Trainer` that trains a student to have the teacher's states."""
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,7 +23,8 @@ from kdlib.cache import TeacherStates, gigabytes, teacher_states
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import Encoder, pad
 from kdlib.errors import UserError
-from kdlib.objectives import States, check_objectives, total_loss
+from kdlib.mlm import MaskedHead, mask_id, mask_tokens, maskable_tokens, new_head
+from kdlib.objectives import Needs, States, check_objectives, total_loss
 from kdlib.progress import Progress
 from kdlib.student import layer_map
 
@@ -30,38 +34,66 @@ PROJECTIONS = (
     ("attention.q_lin", "attention.k_lin"),
 )
 LOGS = 50  # points of the training curve
+FIT_TOKENS = 4096  # that a projection is started on
 
 
-def forward_states(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor, layers: Sequence[int], attention: bool
-) -> States:
-    """One forward pass, keeping the states of `layers` (1 = first) and, if asked, their queries and keys.
+class Watched(nn.Module):
+    """A model whose forward pass gives `States`, as far as `needs` asks.
 
-    Queries and keys are caught where they are projected: the scores before the softmax follow from them under any
-    attention implementation, whereas `output_attentions` gives probabilities, and an empty tuple with sdpa.
+    layers: whose states are kept, 1 = first, the last layer at the end. projection: hidden -> the teacher's hidden,
+    which all kept states go through (TinyBERT's, Jiao et al. 2020, eq. 8); head: gives the logits, from the states
+    before the projection. For a student this is what is trained and checkpointed; the model inside is what is kept.
     """
-    base = getattr(model, "module", model)
-    caught: dict[str, list[torch.Tensor]] = {"query": [], "key": []}
-    hooks = []
-    if attention:
-        heads = base.config.num_attention_heads
 
-        def split(x: torch.Tensor) -> torch.Tensor:
-            return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[int],
+        needs: Needs,
+        projection: nn.Linear | None = None,
+        head: MaskedHead | None = None,
+    ):
+        super().__init__()
+        self.model, self.projection, self.head = model, projection, head
+        self.layers, self.needs = list(layers), needs
+        self.caught: dict[str, list[torch.Tensor]] = {"query": [], "key": []}
+        self.hooks = []
+        if needs.attention:
+            # Queries and keys are caught where they are projected: the scores before the softmax follow from them under
+            # any attention implementation, whereas `output_attentions` gives probabilities, and nothing with sdpa.
+            for kind, modules in zip(self.caught, _projections(model)):
+                self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind)) for layer in layers]
 
-        for kind, modules in zip(("query", "key"), _projections(base)):
-            for layer in layers:
-                hooks.append(
-                    modules[layer - 1].register_forward_hook(
-                        lambda m, i, out, kind=kind: caught[kind].append(split(out))
-                    )
-                )
-    try:
-        output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    finally:
-        for hook in hooks:
+    def _catch(self, kind: str) -> Callable:
+        heads = self.model.config.num_attention_heads
+
+        def hook(module, inputs, output):
+            if output.dim() == 3:  # DeBERTa's projections also see the relative positions
+                self.caught[kind].append(output.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+        return hook
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, masked: torch.Tensor | None = None) -> States:
+        """ids, mask: [batch, tokens]; masked: places of the masked tokens in the flattened batch, for the logits."""
+        for caught in self.caught.values():
+            caught.clear()
+        found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        kept = [found[layer] for layer in self.layers]
+        embedded = found[0] if self.needs.embedded else None
+        logits = None
+        if self.head is not None and masked is not None:
+            embeddings = self.model.get_input_embeddings().weight
+            logits = self.head(kept[-1].flatten(0, 1)[masked], embeddings)
+        if self.projection is not None:
+            kept = [self.projection(states) for states in kept]
+            embedded = self.projection(embedded) if embedded is not None else None
+        return States(kept, mask, list(self.caught["query"]), list(self.caught["key"]), embedded, logits)
+
+    def release(self) -> PreTrainedModel:
+        """The model, with nothing watching it any more."""
+        for hook in self.hooks:
             hook.remove()
-    return States([output.hidden_states[layer] for layer in layers], mask, caught["query"], caught["key"])
+        return self.model
 
 
 def _projections(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
@@ -72,17 +104,21 @@ def _projections(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
         if len(found[0]) == len(found[1]) == model.config.num_hidden_layers:
             return found[0], found[1]
     raise UserError(
-        f"the attention objective does not know where a {model.config.model_type} model keeps its queries and keys"
+        f"attention objectives do not know where a {model.config.model_type} model keeps its queries and keys"
     )
 
 
 @dataclass
 class Texts:
-    """Tokenised texts and, where cached, the teacher's states for them. A torch data set of places in itself."""
+    """Tokenised texts and, where cached, the teacher's states for them. A torch data set of places in itself.
+
+    ids: int32 [tokens] of each text; maskable: bool [tokens] of each, where masked-language objectives may mask.
+    """
 
     ids: list[np.ndarray]
-    cached: TeacherStates | None
+    maskable: list[np.ndarray]
     pad_id: int
+    cached: TeacherStates | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,65 +132,94 @@ class Texts:
 
     def part(self, places: Sequence[int]) -> "Texts":
         """Some of the texts, sharing the cached states."""
-        cached = TeacherStates(self.cached.states, self.cached.starts[list(places)]) if self.cached else None
-        return Texts([self.ids[i] for i in places], cached, self.pad_id)
+        cached = self.cached and self.cached.part(places)
+        return Texts([self.ids[i] for i in places], [self.maskable[i] for i in places], self.pad_id, cached)
 
     def live(self) -> "Texts":
         """The same texts without cached states: the teacher runs at every step."""
-        return Texts(self.ids, None, self.pad_id)
+        return replace(self, cached=None)
 
-    def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask [batch, tokens]; if cached, teacher_states.
-
-        teacher_states: float16 [batch, tokens, layers, hidden].
-        """
-        ids, mask = pad([self.ids[i] for i in batch], self.pad_id)
+    def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask, int64 [batch, tokens]; if cached, for each layer its states, named "layer 3":
+        float16 [batch, tokens, hidden]."""
+        rows = [self.ids[i] for i in batch]
+        ids, mask = pad(rows, self.pad_id)
         features = {"input_ids": ids, "attention_mask": mask}
         if self.cached is not None:
-            states = np.zeros((*ids.shape, *self.cached.states.shape[1:]), np.float16)
-            for r, i in enumerate(batch):
-                states[r, : len(self.ids[i])] = self.cached.rows(i, len(self.ids[i]))
-            features["teacher_states"] = torch.from_numpy(states)
+            lengths = [len(row) for row in rows]
+            for layer in self.cached.layers:
+                features[f"layer {layer}"] = self.cached.batch(layer, batch, lengths)
         return features
 
 
-class DistillTrainer(Trainer):
-    """Trains `model` (the student) towards `teacher` under weighted objectives, in batches of a token budget.
+@dataclass
+class Masking:
+    """Masks the tokens of batches, the same ones for the same texts in the same epoch, so that a run that was cut off
+    goes on with what it would have seen. mask_id, rows, share: as `mlm.mask_tokens` has them."""
 
-    teacher: a model in the student's vocabulary, kept in eval mode (TinyBERT's script forgot); used only where a
-    batch brings no cached states. student_layers, teacher_layers: which layers are compared, 1 = first.
+    mask_id: int
+    rows: int
+    share: float
+    seed: int
+
+    def collate(self, texts: Texts, sampler: BudgetSampler, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """As `Texts.collate`, with masked input_ids; and masked, int64 [masked tokens], their places in the flattened
+        batch, and targets, the tokens that were there."""
+        features = texts.collate(batch)
+        ids = features["input_ids"]
+        maskable = pad([texts.maskable[i] for i in batch], 0)[0].bool()
+        name = f"{self.seed}-{sampler.epoch}-{list(batch)}"
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(number)
+        hidden, chosen = mask_tokens(ids, maskable, self.mask_id, self.rows, self.share, generator=generator)
+        places = chosen.flatten().nonzero().squeeze(1)
+        return features | {"input_ids": hidden, "masked": places, "targets": ids.flatten()[places]}
+
+
+class DistillTrainer(Trainer):
+    """Trains `model` (the student, watched) towards `teacher` under weighted objectives, in batches of a token budget.
+
+    teacher: watched too, in the student's vocabulary; used only where a batch brings no cached states, in eval mode
+    (TinyBERT's script forgot) unless spec.teacher_noise. teacher_layers: which layers are compared, 1 = first. masking:
+    where an objective needs it: then all objectives see the masked text, as in DistilBERT.
     """
 
     def __init__(
         self,
         *,
-        teacher: PreTrainedModel,
-        student_layers: list[int],
+        teacher: Watched | None,
         teacher_layers: list[int],
-        weights: dict[str, float],
-        batch_tokens: int,
+        spec: config.Distill,
+        masking: Masking | None,
         bf16: bool,
         **kwargs,
     ):
-        super().__init__(data_collator=kwargs["train_dataset"].collate, **kwargs)
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
-        self.student_layers, self.teacher_layers = student_layers, teacher_layers
-        self.weights, self.batch_tokens, self.bf16 = weights, batch_tokens, bf16
-        self.attention = bool(weights.get("attention"))
+        super().__init__(**kwargs)
+        self.teacher, self.teacher_layers = teacher, teacher_layers
+        self.spec, self.masking, self.bf16 = spec, masking, bf16
         self.sums: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        if "teacher_states" in inputs:
-            target = States(list(inputs["teacher_states"].unbind(2)), mask, [], [])
-        else:
-            with torch.no_grad(), autocast(ids.device, self.bf16):
-                target = forward_states(self.teacher, ids, mask, self.teacher_layers, self.attention)
-        student = forward_states(model, ids, mask, self.student_layers, self.attention)
-        loss, parts = total_loss(self.weights, student, target)
+        target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
+        student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
+        student.targets = inputs.get("targets")
+        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)
         return (loss, None) if return_outputs else loss
+
+    @torch.no_grad()
+    def target(self, inputs: dict[str, torch.Tensor], noise: bool = False) -> States | None:
+        """The teacher's states for a batch, cached or live; None where no objective asks for them."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if "layer " + str(self.teacher_layers[-1]) in inputs:
+            hidden = [inputs[f"layer {layer}"] for layer in self.teacher_layers]
+            return States(hidden, mask, embedded=inputs.get("layer 0"))
+        if self.teacher is None:
+            return None
+        self.teacher.train(noise)
+        with autocast(ids.device, self.bf16):
+            return self.teacher(ids, mask, inputs.get("masked"))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad():
@@ -174,9 +239,10 @@ class DistillTrainer(Trainer):
         return self._loader(self.eval_dataset, 0)
 
     def _loader(self, texts: Texts, seed: int) -> DataLoader:
-        sampler = BudgetSampler([len(row) for row in texts.ids], self.batch_tokens, seed)
+        sampler = BudgetSampler([len(row) for row in texts.ids], self.spec.batch_tokens, seed)
+        collate = partial(self.masking.collate, texts, sampler) if self.masking else texts.collate
         loader = DataLoader(
-            texts, batch_sampler=sampler, collate_fn=texts.collate, pin_memory=self.args.device.type == "cuda"
+            texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"
         )
         return self.accelerator.prepare(loader)
 
@@ -231,33 +297,51 @@ class _History(TrainerCallback):
 
 @dataclass
 class Outcome:
-    """student: the distilled model; curve: split, step, seconds, loss and each objective; facts: sizes and speeds."""
+    """student: the distilled model; curve: split, step, seconds, loss and each objective; facts: sizes and speeds; head:
+    the student's masked-language head, where an objective trained one."""
 
     student: PreTrainedModel
     curve: pd.DataFrame
     facts: dict
+    head: MaskedHead | None = None
 
 
-def tokenise(encoder: Encoder, texts: list[str]) -> list[np.ndarray]:
-    """Token ids of every text, with the prefix, as small integer arrays."""
-    rows = []
+def tokenise(encoder: Encoder, texts: list[str]) -> Texts:
+    """Token ids of every text, with the prefix, as small integer arrays; without the teacher's states."""
+    ids, maskable = [], []
     for start in range(0, len(texts), 8192):
-        rows += [np.asarray(e.ids, np.int32) for e in encoder.tokenize(texts[start : start + 8192])]
-    return rows
+        encodings = encoder.tokenize(texts[start : start + 8192])
+        ids += [np.asarray(e.ids, np.int32) for e in encodings]
+        maskable += maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
+    return Texts(ids, maskable, encoder.tokenizer.pad_token_id)
 
 
 def prepare(encoder: Encoder, texts: list[str], spec: config.Distill, cache_root: Path | None, depth: int) -> Texts:
     """Tokenise `texts` and get the teacher's states that a student of `depth` layers is compared with, from the cache.
 
-    The teacher runs live, at every step, where the profile or its size budget forbids a cache.
+    The teacher runs live, at every step, where the profile or its size budget forbids a cache, or where an objective
+    needs what is not cached.
     """
-    layers = layer_map("alternate", depth, encoder.layers)
     if not texts:
         raise UserError("distillation: no texts")
-    ids = tokenise(encoder, texts)
-    usable = spec.cache and cache_root is not None
-    cached = teacher_states(cache_root, encoder, ids, layers, spec.cache_gigabytes) if usable else None
-    return Texts(ids, cached, encoder.tokenizer.pad_token_id)
+    return with_states(tokenise(encoder, texts), encoder, spec, cache_root, depth)
+
+
+def with_states(texts: Texts, encoder: Encoder, spec: config.Distill, cache_root: Path | None, depth: int) -> Texts:
+    """The same texts with the states that `spec` asks for; see `prepare`. Layers already cached are not made again."""
+    needs = Needs.of(spec.objectives)
+    if not spec.cache or cache_root is None or spec.teacher_noise or not needs.cacheable:
+        return texts.live()
+    layers = [0] * needs.embedded + compared_layers(needs, depth, encoder.layers)[1]
+    return replace(texts, cached=teacher_states(cache_root, encoder, texts.ids, layers, spec.cache_gigabytes))
+
+
+def compared_layers(needs: Needs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
+    """Which layers of student and teacher are compared: all as TinyBERT does, student layer i with teacher layer
+    i * L / l; the last ones alone where no objective asks for more."""
+    if not needs.layers:
+        return [depth], [teacher_depth]
+    return list(range(1, depth + 1)), layer_map("alternate", depth, teacher_depth)
 
 
 def distill(
@@ -273,31 +357,35 @@ def distill(
 ) -> Outcome:
     """Distil `teacher` (in the student's vocabulary) into `student`; goes on from the last checkpoint under `work`.
 
-    train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached
-    (attention). Layers are compared as TinyBERT does: student layer i with teacher layer i * L / l. on_point: called
-    with the curve so far after every held-out evaluation.
+    train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached: attention,
+    or anything of a masked text. A student of another width is compared through a learned projection, which starts as
+    the least-squares fit of the teacher's states (spec.projection "auto") or at random, as TinyBERT's ("shared": at
+    equal width too). Objectives kl and mlm train a head with the student, which starts as the teacher's where shapes
+    fit. on_point: called with the curve so far after every held-out evaluation.
+    Raises UserError where student, teacher and objectives do not go together.
     """
     check_objectives(spec.objectives)
-    depth = student.config.num_hidden_layers
-    layers = layer_map("alternate", depth, teacher.layers)
-    if (
-        spec.objectives.get("attention")
-        and student.config.num_attention_heads != teacher.model.config.num_attention_heads
-    ):
-        raise UserError("the attention objective compares head by head: student and teacher need as many heads")
-    if student.config.hidden_size != teacher.hidden:
-        raise UserError(
-            f"the student is {student.config.hidden_size} wide, the teacher {teacher.hidden}; "
-            "objectives compare equal widths"
-        )
-    if spec.objectives.get("attention"):
-        train, heldout = train.live(), heldout.live()
+    needs = Needs.of(spec.objectives)
+    _check_pair(teacher, student, needs)
+    layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, teacher.layers)
+    train, heldout = (_usable(texts, needs, spec, teacher_layers) for texts in (train, heldout))
     if spec.freeze_embeddings:
         student.get_input_embeddings().weight.requires_grad_(False)
     dropouts = {m: m.p for m in student.modules() if isinstance(m, nn.Dropout)}
     for module in dropouts:  # the target is exact: noise in the student only blurs it
         module.p = 0.0
     device = next(teacher.model.parameters()).device
+    student.to(device)
+    watched = Watched(
+        student, layers, needs,
+        _projection(student, teacher, spec, seed) if needs.states else None,
+        _head(student, teacher, seed) if needs.masked else None,
+    )  # fmt: skip
+    target = Watched(teacher.model, teacher_layers, needs, head=teacher.head if needs.soft else None)
+    masking = None
+    if needs.masked:
+        rows = len(student.get_input_embeddings().weight)
+        masking = Masking(mask_id(teacher.tokenizer, teacher.name), rows, spec.mask, seed)
     steps = int(len(BudgetSampler([len(r) for r in train.ids], spec.batch_tokens, seed)) * spec.epochs) or 1
     compile_ = spec.compile if spec.compile is not None else device.type == "cuda"
     arguments = TrainingArguments(
@@ -310,13 +398,15 @@ def distill(
     )  # fmt: skip
     history = _History(label, on_point)
     trainer = DistillTrainer(
-        model=student, args=arguments, train_dataset=train, eval_dataset=heldout, teacher=teacher.model,
-        callbacks=[history], student_layers=list(range(1, depth + 1)), teacher_layers=layers, weights=spec.objectives,
-        batch_tokens=spec.batch_tokens, bf16=teacher.bf16,
+        model=watched, args=arguments, train_dataset=train, eval_dataset=heldout, callbacks=[history],
+        teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
+        bf16=teacher.bf16,
     )  # fmt: skip
     history.trainer = trainer
     trainer.remove_callback(PrinterCallback)
     last = get_last_checkpoint(str(work)) if Path(work).is_dir() else None
+    if watched.projection is not None and spec.projection == "auto" and last is None:
+        _fit_projection(watched, trainer, train)
     try:
         with training_attention(student):
             trainer.train(resume_from_checkpoint=last)
@@ -329,15 +419,89 @@ def distill(
             raise
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(f"{work}: a checkpoint could not be written ({reason})") from error
-    for module, p in dropouts.items():
-        module.p = p
-    student.requires_grad_(True).eval()
+    finally:
+        for watcher in (watched, target):
+            watcher.release().eval()
+        for module, p in dropouts.items():
+            module.p = p
+        student.requires_grad_(True)
     curve = history.curve()
     training = float(curve["seconds"].iloc[-1])
+    cached = train.cached.layers if train.cached else {}
     facts = {
         "texts": len(train), "tokens": train.tokens, "steps": steps, "training_seconds": training,
         "tokens_per_second": train.tokens * spec.epochs / max(training, 1e-9),
-        "cache_gigabytes": gigabytes(train.tokens, len(layers), teacher.hidden) if train.cached else 0.0,
+        "cache_gigabytes": gigabytes(train.tokens, len(cached), teacher.hidden),
         "real_token_share": BudgetSampler([len(r) for r in train.ids], spec.batch_tokens, seed).real_share(),
     }  # fmt: skip
-    return Outcome(student, curve, facts)
+    return Outcome(student, curve, facts, watched.head)
+
+
+def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: Needs) -> None:
+    """Raises UserError where the objectives cannot compare the two."""
+    mine, theirs = student.config.num_attention_heads, teacher.model.config.num_attention_heads
+    if needs.attention and mine != theirs:
+        raise UserError(
+            f"attention objectives compare head by head: the student has {mine} heads, the teacher {theirs}"
+        )
+    rows, teacher_rows = (len(m.get_input_embeddings().weight) for m in (student, teacher.model))
+    if rows != teacher_rows:
+        raise UserError(f"the student has {rows} embedding rows, the teacher {teacher_rows}: they must share ids")
+    if needs.soft and teacher.head is None:
+        raise UserError(
+            f"objective kl: {teacher.name} has no masked-language head; condition the teacher first "
+            "(condition.use=true), or take a teacher that has one"
+        )
+
+
+def _usable(texts: Texts, needs: Needs, spec: config.Distill, layers: list[int]) -> Texts:
+    """The texts with the cached states that are compared; without any where the teacher has to run live."""
+    wanted = [0] * needs.embedded + layers
+    if texts.cached is None or not needs.cacheable or spec.teacher_noise or not set(wanted) <= set(texts.cached.layers):
+        return texts.live()
+    return replace(texts, cached=TeacherStates({n: texts.cached.layers[n] for n in wanted}, texts.cached.starts))
+
+
+def _projection(student: PreTrainedModel, teacher: Encoder, spec: config.Distill, seed: int) -> nn.Linear | None:
+    """The projection to the teacher's width, where there is to be one; started as TinyBERT's, normal(0, 0.02)."""
+    width = student.config.hidden_size
+    if width == teacher.hidden and spec.projection == "auto":
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projection = nn.Linear(width, teacher.hidden)
+        nn.init.normal_(projection.weight, std=0.02)
+    nn.init.zeros_(projection.bias)
+    return projection.to(student.device)
+
+
+@torch.no_grad()
+def _fit_projection(student: Watched, trainer: DistillTrainer, texts: Texts) -> None:
+    """Start the projection where it takes the student's states nearest to the teacher's: least squares over the
+    compared states of some texts, those of each layer divided by the teacher's variance as in `hidden_loss`."""
+    places = np.linspace(0, len(texts) - 1, max(1, FIT_TOKENS * len(texts) // texts.tokens)).astype(int)
+    left = right = 0.0
+    for start in range(0, len(places), 32):
+        inputs = trainer._prepare_inputs(texts.collate(places[start : start + 32]))
+        keep, theirs = inputs["attention_mask"].bool(), trainer.target(inputs)
+        mine = student.model(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True).hidden_states
+        pairs = list(zip([mine[layer] for layer in student.layers], theirs.hidden, strict=True))
+        pairs += [(mine[0], theirs.embedded)] if student.needs.embedded else []
+        for x, y in pairs:
+            x, y = F.pad(x[keep].double(), (0, 1), value=1.0), y[keep].double()
+            weight = 1 / y.var().clamp(min=1e-6)
+            left, right = left + weight * x.T @ x, right + weight * x.T @ y
+    left.diagonal().add_(1e-6 * left.diagonal().mean())  # fewer tokens than dimensions still have a solution
+    fitted = torch.linalg.solve(left, right)
+    student.projection.weight.copy_(fitted[:-1].T)
+    student.projection.bias.copy_(fitted[-1])
+
+
+def _head(student: PreTrainedModel, teacher: Encoder, seed: int) -> MaskedHead:
+    """A masked-language head for the student: the teacher's weights where shapes fit, new ones elsewhere."""
+    head = new_head(student, seed)
+    if teacher.head is not None:
+        mine, theirs = head.state_dict(), teacher.head.state_dict()
+        head.load_state_dict({n: theirs[n] if theirs[n].shape == mine[n].shape else mine[n] for n in mine})
+        head.activation = teacher.head.activation
+    return head

@@ -1,7 +1,7 @@
 """Size and speed of an encoder: parameters, megabytes, latency, throughput."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,22 +29,60 @@ def speed_rows(encoders: dict[str, Encoder], texts: Sequence[str], runs: int = 3
     """
     ordered = sorted(texts, key=len)
     middle = ordered[len(ordered) // 4 : 3 * len(ordered) // 4] or ordered
-    device = next(next(iter(encoders.values())).model.parameters()).device
-    single = {name: [] for name in encoders}
-    many = {name: [] for name in encoders}
-    picked = [middle[i % len(middle)] for i in range(0, runs * 7, 7)]
+    picked = [[middle[i % len(middle)]] for i in range(0, runs * 7, 7)]
     batches = [
         [ordered[(start + k * len(ordered) // batch) % len(ordered)] for k in range(batch)]
         for start in range(max(3, runs // 5))
     ]
-    for encoder in encoders.values():
-        _encode(encoder, batches[0])
-    for text in track(picked, "latency"):
+    return _timed(encoders, picked, batches, lambda encoder, group: [e.ids for e in encoder.tokenize(group)])
+
+
+def length_rows(
+    encoders: dict[str, Encoder], texts: Sequence[str], lengths: Sequence[int], runs: int = 30, batch: int = 32
+) -> list[dict]:
+    """Latency and throughput as `speed_rows`, by length in tokens (x), tokenisation not included.
+
+    What is timed are stretches of `texts` run together, as many tokens each; so the encoders must share a tokenizer.
+    Lengths that an encoder does not take are left out.
+    """
+    first = next(iter(encoders.values()))
+    running = np.concatenate([e.ids for e in first.tokenize(list(texts))])
+    longest = min(encoder.max_length for encoder in encoders.values())
+    rounds = max(3, runs // 5)
+    rows = []
+    for length in (n for n in lengths if n <= longest):
+        stretches = np.resize(running, (runs + rounds * batch, length)).tolist()
+        picked, rest = [[ids] for ids in stretches[:runs]], stretches[runs:]
+        batches = [rest[start : start + batch] for start in range(0, len(rest), batch)]
+        rows += [row | {"x": length} for row in _timed(encoders, picked, batches, lambda _, group: group)]
+    return rows
+
+
+def _timed(encoders: dict[str, Encoder], picked: list[list], batches: list[list], tokens: Callable) -> list[dict]:
+    """Rows of latency over the groups `picked`, of one each, and throughput over `batches`.
+
+    tokens: what makes token ids of an encoder and a group; its time counts.
+    """
+    device = next(next(iter(encoders.values())).model.parameters()).device
+
+    def seconds(encoder: Encoder, group: list) -> float:
+        start = time.perf_counter()
+        _forward(encoder, tokens(encoder, group))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for encoder in encoders.values():  # the first pass is slower
+        seconds(encoder, batches[0])
+        seconds(encoder, picked[0])
+    single = {name: [] for name in encoders}
+    many = {name: [] for name in encoders}
+    for group in track(picked, "latency"):
         for name, encoder in encoders.items():
-            single[name].append(_seconds(encoder, [text], device) * 1000)
+            single[name].append(seconds(encoder, group) * 1000)
     for group in track(batches, "throughput"):
         for name, encoder in encoders.items():
-            many[name].append(len(group) / _seconds(encoder, group, device))
+            many[name].append(len(group) / seconds(encoder, group))
     rows = []
     for metric, timings in (("latency_ms", single), ("sentences_per_second", many)):
         for name, values in timings.items():
@@ -55,16 +93,8 @@ def speed_rows(encoders: dict[str, Encoder], texts: Sequence[str], runs: int = 3
     return rows
 
 
-def _seconds(encoder: Encoder, texts: list[str], device: torch.device) -> float:
-    start = time.perf_counter()
-    _encode(encoder, texts)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
-def _encode(encoder: Encoder, texts: list[str]) -> torch.Tensor:
-    ids, mask = pad([e.ids for e in encoder.tokenize(texts)], encoder.tokenizer.pad_token_id)
+def _forward(encoder: Encoder, ids: list[list[int]]) -> torch.Tensor:
+    tokens, mask = pad(ids, encoder.tokenizer.pad_token_id)
     device = next(encoder.model.parameters()).device
-    return encoder.model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+    return encoder.model(input_ids=tokens.to(device), attention_mask=mask.to(device)).last_hidden_state

@@ -1,17 +1,19 @@
 """An encoder: a model and its tokenizer, and the vectors that they give texts and words."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Encoding, pre_tokenizers
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.batches import budget_batches
 from kdlib.device import autocast
-from kdlib.mlm import MaskedHead
+from kdlib.mlm import HEAD_FILE, MaskedHead, save_head
 from kdlib.progress import track
 
 TOKENS_PER_BATCH = 4096
@@ -20,7 +22,7 @@ TOKENS_PER_BATCH = 4096
 @dataclass
 class Encoder:
     """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens; head: the
-    masked-language head, where the model has one."""
+    trained masked-language head, where the model has one."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -42,7 +44,16 @@ class Encoder:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def tokenize(self, texts: Sequence) -> list:
+    @property
+    def token_types(self) -> bool:
+        """Whether the model tells the texts of a pair apart by token types, as BERT does.
+
+        Having rows for two types is not enough: XLM-R's tokenizer goes with some such models, trained on one type.
+        """
+        rows = getattr(self.model.config, "type_vocab_size", 0)
+        return rows > 1 and "token_type_ids" in self.tokenizer.model_input_names
+
+    def tokenize(self, texts: Sequence) -> list[Encoding]:
         """Encodings of texts (str), pairs (str, str) or word lists, with the prefix, cut at max_length."""
         if not texts:
             return []
@@ -52,12 +63,22 @@ class Encoder:
             arguments = dict(text=[self.prefix.split() + words for words in texts], is_split_into_words=True)
         else:
             arguments = dict(text=[self.prefix + text for text in texts])
-        return self.tokenizer(**arguments, truncation=True, max_length=self.max_length).encodings
+        with _spaced(self.tokenizer) if isinstance(texts[0], list) else contextlib.nullcontext():
+            return self.tokenizer(**arguments, truncation=True, max_length=self.max_length).encodings
+
+    def to(self, device: torch.device | str) -> "Encoder":
+        """Move model and head to a device; returns the encoder itself."""
+        self.model.to(device)
+        if self.head is not None:
+            self.head.to(device)
+        return self
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder that transformers 5 and 4.4x load alike."""
+        """Write a plain Hugging Face folder that transformers 5 and 4.4x load alike, and beside it the head, if any."""
         self.model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
+        if self.head is not None:
+            save_head(self.head, Path(folder) / HEAD_FILE)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -72,6 +93,28 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
 
 
+@contextlib.contextmanager
+def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Lists of words as the model knows them: byte-level BPE spells a word's start as the space before it, which words
+    in a list lack unless add_prefix_space is on."""
+    step = tokenizer.backend_tokenizer.pre_tokenizer
+    steps = list(step) if isinstance(step, pre_tokenizers.Sequence) else [step]
+    bare = [step for step in steps if isinstance(step, pre_tokenizers.ByteLevel) and not step.add_prefix_space]
+    for step in bare:
+        step.add_prefix_space = True
+    try:
+        yield
+    finally:
+        for step in bare:
+            step.add_prefix_space = False
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """How many tokens a text may have at most; RoBERTa and XLM-R number positions from after the pad id."""
+    shift = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
+    return config.max_position_embeddings - shift
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [batch, longest] and attention mask of the same shape, both int64."""
     longest = max(map(len, rows))
@@ -81,6 +124,16 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch
         ids[r, : len(row)] = torch.as_tensor(row)
         mask[r, : len(row)] = 1
     return ids, mask
+
+
+def model_inputs(
+    ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int
+) -> dict[str, torch.Tensor]:
+    """A padded batch by the model's own names, each int64 [batch, longest]: input_ids, attention_mask and, unless
+    `types` is None, token_type_ids."""
+    tokens, mask = pad(ids, pad_id)
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    return inputs if types is None else inputs | {"token_type_ids": pad(types, 0)[0]}
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -98,7 +151,7 @@ def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None
     layers = [encoder.layers] if layers is None else list(layers)
     encodings = encoder.tokenize(list(texts))
     out = np.empty((len(encodings), len(layers), encoder.hidden), np.float32)
-    for batch, states, mask in _run(encoder, [e.ids for e in encodings], label):
+    for batch, states, mask in _run(encoder, encodings, label):
         for k, layer in enumerate(layers):
             out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
     return out
@@ -120,7 +173,7 @@ def word_vectors(
     places = np.array([(t, word) for t, words in enumerate(firsts) for word, _ in words], int).reshape(-1, 2)
     starts = np.cumsum([0] + [len(words) for words in firsts])
     out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
-    for batch, states, _ in _run(encoder, [e.ids for e in encodings], label):
+    for batch, states, _ in _run(encoder, encodings, label):
         rows = torch.tensor([r for r, t in enumerate(batch) for _ in firsts[t]], dtype=torch.long)
         columns = torch.tensor([at for t in batch for _, at in firsts[t]], dtype=torch.long)
         target = np.concatenate([np.arange(starts[t], starts[t + 1]) for t in batch])
@@ -138,14 +191,16 @@ def first_tokens(word_ids: Sequence[int | None], skip: int) -> list[tuple[int, i
     return list(seen.items())
 
 
-def _run(encoder: Encoder, ids: list[list[int]], label: str):
+def _run(encoder: Encoder, encodings: list[Encoding], label: str):
     """Forward passes over length-sorted batches: yields indices, hidden states of all layers, attention mask."""
     device = next(encoder.model.parameters()).device
-    pad_id = encoder.tokenizer.pad_token_id
+    ids = [e.ids for e in encodings]
+    types = [e.type_ids for e in encodings] if encoder.token_types else None
     batches = budget_batches([len(row) for row in ids], TOKENS_PER_BATCH)
     for batch in track(batches, label or f"{encoder.name}: encoding"):
-        tokens, mask = pad([ids[i] for i in batch], pad_id)
-        tokens, mask = tokens.to(device), mask.to(device)
+        chosen = types and [types[i] for i in batch]
+        inputs = model_inputs([ids[i] for i in batch], chosen, encoder.tokenizer.pad_token_id)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
         with autocast(device, encoder.bf16):
-            output = encoder.model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
-        yield batch, output.hidden_states, mask
+            output = encoder.model(**inputs, output_hidden_states=True)
+        yield batch, output.hidden_states, inputs["attention_mask"]

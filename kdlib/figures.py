@@ -535,6 +535,44 @@ def live_curve(curve: pd.DataFrame) -> Figure:
 
 
 @_styled
+def conditioning_curve(curve: pd.DataFrame) -> Figure:
+    """Perplexity against time, also while training goes on.
+
+    curve: split ("warm-up" of a new head, "train" or "heldout"), seconds, perplexity; of held-out ones low and high.
+    """
+    parts = [part for part in ("warm-up", "train") if part in set(curve["split"])] or ["train"]
+    figure, axes, _ = _panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6, sharey=True)
+    for ax, part in zip(axes, parts):
+        mine = curve[curve["split"] == part]
+        ax.plot(mine["seconds"] / 60, mine["perplexity"], color=PALETTE[0], linewidth=1.5)
+        if part == "train":
+            held = curve[curve["split"] == "heldout"].rename(columns={"perplexity": "value"})
+            ax.errorbar(
+                held["seconds"] / 60, held["value"], yerr=_errors(held), color=PALETTE[3], marker="D", capsize=3
+            )
+        ax.set_title({"warm-up": "a new head, the encoder frozen", "train": "the whole teacher"}[part])
+        ax.set_xlabel("training time (minutes)")
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes[0].set_ylabel("perplexity per hidden token")
+    handles = [
+        Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
+        Line2D([], [], color=PALETTE[3], marker="D", label=f"{SPLITS['heldout']}, with 95% interval"),
+    ]
+    _legend(figure, handles)
+    return figure
+
+
+@_styled
+def conditioning(table: pd.DataFrame) -> Figure:
+    """Perplexity of the teacher while it is conditioned."""
+    rows = _select(table, "condition", "perplexity", metric="perplexity")
+    return conditioning_curve(rows.rename(columns={"method": "split", "x": "seconds", "value": "perplexity"}))
+
+
+@_styled
 def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int], matched: list[int]) -> Figure:
     """Which teacher layers the student is copied from, and which it is compared with.
 
@@ -639,6 +677,74 @@ def retention(table: pd.DataFrame) -> Figure:
         *_model_handles(["student"], LOOKS),
         Line2D([], [], color=INK, linewidth=1.5, linestyle="--", label=f"{TEACHER_SHARE}% of the teacher"),
         Line2D([], [], color=LOOKS["teacher"].colour, linewidth=1.8, label="teacher"),
+    ]
+    _legend(figure, handles)
+    return figure
+
+
+@_styled
+def fewshot(table: pd.DataFrame) -> Figure:
+    """Score after fine-tuning on a few examples per class, against their number."""
+    rows = _headline_rows(table, _select(table, "benchmark", "few-shot score", method="fewshot"))
+    rows = _summary(_need(rows, "benchmark", "few-shot score"), "task", "model", "x")
+    tasks, looks = _tasks(rows), _looks(table)
+    figure, axes, _ = _panels("How many labels does each model need?", len(tasks), 3, 3.4, sharex=True)
+    for ax, task in zip(axes, tasks):
+        mine = rows[rows["task"] == task]
+        models = [model for model in looks if model in set(mine["model"])]
+        for i, model in enumerate(models):
+            points, look = mine[mine["model"] == model].sort_values("x"), looks[model]
+            aside = 2 ** (0.12 * (i - (len(models) - 1) / 2))  # or the intervals hide each other
+            ax.errorbar(
+                points["x"] * aside, points["value"], yerr=_errors(points), color=look.colour, marker=look.marker,
+                markeredgecolor="white", capsize=3, elinewidth=1.5,
+            )  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sorted(mine["x"].unique()), [f"{x:g}" for x in sorted(mine["x"].unique())])
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xlabel("training rows per class")
+        ax.set_title(_panel_title(task, mine))
+        _percent(ax.yaxis, _score_label(mine))
+    _legend(figure, _model_handles(rows["model"], looks))
+    return figure
+
+
+METHODS = {"probe": "linear probe", "finetune": "fine-tuned", "fewshot": "few-shot"}
+
+
+@_styled
+def differences(table: pd.DataFrame) -> Figure:
+    """How far the student is from every other model, averaged over tasks, and within which margin they are on par."""
+    what = "paired comparison"
+    rows = _select(table, "benchmark", what, metric="difference", task="average")
+    rows = _need(rows[rows["x"].isna()], "benchmark", what)
+    margin = _select(table, "benchmark", what, metric="margin")["value"].iloc[0]
+    methods = [method for method in METHODS if method in set(rows["method"])]
+    looks, others = _looks(table), list(dict.fromkeys(rows["arm"]))
+    title = "Is the student better or worse, beyond chance?"
+    figure, axes, columns = _panels(title, len(methods), 2, 1.4 + 0.5 * len(others), sharey=True, sharex=True)
+    for i, (ax, method) in enumerate(zip(axes, methods)):
+        mine = rows[rows["method"] == method].assign(model=lambda part: part["arm"])
+        ax.axvspan(-margin, margin, color=PALE, alpha=0.7, linewidth=0, zorder=0)
+        ax.axvline(0, color=INK, linewidth=1)
+        for place, other in enumerate(others):
+            one, look = mine[mine["model"] == other], looks[other]
+            ax.errorbar(
+                one["value"], [place] * len(one), xerr=_errors(one), fmt=look.marker, color=look.colour,
+                markeredgecolor="white", capsize=3, elinewidth=1.8,
+            )  # fmt: skip
+        ax.set_yticks(range(len(others)), [_wrap(other, 20) for other in others])
+        ax.set_ylim(len(others) - 0.5, -0.5)
+        ax.yaxis.grid(False)
+        ax.margins(x=0.08)
+        ax.set_title(f"{METHODS[method]}\n{_count(mine['n'])}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:+.0f}" if value else "0")
+        ax.set_xlabel("student − other (points)")
+        if i % columns == 0:
+            ax.set_ylabel("student against")
+    handles = [
+        Line2D([], [], color=INK, marker="o", label="difference, with 95% interval"),
+        Patch(color=PALE, alpha=0.7, label=f"on par: within {margin * 100:g} points"),
     ]
     _legend(figure, handles)
     return figure
@@ -783,8 +889,8 @@ def ablation_families(table: pd.DataFrame) -> list[str]:
 FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     draw.__name__: draw
     for draw in (
-        fertility, layer_probe, retrieval, cka, vocabulary, learning_curve, benchmark_probe, benchmark_finetune,
-        retention, efficiency,
+        fertility, layer_probe, retrieval, cka, vocabulary, conditioning, learning_curve, benchmark_probe,
+        benchmark_finetune, fewshot, retention, differences, efficiency,
     )
 }  # fmt: skip
 
@@ -796,7 +902,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = _select(table, "benchmark", "scores and sizes")
     rows = rows.sort_values("method", key=lambda method: method == "cuda", kind="stable")
-    average = rows[(rows["task"] == "average") & rows["seed"].isna()]
+    average = rows[(rows["task"] == "average") & (rows["metric"] == "score") & rows["seed"].isna()]
 
     def column(part: pd.DataFrame, **where: str) -> pd.Series:
         for name, wanted in where.items():
@@ -814,3 +920,17 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
         "of teacher's probe score (%)": probe / probe.get("teacher", np.nan) * 100,
     }
     return pd.DataFrame(columns).reindex(list(_looks(rows))).rename_axis("model")
+
+
+def main_table(table: pd.DataFrame, method: str = "finetune") -> pd.DataFrame:
+    """The paper's main table: a row per model, a column per task, in it the score in percent with its 95% interval.
+
+    method: "finetune" or "probe". Raises UserError where the table of results has no such scores.
+    """
+    rows = _benchmark(table, method)
+    sizes = table[(table["stage"] == "benchmark") & (table["metric"] == "parameters")].set_index("model")["value"] / 1e6
+    cell = rows.apply(lambda r: f"{r['value'] * 100:.1f} [{r['low'] * 100:.1f}, {r['high'] * 100:.1f}]", axis=1)
+    found = rows.assign(cell=cell).pivot(index="model", columns="task", values="cell").fillna("")
+    found = found.reindex([model for model in _looks(table) if model in found.index])[_tasks(rows)]
+    found.insert(0, "parameters (M)", sizes.reindex(found.index).map("{:.1f}".format))
+    return found

@@ -1,7 +1,10 @@
 """Fine-tuning: an encoder with a fresh task head, trained end to end by the Trainer, scored on the task's test rows."""
 
 import copy
+import math
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,12 +15,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from kdlib import config
 from kdlib.batches import BudgetSampler, budget_batches
 from kdlib.device import autocast, training_attention
-from kdlib.encoder import TOKENS_PER_BATCH, Encoder, first_tokens, mean_pool, pad
+from kdlib.encoder import TOKENS_PER_BATCH, Encoder, first_tokens, mean_pool, model_inputs, positions
 from kdlib.metrics import Metric, score
 from kdlib.progress import Progress
 from kdlib.tasks import Split, Task
 
 IGNORE = -100
+TEXTS_AT_ONCE = 4096  # texts tokenised in one call: the tokenizer's own records take a hundred times the room of ids
 
 
 class TaskModel(nn.Module):
@@ -29,8 +33,9 @@ class TaskModel(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.head = nn.Linear(encoder.config.hidden_size, labels)
 
-    def forward(self, input_ids, attention_mask, labels=None):
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         states = states if self.kind == "tokens" else mean_pool(states, attention_mask)
         logits = self.head(self.dropout(states)).float()
         if labels is None:
@@ -42,44 +47,83 @@ class TaskModel(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
+@dataclass
+class _Tokenised:
+    """ids, types (token types, for models that know them): int32 [tokens]; firsts: (word, token) of each word's first
+    token, for word lists."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    firsts: list[tuple[int, int]] | None
+
+
+class Tokens:
+    """Texts as one encoder tokenises them: each text once, however many runs draw it.
+
+    max_length: tokens per text instead of the encoder's own limit, as far as the model has positions.
+    """
+
+    def __init__(self, encoder: Encoder, max_length: int | None = None):
+        limit = min(max_length, positions(encoder.model.config)) if max_length else encoder.max_length
+        self.encoder = replace(encoder, max_length=limit)
+        self._known: dict[str | tuple[str, ...], _Tokenised] = {}
+
+    def of(self, texts: Sequence) -> list[_Tokenised]:
+        """The texts tokenised: str, (str, str), or lists of words."""
+        keys = [tuple(text) if isinstance(text, list) else text for text in texts]
+        new = list({key: text for key, text in zip(keys, texts) if key not in self._known}.items())
+        skip = len(self.encoder.prefix.split())
+        for start in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[start : start + TEXTS_AT_ONCE]
+            for (key, text), encoding in zip(part, self.encoder.tokenize([text for _, text in part])):
+                self._known[key] = _Tokenised(
+                    np.array(encoding.ids, np.int32),
+                    np.array(encoding.type_ids, np.int32) if self.encoder.token_types else None,
+                    first_tokens(encoding.word_ids, skip) if isinstance(text, list) else None,
+                )
+        return [self._known[key] for key in keys]
+
+
 class _Rows:
     """A split as tokenised rows with targets; words keep the place of their first token."""
 
-    def __init__(self, encoder: Encoder, kind: str, split: Split):
-        encodings = encoder.tokenize(split.texts)
-        skip = len(encoder.prefix.split())
-        self.kind, self.pad_id, self.targets = kind, encoder.tokenizer.pad_token_id, split.targets
-        self.ids = [e.ids for e in encodings]
-        self.firsts = [first_tokens(e.word_ids, skip) for e in encodings] if kind == "tokens" else None
+    def __init__(self, tokens: Tokens, kind: str, split: Split):
+        self.kind, self.pad_id, self.targets = kind, tokens.encoder.tokenizer.pad_token_id, split.targets
+        self.rows = tokens.of(split.texts)
+        self.lengths = [len(row.ids) for row in self.rows]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> int:
         return i
 
+    def sampler(self, texts: int, seed: int) -> BudgetSampler:
+        """Batches of texts of like length, each of as many tokens as `texts` texts of mean length have."""
+        budget = max(max(self.lengths), round(texts * sum(self.lengths) / len(self)))
+        return BudgetSampler(self.lengths, budget, seed)
+
     def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        ids, mask = pad([self.ids[i] for i in batch], self.pad_id)
+        rows = [self.rows[i] for i in batch]
+        types = None if rows[0].types is None else [row.types for row in rows]
+        inputs = model_inputs([row.ids for row in rows], types, self.pad_id)
         if self.kind == "tokens":
-            labels = torch.full_like(ids, IGNORE)
+            labels = torch.full_like(inputs["input_ids"], IGNORE)
             for r, i in enumerate(batch):
-                for word, at in self.firsts[i]:
+                for word, at in rows[r].firsts:
                     labels[r, at] = self.targets[i][word]
         else:
             dtype = torch.float32 if self.kind == "multilabel" else torch.long
             labels = torch.tensor([self.targets[i] for i in batch], dtype=dtype)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        return inputs | {"labels": labels}
 
 
 class _Trainer(Trainer):
-    """Batches of texts of like length, as many tokens as `train_batch_size` texts of mean length have."""
+    sampler: BudgetSampler
 
     def get_train_dataloader(self) -> DataLoader:
-        rows = self.train_dataset
-        lengths = [len(row) for row in rows.ids]
-        budget = max(max(lengths), round(self.args.train_batch_size * sum(lengths) / len(lengths)))
-        sampler = BudgetSampler(lengths, budget, self.args.seed)
-        return self.accelerator.prepare(DataLoader(rows, batch_sampler=sampler, collate_fn=rows.collate))
+        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
 
 class _Report(TrainerCallback):
@@ -96,38 +140,48 @@ class _Report(TrainerCallback):
         self.progress.close()
 
 
-def finetune(encoder: Encoder, task: Task, spec: config.Benchmark, seed: int = 0) -> list[Metric]:
-    """Train a copy of the encoder and a new head on the task; the task's metrics on its test rows.
+def finetune(
+    encoder: Encoder,
+    task: Task,
+    spec: config.Benchmark,
+    seed: int = 0,
+    tokens: Tokens | None = None,
+    min_steps: int = 0,
+) -> list[Metric]:
+    """Train a copy of the encoder and a new head on the task's training rows; its metrics on the test rows.
 
     Settings: Cruz and Aji 2025 (learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says otherwise.
-    `seed` draws the head, the order and, with spec.finetune_rows, the training rows. spec.finetune_test_rows are the
-    same for every seed.
+    seed: draws the head, dropout and the order of the rows. tokens: keeps tokenised texts for the next run of the same
+    encoder. min_steps: more epochs where those of the profile come to fewer steps.
     """
     set_seed(seed)
+    tokens = tokens or Tokens(encoder, spec.finetune_max_length)
     device = next(encoder.model.parameters()).device
-    small = task.small(spec.finetune_rows, spec.finetune_test_rows, seed)
     model = TaskModel(copy.deepcopy(encoder.model), task.kind, len(task.labels)).to(device)
     if spec.freeze_embeddings:
         model.encoder.get_input_embeddings().weight.requires_grad_(False)
-    train = _Rows(encoder, task.kind, small.train)
+    rows = _Rows(tokens, task.kind, task.train)
+    sampler = rows.sampler(spec.finetune_batch, seed)
+    fp16 = spec.finetune_fp16 and device.type == "cuda"
     with tempfile.TemporaryDirectory() as work:
         arguments = TrainingArguments(
-            output_dir=work, num_train_epochs=spec.finetune_epochs, learning_rate=spec.finetune_rate,
-            per_device_train_batch_size=spec.finetune_batch, weight_decay=0.01, warmup_steps=0.1,
-            optim="adamw_torch_fused", bf16=encoder.bf16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no",
+            output_dir=work, max_steps=max(min_steps, math.ceil(spec.finetune_epochs * len(sampler))),
+            learning_rate=spec.finetune_rate, weight_decay=0.01, warmup_steps=0.1, optim="adamw_torch_fused",
+            fp16=fp16, bf16=encoder.bf16 and not fp16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no",
             logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
         )  # fmt: skip
         trainer = _Trainer(
             model=model,
             args=arguments,
-            train_dataset=train,
-            data_collator=train.collate,
+            train_dataset=rows,
+            data_collator=rows.collate,
             callbacks=[_Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}")],
         )
+        trainer.sampler = sampler
         trainer.remove_callback(PrinterCallback)
         with training_attention(model.encoder):
             trainer.train()
-    return score(small, predict(model.eval(), _Rows(encoder, task.kind, small.test), small, encoder.bf16))
+    return score(task, predict(model.eval(), _Rows(tokens, task.kind, task.test), task, encoder.bf16))
 
 
 @torch.inference_mode()
@@ -138,14 +192,14 @@ def predict(model: TaskModel, rows: _Rows, task: Task, bf16: bool) -> list | np.
     """
     device = model.head.weight.device
     out: list = [None] * len(rows)
-    for batch in budget_batches([len(row) for row in rows.ids], TOKENS_PER_BATCH):
-        features = rows.collate(batch)
+    for batch in budget_batches(rows.lengths, TOKENS_PER_BATCH):
+        features = {name: value.to(device) for name, value in rows.collate(batch).items() if name != "labels"}
         with autocast(device, bf16):
-            logits = model(features["input_ids"].to(device), features["attention_mask"].to(device))["logits"].cpu()
+            logits = model(**features)["logits"].cpu()
         for r, i in enumerate(batch):
             if task.kind == "tokens":
                 out[i] = [0] * len(task.test.texts[i])
-                for word, at in rows.firsts[i]:
+                for word, at in rows.rows[i].firsts:
                     out[i][word] = int(logits[r, at].argmax())
             else:
                 out[i] = (logits[r] > 0).int().tolist() if task.kind == "multilabel" else int(logits[r].argmax())

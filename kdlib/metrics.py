@@ -1,6 +1,6 @@
 """Scores with intervals: every metric is a function of sums over test items, so that items can be resampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,14 +8,20 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 from kdlib.tasks import Task
 
+CHUNK = 100  # bootstrap resamples drawn at a time, so that memory does not grow with their number
+
 
 @dataclass
 class Metric:
-    """items: float [items, k], what each test item adds to the sums; score: sums [..., k] -> score [...]."""
+    """items: float [items, k], what each test item adds to the sums that the score `name` is a function of: how many
+    are right, of how many (accuracy), or for each class the true positives, the predicted, the gold (F1)."""
 
     name: str
     items: np.ndarray
-    score: Callable[[np.ndarray], np.ndarray]
+
+    def score(self, sums: np.ndarray) -> np.ndarray:
+        """Sums [..., k] -> score [...]."""
+        return _share(sums) if self.name == "accuracy" else _f1(sums)
 
     @property
     def value(self) -> float:
@@ -31,22 +37,22 @@ def _f1(sums: np.ndarray) -> np.ndarray:
     return (2 * hits / np.maximum(predicted + gold, 1)).mean(-1)
 
 
-def _mean(sums: np.ndarray) -> np.ndarray:
+def _share(sums: np.ndarray) -> np.ndarray:
     return sums[..., 0] / sums[..., 1]
 
 
 def score(task: Task, predicted: Sequence) -> list[Metric]:
     """The task's metrics, the headline one first.
 
-    classify and pair: accuracy, macro F1. multilabel: macro F1, accuracy (all labels of an item right). tokens: entity
-    F1 as seqeval counts it (an entity is right if kind and both ends are), accuracy of tags.
+    classify and pair: accuracy, macro F1. multilabel: macro F1, micro F1, accuracy (all labels of an item right).
+    tokens: entity F1 as seqeval counts it (an entity is right if kind and both ends are), accuracy of tags.
     predicted: one label index per item; for multilabel [items, labels] of 0/1; for tokens a list of indices per item.
     """
     gold = task.test.targets
     if task.kind == "tokens":
         pairs = [_entity_counts(g, p, task.labels) for g, p in zip(gold, predicted, strict=True)]
         right = [[sum(a == b for a, b in zip(g, p)), len(g)] for g, p in zip(gold, predicted)]
-        return [Metric("f1", np.array(pairs, float), _f1), Metric("accuracy", np.array(right, float), _mean)]
+        return [Metric("f1", np.array(pairs, float)), Metric("accuracy", np.array(right, float))]
     gold, predicted = np.asarray(gold), np.asarray(predicted)
     if task.kind == "multilabel":
         hot_gold, hot_predicted = gold, predicted
@@ -55,10 +61,11 @@ def score(task: Task, predicted: Sequence) -> list[Metric]:
         classes = np.arange(len(task.labels))
         hot_gold, hot_predicted = (gold[:, None] == classes), (predicted[:, None] == classes)
         exact = gold == predicted
-    counts = np.stack([hot_gold & hot_predicted, hot_predicted, hot_gold], -1).astype(float).reshape(len(gold), -1)
-    f1 = Metric("macro_f1", counts, _f1)
-    accuracy = Metric("accuracy", np.stack([exact, np.ones_like(exact)], 1).astype(float), _mean)
-    return [f1, accuracy] if task.kind == "multilabel" else [accuracy, f1]
+    counts = np.stack([hot_gold & hot_predicted, hot_predicted, hot_gold], -1).astype(float)  # [items, classes, 3]
+    macro = Metric("macro_f1", counts.reshape(len(gold), -1))
+    micro = Metric("micro_f1", counts.sum(1))
+    accuracy = Metric("accuracy", np.stack([exact, np.ones_like(exact)], 1).astype(float))
+    return [macro, micro, accuracy] if task.kind == "multilabel" else [accuracy, macro]
 
 
 def _entity_counts(gold: Sequence[int], predicted: Sequence[int], labels: list[str]) -> list[int]:
@@ -87,7 +94,12 @@ def resampled(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0) -> n
     that differences between models are paired."""
     rng = np.random.default_rng(seed)
     count = len(runs[0].items)
-    weights = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+    even = np.full(count, 1 / count)
+    sums: list[list[np.ndarray]] = [[] for _ in runs]
+    for start in range(0, resamples, CHUNK):
+        weights = rng.multinomial(count, even, size=min(CHUNK, resamples - start)).astype(float)
+        for run, chunks in zip(runs, sums):
+            chunks.append(weights @ run.items)
     chosen = rng.integers(0, len(runs), (resamples, len(runs)))
-    scores = np.stack([run.score(weights @ run.items) for run in runs], axis=1)
+    scores = np.stack([run.score(np.concatenate(chunks)) for run, chunks in zip(runs, sums)], axis=1)
     return np.take_along_axis(scores, chosen, axis=1).mean(axis=1)

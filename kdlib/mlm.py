@@ -1,28 +1,136 @@
 """Masked language modelling: the head that turns states into logits over the vocabulary, and masking."""
 
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.activations import ACT2FN
+
+from kdlib.errors import UserError
 
 IGNORE = -100
+HEAD_FILE = "mlm_head.safetensors"
 
 
 class MaskedHead(nn.Module):
-    """dense, GELU, LayerNorm, then the product with the input embeddings plus a bias: the head that BERT, RoBERTa,
-    XLM-R, DistilBERT and DeBERTa-v2 share under different names.
+    """dense, activation, LayerNorm, then the product with the input embeddings plus a bias: the head that BERT,
+    RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share under different names.
 
     The embedding matrix is not part of the head (it is tied): whoever calls brings it.
     """
 
-    def __init__(self, hidden: int, embedding: int, rows: int, eps: float = 1e-12):
+    def __init__(self, hidden: int, embedding: int, rows: int, eps: float = 1e-12, activation: str = "gelu"):
         super().__init__()
         self.dense = nn.Linear(hidden, embedding)
         self.norm = nn.LayerNorm(embedding, eps=eps)
         self.bias = nn.Parameter(torch.zeros(rows))
+        self.activation = activation
 
     def forward(self, states: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """States [..., hidden], embeddings [rows, embedding] -> logits [..., rows]."""
-        return F.linear(self.norm(F.gelu(self.dense(states))), embeddings, self.bias)
+        return F.linear(self.norm(ACT2FN[self.activation](self.dense(states))), embeddings, self.bias)
+
+
+def new_head(model: PreTrainedModel, frequencies: np.ndarray | None = None, seed: int = 0) -> MaskedHead:
+    """An untrained head for `model`, started as BERT's (weights normal(0, initializer_range), biases 0).
+
+    frequencies: of each embedding row in some text, positive, summing to 1; their logarithms are the output bias then.
+    So it starts near what is known without context, which a short training would else be spent on.
+    """
+    rows, width = model.get_input_embeddings().weight.shape
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = MaskedHead(model.config.hidden_size, width, rows, head_eps(model))
+        nn.init.normal_(head.dense.weight, std=getattr(model.config, "initializer_range", 0.02))
+    nn.init.zeros_(head.dense.bias)
+    if frequencies is not None:
+        head.bias.data.copy_(torch.from_numpy(np.log(frequencies)))
+    return head.to(model.device).eval()
+
+
+def head_eps(model: PreTrainedModel) -> float:
+    """The epsilon of the head's LayerNorm; DistilBERT's is no part of its config."""
+    return getattr(model.config, "layer_norm_eps", 1e-12)
+
+
+def prune_head(head: MaskedHead, ids: Sequence[int]) -> MaskedHead:
+    """The head for the embedding rows `ids` alone: its logits are the full head's at those ids.
+
+    Rows are taken in ascending order, as `vocabulary.prune_model` takes them. Raises UserError for an id that is none.
+    """
+    rows = torch.tensor(sorted(int(i) for i in ids), device=head.bias.device)
+    if int(rows[-1]) >= len(head.bias):
+        raise UserError(f"ids go up to {int(rows[-1])}, the masked-language head has only {len(head.bias)} rows")
+    pruned = copy.deepcopy(head)
+    pruned.bias = nn.Parameter(head.bias.detach()[rows].clone())
+    return pruned
+
+
+def save_head(head: MaskedHead, file: Path) -> None:
+    """Write a head as safetensors; what is no weight stands in the file's metadata."""
+    state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    settings = {"eps": head.norm.eps, "activation": head.activation}
+    save_file(state, file, {"format": "pt", "head": json.dumps(settings)})
+
+
+def load_head(file: Path, model: PreTrainedModel) -> MaskedHead:
+    """A head that `save_head` wrote. Raises UserError if it is not one, or not of this model's sizes."""
+    try:
+        with safe_open(file, "pt") as stored:
+            settings = json.loads(stored.metadata()["head"])
+            state = {name: stored.get_tensor(name) for name in stored.keys()}
+        eps, activation = float(settings["eps"]), str(settings["activation"])
+        ACT2FN[activation]
+    except Exception as error:  # the reader and what is read raise many kinds; people need one line
+        raise UserError(f"{file}: not a masked-language head ({str(error).splitlines()[0]})") from None
+    return build_head(state, model, eps, activation, str(file))
+
+
+def build_head(
+    state: dict[str, torch.Tensor], model: PreTrainedModel, eps: float, activation: str, origin: str
+) -> MaskedHead:
+    """A head in eval mode holding the weights `state`, for `model`. Raises UserError where they do not fit it."""
+    rows, width = model.get_input_embeddings().weight.shape
+    head = MaskedHead(model.config.hidden_size, width, rows, eps, activation)
+    wanted = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    if wanted != found:
+        raise UserError(f"{origin}: the masked-language head has weights {found}; the model needs {wanted}")
+    head.load_state_dict(state)
+    return head.to(model.device).eval()
+
+
+def mask_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    """The id of the tokenizer's mask. Raises UserError, naming the model, where it has none."""
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no mask token, which masked-language modelling needs")
+    return tokenizer.mask_token_id
+
+
+def maskable_tokens(tokenizer: PreTrainedTokenizerFast, encodings: Sequence, prefix: str = "") -> list[np.ndarray]:
+    """Which tokens of single texts may be masked: bool [tokens] for each encoding of `Encoder.tokenize`.
+
+    Never special tokens (the unknown token among them: there is nothing to guess), never those of the prefix.
+    """
+    special = np.array(tokenizer.all_special_ids)
+    out = []
+    for encoding in encodings:
+        ends = np.array([end for _, end in encoding.offsets], int)
+        out.append(~np.isin(np.array(encoding.ids, int), special) & (ends > len(prefix)))
+    return out
+
+
+def word_numbers(encodings: Sequence) -> list[np.ndarray]:
+    """Which word of its text each token belongs to, as the tokenizer cuts words: int [tokens] each, -1 for none."""
+    return [np.array([-1 if word is None else word for word in e.word_ids], int) for e in encodings]
 
 
 def mask_tokens(
@@ -36,19 +144,36 @@ def mask_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """BERT's masking (Devlin et al. 2019): of the chosen tokens 80% become the mask, 10% a random token, 10% stay.
 
-    ids: [batch, tokens]; maskable: bool of that shape, False at special tokens and padding; share: chance that a token
-    is chosen; words: int [batch, tokens], which word a token belongs to (-1: none): then whole words are chosen.
-    Returns the masked ids and where the targets are (bool); a batch without a chosen token gets one.
+    ids: [batch, tokens]; maskable: bool of that shape, False at special tokens and padding; rows: of the vocabulary,
+    which the random tokens are drawn from; share: chance that a token is chosen; words: int [batch, tokens], which word
+    a token belongs to (-1: none): then whole words are chosen, and each of their tokens has its own fate.
+    Returns the masked ids and where the targets are (bool); a batch without a chosen token gets one, or one word.
+    Draws are made on the CPU: the same generator gives the same masks on every device.
     """
-    drawn = torch.rand(ids.shape, generator=generator)
-    if words is not None:  # every token of a word takes the draw of the word's first token
+
+    def draw(shape: Sequence[int]) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(ids.device)
+
+    if words is None:
+        drawn = draw(ids.shape)
+    else:  # every token of a word takes the draw of its word
         owner = words.clamp(min=0)
-        drawn = torch.rand((len(ids), int(owner.max()) + 1), generator=generator).gather(1, owner)
-    chosen = (drawn < share) & maskable
-    if not chosen.any() and maskable.any():
-        row, column = maskable.nonzero()[0]
-        chosen[row, column] = True
-    fate = torch.rand(ids.shape, generator=generator)
-    noise = torch.randint(0, rows, ids.shape, generator=generator)
+        drawn = draw((len(ids), int(owner.max()) + 1)).gather(1, owner)
+    drawn = drawn.masked_fill(~maskable, 2.0)  # beyond any share
+    chosen = ((drawn < share) | (drawn == drawn.min())) & maskable  # the smallest at least: something to learn from
+    fate = draw(ids.shape)
+    noise = torch.randint(0, rows, ids.shape, generator=generator).to(ids.device)
     masked = torch.where(chosen & (fate < 0.8), mask_id, ids)
     return torch.where(chosen & (fate >= 0.9), noise, masked), chosen
+
+
+def perplexity(sums: np.ndarray, resamples: int = 1000) -> dict[str, float]:
+    """exp of the mean loss of all tokens (or words): value, and low and high of its 95% interval.
+
+    sums: [texts, 2], each text's losses (nats) and how many they are. The interval is a bootstrap over texts.
+    """
+    drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) @ sums
+    drawn = drawn[drawn[:, 1] > 0]
+    low, high = np.exp(np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975]))
+    losses, count = sums.sum(0)
+    return {"value": float(np.exp(losses / count)), "low": float(low), "high": float(high)}

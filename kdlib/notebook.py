@@ -7,12 +7,22 @@ import io
 from collections.abc import Callable
 
 import pandas as pd
+from IPython import get_ipython
 from IPython.display import DisplayHandle, Image, Markdown, display
 from matplotlib.figure import Figure
 
 from kdlib import figures
 
 WIDTH = 820  # pixels on the page; the picture itself has twice as many
+
+
+def headless() -> bool:
+    """Whether nobody can answer: no kernel at all, or a cell run by papermill, nbconvert or another nbclient.
+
+    Front ends that a person sits at allow the cells they run to ask for input; nbclient never does.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    return kernel is None or not kernel.get_parent("shell").get("content", {}).get("allow_stdin", False)
 
 
 def picture(figure: Figure) -> Image:
@@ -31,12 +41,12 @@ def say(text: str) -> None:
     display(Markdown(text))
 
 
-def live_curve() -> Callable[[pd.DataFrame], None]:
+def live_curve(draw: Callable[[pd.DataFrame], Figure] = figures.live_curve) -> Callable[[pd.DataFrame], None]:
     """A learning curve that is redrawn in place: pass it as `on_point`."""
     handle: list[DisplayHandle] = []
 
     def redraw(curve: pd.DataFrame) -> None:
-        image = picture(figures.live_curve(curve))
+        image = picture(draw(curve))
         if handle:
             handle[0].update(image)
         else:

@@ -1,11 +1,12 @@
 """Distillation objectives: what the student is asked to have in common with the teacher.
 
 Each objective is a function of student and teacher `States` and gives one number per batch; a profile names
-objectives and their weights, and `total_loss` adds them up. Padding never counts.
+objectives and their weights, and `total_loss` adds them up. Padding never counts. A student that is narrower than its
+teacher is compared through a learned projection: its `States` hold what came out of it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,33 +17,53 @@ from kdlib.errors import UserError
 
 @dataclass
 class States:
-    """What one forward pass gave, at the compared layers only.
+    """What one forward pass gave, as far as an objective asked for it.
 
-    hidden: list of [batch, tokens, hidden], one per compared layer, lowest first. query, key: lists of
-    [batch, heads, tokens, head size] of the compared layers, empty unless an objective asks for attention.
-    mask: [batch, tokens], 1 at real tokens.
+    hidden: list of [batch, tokens, hidden], one per compared layer, lowest first, the last layer always among them.
+    mask: [batch, tokens], 1 at real tokens. query, key: lists of [batch, heads, tokens, head size] of the compared
+    layers. embedded: what the embeddings gave, [batch, tokens, hidden]. logits: [masked tokens, vocabulary];
+    targets: [masked tokens], the tokens that were masked.
     """
 
     hidden: list[torch.Tensor]
     mask: torch.Tensor
-    query: list[torch.Tensor]
-    key: list[torch.Tensor]
+    query: list[torch.Tensor] = field(default_factory=list)
+    key: list[torch.Tensor] = field(default_factory=list)
+    embedded: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
 
 
 def hidden_loss(student: States, teacher: States) -> torch.Tensor:
     """Mean over layers of MSE(student, teacher) / Var(teacher) over real tokens.
 
-    TinyBERT (Jiao et al. 2020, eq. 8) without its projection; dividing by the variance of each teacher layer lets
-    layers of different scale weigh the same: 0 is a perfect copy, 1 no better than the mean.
+    TinyBERT (Jiao et al. 2020, eq. 8) without the embeddings' states; dividing by the variance of each teacher layer
+    lets layers of different scale weigh the same: 0 is a perfect copy, 1 no better than the mean.
     """
     keep = student.mask.bool()
     losses = []
     for mine, theirs in zip(student.hidden, teacher.hidden, strict=True):
-        # Padding is zeroed rather than cut out: the gradient of a cut is a slow scatter.
-        difference = (mine.float() - theirs.float()).masked_fill(~keep.unsqueeze(-1), 0)
         variance = theirs[keep].float().var().clamp(min=1e-6)
-        losses.append(difference.square().sum() / (keep.sum() * mine.shape[-1]) / variance)
+        losses.append(_mean_square(mine, theirs, keep) / variance)
     return torch.stack(losses).mean()
+
+
+def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """MSE over real tokens of [batch, tokens, hidden]."""
+    # Padding is zeroed rather than cut out: the gradient of a cut is a slow scatter.
+    difference = (mine.float() - theirs.float()).masked_fill(~keep.unsqueeze(-1), 0)
+    return difference.square().sum() / (keep.sum() * mine.shape[-1])
+
+
+def tinybert_hidden_loss(student: States, teacher: States) -> torch.Tensor:
+    """Sum over the embeddings' states and the compared layers of MSE(student, teacher) over real tokens.
+
+    TinyBERT's general distillation (Jiao et al. 2020, eq. 8 and 9) as its script adds it up: l + 1 terms of weight 1,
+    none divided by a variance.
+    """
+    keep = student.mask.bool()
+    pairs = zip([student.embedded, *student.hidden], [teacher.embedded, *teacher.hidden], strict=True)
+    return torch.stack([_mean_square(mine, theirs, keep) for mine, theirs in pairs]).sum()
 
 
 def attention_loss(student: States, teacher: States) -> torch.Tensor:
@@ -52,18 +73,33 @@ def attention_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT (Jiao et al. 2020, eq. 7) with scores Q K^T / sqrt(head size), on the scale of `hidden_loss`. Needs as many
     heads in the student as in the teacher.
     """
+    scores = _scores(student, teacher)
+    losses = [F.mse_loss(mine, theirs) / theirs.var().clamp(min=1e-6) for mine, theirs in scores]
+    return torch.stack(losses).mean()
+
+
+def tinybert_attention_loss(student: States, teacher: States) -> torch.Tensor:
+    """Sum over layers of MSE(student, teacher) of attention scores before the softmax, between real tokens.
+
+    TinyBERT (Jiao et al. 2020, eq. 7) as its script adds it up. Needs as many heads in the student as in the teacher.
+    Of DeBERTa's scores the content's part is compared; that of relative positions is left out.
+    """
+    return torch.stack([F.mse_loss(mine, theirs) for mine, theirs in _scores(student, teacher)]).sum()
+
+
+def _scores(student: States, teacher: States) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Student's and teacher's scores of each layer between real tokens, each flat."""
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
             "they must be as many, and some"
         )
     pairs = (student.mask[:, None, :, None] * student.mask[:, None, None, :]).bool()
-    losses = []
+    scores = []
     for mine, theirs in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), strict=True):
         keep = pairs.expand(-1, mine[0].shape[1], -1, -1)
-        target = attention_scores(*theirs)[keep]
-        losses.append(F.mse_loss(attention_scores(*mine)[keep], target) / target.var().clamp(min=1e-6))
-    return torch.stack(losses).mean()
+        scores.append((attention_scores(*mine)[keep], attention_scores(*theirs)[keep]))
+    return scores
 
 
 def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -78,11 +114,77 @@ def sentence_loss(student: States, teacher: States) -> torch.Tensor:
     return (1 - F.cosine_similarity(mine, theirs)).mean()
 
 
-OBJECTIVES: dict[str, Callable[[States, States], torch.Tensor]] = {
+def cosine_loss(student: States, teacher: States) -> torch.Tensor:
+    """Mean over real tokens of 1 - cosine of the last states: DistilBERT's (Sanh et al. 2019) third loss."""
+    cosine = F.cosine_similarity(student.hidden[-1].float(), teacher.hidden[-1].float(), dim=-1)
+    return ((1 - cosine) * student.mask).sum() / student.mask.sum()
+
+
+def kl_loss(student: States, teacher: States, temperature: float = 2.0) -> torch.Tensor:
+    """T^2 KL(teacher || student) of the logits divided by T, mean over masked tokens.
+
+    Soft targets (Hinton et al. 2015) as DistilBERT (Sanh et al. 2019) has them; T^2 keeps the size of the gradient.
+    """
+    mine = F.log_softmax(student.logits.float() / temperature, -1)
+    theirs = F.log_softmax(teacher.logits.float() / temperature, -1)
+    return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def mlm_loss(student: States, teacher: States | None = None) -> torch.Tensor:
+    """Cross-entropy of the masked tokens (Devlin et al. 2019); asks nothing of the teacher."""
+    return F.cross_entropy(student.logits.float(), student.targets)
+
+
+OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {
     "hidden": hidden_loss,
     "attention": attention_loss,
     "sentence": sentence_loss,
+    "tinybert_hidden": tinybert_hidden_loss,
+    "tinybert_attention": tinybert_attention_loss,
+    "cosine": cosine_loss,
+    "kl": kl_loss,
+    "mlm": mlm_loss,
 }
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What objectives ask of a forward pass.
+
+    layers: all compared layers, not the last alone; embedded: the embeddings' states; states: states that go through
+    the projection, if there is one; attention: queries and keys; masked: masked text, and logits at its masked tokens;
+    soft: the teacher's logits too.
+    """
+
+    layers: bool
+    embedded: bool
+    states: bool
+    attention: bool
+    masked: bool
+    soft: bool
+
+    @classmethod
+    def of(cls, weights: dict[str, float]) -> "Needs":
+        used = {name for name, weight in weights.items() if weight}
+        attention = {"attention", "tinybert_attention"}
+        return cls(
+            layers=bool(used & {"hidden", "tinybert_hidden", *attention}),
+            embedded="tinybert_hidden" in used,
+            states=bool(used & {"hidden", "tinybert_hidden", "sentence", "cosine"}),
+            attention=bool(used & attention),
+            masked=bool(used & {"kl", "mlm"}),
+            soft="kl" in used,
+        )
+
+    @property
+    def teacher(self) -> bool:
+        """Whether any objective looks at a teacher: mlm alone does not."""
+        return self.states or self.attention or self.soft
+
+    @property
+    def cacheable(self) -> bool:
+        """Whether cached states are all that is asked of the teacher: they are the whole text's, and states alone."""
+        return self.states and not self.attention and not self.masked
 
 
 def check_objectives(weights: dict[str, float]) -> None:
@@ -95,8 +197,11 @@ def check_objectives(weights: dict[str, float]) -> None:
 
 
 def total_loss(
-    weights: dict[str, float], student: States, teacher: States
+    weights: dict[str, float], student: States, teacher: States | None, temperature: float = 2.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum, and each objective's own value."""
-    parts = {name: OBJECTIVES[name](student, teacher) for name, weight in weights.items() if weight}
+    """The weighted sum, and each objective's own value. temperature: of the soft targets (kl)."""
+    settings = {"kl": {"temperature": temperature}}
+    parts = {
+        name: OBJECTIVES[name](student, teacher, **settings.get(name, {})) for name, weight in weights.items() if weight
+    }
     return sum(weights[name] * value for name, value in parts.items()), {n: v.detach() for n, v in parts.items()}

@@ -1,25 +1,94 @@
-"""Rows from anywhere.
+"""Rows from anywhere, and where they came from.
 
-A hub data set, a local folder, or a local txt, jsonl, csv, tsv or parquet file (each also .gz).
+A hub data set, a file of one, a file from the web, a local folder, or a local txt, jsonl, csv, tsv or parquet file
+(each also .gz); a zip of such files is read as a folder, in memory: nothing of it is ever written to disk.
 """
 
 import gzip
+import hashlib
 import io
 import json
 import os
 import re
+import stat
 import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet
 
-from kdlib.config import Source
-from kdlib.errors import UserError
+from kdlib import hub
+from kdlib.config import Corpus, Source, Task
+from kdlib.errors import LONGEST, UserError
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
+ADDRESS = re.compile(r"https?://\S+")
+
+T = TypeVar("T")
+Spec = TypeVar("Spec", Corpus, Task)
+Files = dict[str, Callable[[], pd.DataFrame]]  # what reads each file of a place, by its path there
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was read. source: as the profile names it; revision: the commit, where a hub gives one; sha256: of the
+    texts and labels as read, the same for the same rows in any kind of file; rows: how many each split has (documents,
+    for a corpus); removed: training rows left out because their text stands in test; passed_over: the sources tried
+    before, each with what was wrong."""
+
+    source: str
+    revision: str | None
+    sha256: str
+    rows: dict[str, int]
+    removed: int = 0
+    passed_over: tuple[str, ...] = ()
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """sha256 of JSON-like rows, in order."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return total.hexdigest()
+
+
+def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple[str, ...]]:
+    """`load` of the first place of `spec` that can be read, and why those before it could not.
+
+    The places are the spec's own and its fallbacks; columns that a fallback does not name are the spec's. Raises the
+    error of the only place, or one UserError with all of theirs.
+    """
+    places = [spec]
+    for other in spec.fallbacks:
+        columns = set(type(other).model_fields) - set(Source.model_fields) - {"test"}
+        places.append(
+            spec.model_copy(update={k: v for k, v in other if k not in columns or v is not None} | {"fallbacks": []})
+        )
+    failures: list[str] = []
+    for place in places:
+        try:
+            return load(place), tuple(failures)
+        except UserError as error:
+            if len(places) == 1:
+                raise
+            why = str(error).removesuffix(hub.WAY_ON)
+            failures.append(why if place.source in why else f"{place.source}: {why}")
+    room = (LONGEST - len(what) - 120) // len(places)  # an error is cut in its middle; each place is to be told of
+    listed = "; ".join(
+        f"({number}) {why if len(why) <= room else why[: room - 4] + ' ...'}" for number, why in enumerate(failures, 1)
+    )
+    raise UserError(f"{what}: none of its {len(places)} sources can be read: {listed}{hub.WAY_ON}")
 
 
 def embedded_rows(name: str) -> pd.DataFrame:
@@ -28,33 +97,147 @@ def embedded_rows(name: str) -> pd.DataFrame:
 
 
 def read_rows(source: Source, columns: list[str] = (), split: str | None = None) -> pd.DataFrame:
-    """The rows of a source as a table.
+    """The rows of a source as a table: `read_table` without the commit."""
+    return read_table(source, columns, split)[0]
 
-    source: a local file or folder, or a hub id. columns: those that must be there. split: overrides `source.split`;
-    for a local source it may itself be a file. Of a folder, the files named after the split are read; all, where none
-    is and `split` is not given. A txt file gives a column `text`, a line a row, and a column `document` that counts the
-    blocks between empty lines (the lines, where there are none). Raises UserError when the source is missing, empty,
-    not what its name says, or lacks a column.
+
+def read_table(source: Source, columns: list[str] = (), split: str | None = None) -> tuple[pd.DataFrame, str | None]:
+    """The rows of a source as a table, and the commit they are of, where a hub gives one.
+
+    columns: those that must be there. split: overrides `source.split`; it may itself name a place. Of a folder or zip,
+    the files whose path is or holds the split as a word are read; all, where none does and `split` is not given. A txt
+    file gives a column `text`, a line a row, and a column `document` that counts the blocks between empty lines (the
+    lines, where there are none). Raises UserError when the source is missing, empty, not what its name says, or lacks
+    a column.
     """
-    name = split if split and looks_local(split) else source.source
-    path = Path(os.path.expanduser(name))
-    if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
-        wanted = None if split == name else split
-        rows = _read_folder(path, wanted or source.split, must=bool(wanted))
-    elif os.path.isfile(path) or looks_local(name):
-        rows = read_file(path)
-    elif HUB_ID.fullmatch(name):
-        rows = _read_hub(source, split or source.split)
+    files, commit = _files(source)
+    if split and _is_place(split) and split not in (files or ()):
+        return read_table(Source(source=split, split="test"), columns)
+    if files is None:
+        rows, commit = hub.dataset(source.source, source.subset, split or source.split, source.revision)
+        rows = _named(rows.to_pandas(), rows.features)
     else:
-        raise UserError(f"{name!r}: no such file or folder, and not a hub id (owner/name)")
+        rows = _join(_chosen(source, files, split))
     if rows.empty:
-        raise UserError(f"{name}: no rows")
-    missing = [column for column in columns if column not in rows.columns]
+        raise UserError(f"{source.source}: no rows")
+    _check_columns(source, columns, rows.columns)
+    return rows, commit
+
+
+def stream_rows(source: Source, columns: list[str] = ()) -> tuple[Iterator[dict[str, Any]], str | None]:
+    """The rows of a source one by one, as `read_table` has them, fetched as they are asked for; and their commit.
+
+    A file is read whole, but no file before its rows are asked for. Txt rows of different files have different
+    documents.
+    """
+    files, commit = _files(source)
+    if files is None:
+        rows, commit = hub.dataset(source.source, source.subset, source.split, source.revision, streaming=True)
+        return _checked(source, columns, rows), commit
+    chosen = _chosen(source, files, None)
+    return _checked(source, columns, (row for table in _apart(chosen) for row in table.to_dict("records"))), commit
+
+
+def _checked(source: Source, columns: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        for row in rows:
+            _check_columns(source, columns, row)
+            yield row
+    except UserError:
+        raise
+    except Exception as error:  # a stream can break anywhere, in a dozen ways
+        raise UserError(f"{source.source}: reading stopped: {hub.reason(error)}{hub.WAY_ON}") from None
+
+
+def _check_columns(source: Source, columns: list[str], there: Iterable[str]) -> None:
+    missing = [column for column in columns if column not in there]
     if missing:
         raise UserError(
-            f"{name}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, rows.columns))}"
+            f"{source.source}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, there))}"
         )
-    return rows
+
+
+def _files(source: Source) -> tuple[Files | None, str | None]:
+    """The files of a source, and the commit they are of; None for a hub data set, whose files its client picks."""
+    name, commit = source.source, None
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
+        found = [file.relative_to(path) for file in sorted(path.rglob("*")) if suffix(file) and file.is_file()]
+        found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
+        return {str(file): lambda file=file: read_file(path / file) for file in found}, None
+    if match := HUB_FILE.fullmatch(name):
+        path, commit = hub.file(*match.groups(), source.revision)
+    elif ADDRESS.fullmatch(name):
+        path = hub.fetch(name)
+    elif not os.path.isfile(path) and not looks_local(name):
+        if HUB_ID.fullmatch(name):
+            return None, None
+        raise UserError(f"{name!r}: no such file or folder, and not a hub id (owner/name)")
+    if path.name.lower().endswith(".zip"):
+        return _zip_files(path, name), commit
+    return {"": lambda: read_file(path, name)}, commit
+
+
+def _zip_files(path: Path, name: str) -> Files:
+    """The files in a zip, read in memory: what members are called never becomes a path on this machine."""
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{name}: not a readable zip ({hub.reason(error)})") from None
+    for member in members:
+        inside = PurePosixPath(member.filename.replace("\\", "/"))
+        if inside.is_absolute() or ".." in inside.parts or stat.S_ISLNK(member.external_attr >> 16):
+            raise UserError(f"{name}: holds {member.filename!r}, a link or a path to elsewhere; not read")
+    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
+    members = [m for m in members if suffix(Path(m.filename)) and not hidden.search(m.filename)]
+    if sum(member.file_size for member in members) > hub.LARGEST:
+        raise UserError(f"{name}: its files have more than {hub.LARGEST / 2**30:.0f} GB")
+
+    def read(member: zipfile.ZipInfo) -> pd.DataFrame:
+        where = f"{name}: {member.filename}"
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+                data = b"".join(iter(lambda: stream.read(2**20), b""))  # no more than the size the member states
+        except Exception as error:  # broken, encrypted, or packed in a way that Python has no way for
+            raise UserError(f"{where}: cannot be unpacked ({hub.reason(error)})") from None
+        return parse(member.filename, data, where, hub.LARGEST)
+
+    return {m.filename: lambda member=m: read(member) for m in sorted(members, key=lambda m: m.filename)}
+
+
+def _chosen(source: Source, files: Files, split: str | None) -> Files:
+    """The files of a folder or zip that `split` names, else the source's split, else all; a single file as it is."""
+    if list(files) == [""]:
+        if split:
+            raise UserError(f"{source.source}: a file has no split {split!r}; name the file with the test rows")
+        return files
+    wanted = split or source.split
+    word = re.compile(rf"(?<![^\W\d_]){re.escape(wanted)}(?![^\W\d_])")
+    found = [name for name in files if name == wanted] or [name for name in files if word.search(name)]
+    if not found and not split:
+        found = list(files)
+    if not found:
+        named = f" with {split!r} in their name" if split else ""
+        raise UserError(f"{source.source}: no {', '.join(SUFFIXES)} files{named} in it")
+    return {name: files[name] for name in found}
+
+
+def _apart(files: Files) -> Iterator[pd.DataFrame]:
+    """The tables of files, each read when its turn comes; documents of txt files stay apart."""
+    documents = 0
+    for name, read in files.items():
+        rows = read()
+        if suffix(Path(name)) == ".txt" and len(rows):
+            rows["document"] += documents
+            documents = rows["document"].max() + 1
+        yield rows
+
+
+def _join(files: Files) -> pd.DataFrame:
+    return pd.concat(_apart(files), ignore_index=True)
 
 
 def suffix(path: Path) -> str | None:
@@ -64,51 +247,77 @@ def suffix(path: Path) -> str | None:
 
 
 def looks_local(name: str) -> bool:
-    return suffix(Path(name)) is not None or name.startswith((".", "/", "~"))
+    """Whether a name is a file's or folder's here: it has the ending of one, or starts as a path does."""
+    return suffix(Path(name)) is not None or name.lower().endswith(".zip") or name.startswith((".", "/", "~"))
 
 
-def _read_folder(folder: Path, split: str, must: bool) -> pd.DataFrame:
-    """The files named after `split`; all, where none is and it is no `must`. Documents of txt files stay apart."""
-    files = [file.relative_to(folder) for file in sorted(folder.rglob("*")) if suffix(file) and file.is_file()]
-    files = [file for file in files if not any(part.startswith(".") for part in file.parts)]
-    word = re.compile(rf"(?<![^\W\d_]){re.escape(split)}(?![^\W\d_])")
-    chosen = [file for file in files if word.search(str(file))] or (files if not must else [])
-    if not chosen:
-        named = f" with {split!r} in their name" if must else ""
-        raise UserError(f"{folder}: no {', '.join(SUFFIXES)} files{named} in this folder")
-    tables, documents = [], 0
-    for file in chosen:
-        rows = read_file(folder / file)
-        if suffix(file) == ".txt" and len(rows):
-            rows["document"] += documents
-            documents = rows["document"].max() + 1
-        tables.append(rows)
-    return pd.concat(tables, ignore_index=True)
+def _is_place(split: str) -> bool:
+    return bool(HUB_FILE.fullmatch(split) or ADDRESS.fullmatch(split)) or looks_local(split)
 
 
-def read_file(path: Path) -> pd.DataFrame:
-    """One local file as a table; every column of a csv or tsv file is str, NUL bytes are refused in text files."""
+def read_file(path: Path, name: str | None = None) -> pd.DataFrame:
+    """One local file as a table; `name` is what errors call it, if it is not to be its path."""
     path = Path(os.path.expanduser(path))
-    kind = suffix(path)
-    if kind is None:
-        raise UserError(f"{path}: cannot read this kind of file; known are {', '.join(SUFFIXES)}, each also .gz")
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file")
+    where = name or str(path)
+    if not os.path.isfile(path) and suffix(path):
+        raise UserError(f"{where}: no such file")
     try:
-        data = gzip.decompress(path.read_bytes()) if path.name.lower().endswith(".gz") else path.read_bytes()
+        return parse(path.name, path.read_bytes() if suffix(path) else b"", where)
+    except OSError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.DataFrame:
+    """The rows in the bytes of a file of the kind that `name` ends in; `where` is what errors call it.
+
+    Every column of a csv or tsv file is str; classes in a parquet file that `datasets` wrote have their names; NUL
+    bytes are refused in text files. limit: bytes that a .gz file may have at most when unpacked.
+    """
+    kind = suffix(Path(name))
+    if kind is None:
+        raise UserError(f"{where}: cannot read this kind of file; known are {', '.join(SUFFIXES)}, each also .gz")
+    try:
+        if name.lower().endswith(".gz"):
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+                data = packed.read(-1 if limit is None else limit + 1)
+            if limit is not None and len(data) > limit:
+                raise UserError(f"{where}: has more than {limit / 2**30:.0f} GB when unpacked")
         if kind == ".parquet":
-            return pd.read_parquet(io.BytesIO(data))
+            return _read_parquet(data)
         text = data.decode("utf-8-sig")
         if "\0" in text:
-            raise UserError(f"{path}: holds NUL bytes: not a text file")
+            raise UserError(f"{where}: holds NUL bytes: not a text file")
         return {".txt": _read_text, ".jsonl": _read_json_lines, ".csv": _read_csv, ".tsv": _read_tsv}[kind](text)
     except UserError:
         raise
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+        raise UserError(f"{where}: not UTF-8 text") from None
     except Exception as error:  # the readers raise a dozen kinds; people need one line
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a readable {kind} file ({reason})") from None
+        raise UserError(f"{where}: not a readable {kind} file ({reason})") from None
+
+
+def _read_parquet(data: bytes) -> pd.DataFrame:
+    rows = pd.read_parquet(io.BytesIO(data))
+    schema = pyarrow.parquet.read_schema(io.BytesIO(data))
+    if b"huggingface" not in (schema.metadata or {}):
+        return rows
+    from datasets import Features
+
+    return _named(rows, Features.from_arrow_schema(schema))
+
+
+def _named(rows: pd.DataFrame, features: "Features") -> pd.DataFrame:
+    """The rows with the names of classes, which are stored as numbers; None for a number without a name."""
+    for column, kind in features.items():
+        names = getattr(getattr(kind, "feature", kind), "names", None)
+        if names:
+
+            def name(value: Any) -> str | None:
+                return names[int(value)] if value is not None and 0 <= value < len(names) else None
+
+            rows[column] = [[name(v) for v in cell] if np.ndim(cell) else name(cell) for cell in rows[column]]
+    return rows
 
 
 def _read_text(text: str) -> pd.DataFrame:
@@ -147,26 +356,3 @@ def _read_csv(text: str, separator: str = ",") -> pd.DataFrame:
 
 def _read_tsv(text: str) -> pd.DataFrame:
     return _read_csv(text, "\t")
-
-
-def _read_hub(source: Source, split: str) -> pd.DataFrame:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.source, source.subset, split=split, revision=source.revision)
-        table = rows.to_pandas()
-        for column, kind in rows.features.items():  # classes are stored as numbers; take their names
-            names = getattr(getattr(kind, "feature", kind), "names", None)
-            if names:
-
-                def name(value):
-                    return names[int(value)] if 0 <= value < len(names) else None
-
-                table[column] = [[name(v) for v in cell] if np.ndim(cell) else name(cell) for cell in table[column]]
-        return table
-    except Exception as error:  # the client raises a dozen kinds; the reader needs one line
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"hub data set {source.source!r} (split {split!r}) could not be loaded: {reason}. "
-            "Offline? Use source=embedded or a local file."
-        ) from None

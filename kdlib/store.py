@@ -104,11 +104,16 @@ class Run:
     """A run's folder: its profile, the artefacts of its stages, and the table of results.
 
     path: the folder; made if absent. profile: kept as `profile.yaml`; None reads the one that is there.
-    Raises UserError when the folder cannot be written or holds something that is not a run.
+    Raises UserError when the folder cannot be written, holds something that is not a run, or a link that leads out of
+    it: writing through one would change files that are none of the run's.
     """
 
     def __init__(self, path: str | Path, profile: Profile | None = None):
         self.path = Path(path)
+        try:
+            _refuse_links_out(self.path)
+        except ValueError:
+            raise UserError(f"{str(path)!r}: no folder can have this name") from None
         kept = self.path / "profile.yaml"
         if profile is None:
             if not kept.is_file():
@@ -137,13 +142,19 @@ class Run:
 
         Raises UserError when another command holds it.
         """
+        lock = FileLock(self.path / ".lock", timeout=0)
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
+            lock.acquire()
         except Timeout:
             raise UserError(
                 f"{self.path}: another kdlib run is at work here; wait for it, or choose another --out"
             ) from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be locked ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def results_file(self) -> Path:
@@ -184,6 +195,15 @@ class Run:
         write_json(self.folder("stages") / f"{stage}.json", {"key": key, "seconds": round(seconds, 1)})
 
 
+def _refuse_links_out(folder: Path) -> None:
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root):
+                raise UserError(f"{path}: a link that leads out of the run folder; a run keeps its files in there")
+
+
 def read_results(path: Path) -> pd.DataFrame:
     """A results.csv as a table. Raises UserError if it is not one."""
     try:
@@ -203,7 +223,7 @@ def run_folder(run_dir: str | Path | None, profile: str) -> Path:
     by hand.
     """
     base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
-    return base / (run_dir or Path("runs") / Path(profile).stem)
+    return base / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))
 
 
 def find_run(run_dir: str | Path | None, profile: str = "workshop", overrides: Any = ()) -> Run:

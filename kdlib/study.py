@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from kdlib import ablate, condition, config, device, sources, vocabulary
-from kdlib.benchmark import average_row, compare, probe_runs, rows_of
+from kdlib.benchmark import Trial, average_row, probe_runs, rows_of
+from kdlib.benchmark import run as run_trials
 from kdlib.card import write_card
+from kdlib.cloze import mlm_rows
 from kdlib.corpus import Corpus, load_corpus, sentences, windows, without
 from kdlib.distill import Outcome, Texts, distill, prepare
 from kdlib.efficiency import size_rows, speed_rows
@@ -27,6 +29,7 @@ from kdlib.encoder import Encoder, text_vectors
 from kdlib.errors import UserError
 from kdlib.objectives import check_objectives
 from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
+from kdlib.stats import paired_rows
 from kdlib.store import find_run, fingerprint, new_folder, write_json
 from kdlib.student import build_student, layer_map
 from kdlib.tasks import Task, load_tasks
@@ -47,9 +50,9 @@ READS = {  # the sections of a profile that a stage depends on, besides those of
     "prune": ["language", "seed", "teacher", "corpus", "vocabulary"],
     "condition": ["device", "condition"],
     "distill": ["device", "student", "distill"],
-    "benchmark": ["tasks", "baselines", "benchmark"],
+    "benchmark": ["tasks", "students", "baselines", "benchmark"],
     "ablations": ["tasks", "benchmark", "condition", "student", "distill", "ablations"],
-    "figures": ["probe", "tasks", "parallel", "baselines", "benchmark", "ablations"],
+    "figures": ["probe", "tasks", "parallel", "condition", "students", "baselines", "benchmark", "ablations"],
 }
 BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "figures": "distill"}
 
@@ -80,7 +83,8 @@ class Study:
         logging.disable_progress_bar()  # of loading and saving, which take a second; long work shows its own
         self.run = find_run(run_dir, profile, overrides)
         self.profile = self.run.profile
-        for profile in (self.profile, *(arm.profile for arm in ablate.arms(self.profile))):
+        arms = [arm.profile for arm in ablate.arms(self.profile)]
+        for profile in (self.profile, *arms, *ablate.students(self.profile).values()):
             check_objectives(profile.distill.objectives)
         self.device = device.pick_device(self.profile.device)
         self.bf16 = device.use_bf16(self.profile.distill.precision, self.device)
@@ -119,7 +123,7 @@ class Study:
         """The folder of an artefact: `name` in the run folder; for an arm that makes it otherwise, one of its own."""
         key = stage_key(self.profile, stage)
         ours = key == stage_key(self.run.profile, stage)
-        return self.run.path / name if ours else self.run.folder("ablations") / f"{name}-{key}"
+        return self.run.path / name if ours else self.run.folder("others") / f"{name}-{key}"
 
     def _load(self, folder: Path, name: str) -> Encoder:
         encoder = load_encoder(folder, name, self._prefix, self._max_length)
@@ -302,6 +306,20 @@ class Study:
             self.condition()
         return self._load(target, "conditioned teacher")
 
+    def condition_rows(self, curve: pd.DataFrame, facts: dict) -> list[dict]:
+        rows = [
+            dict(model="conditioned teacher", metric="perplexity", method=p["split"], x=p["seconds"], n=int(p["step"]))
+            | {key: p[name] for key, name in (("value", "perplexity"), ("low", "low"), ("high", "high")) if name in p}
+            for p in curve.to_dict("records")
+        ]
+        return rows + [dict(model="conditioned teacher", metric=name, value=float(v)) for name, v in facts.items()]
+
+    def cloze_rows(self) -> list[dict]:
+        """Pseudo-perplexity and cloze accuracy, before (where the teacher has a head) and after conditioning."""
+        texts = sentences(self.corpus.heldout)[: self.profile.probe.cloze_sentences]
+        encoders = [self.pruned] if self.pruned.head is not None else []
+        return [row for e in [*encoders, self.conditioned] for row in mlm_rows(e, texts, e.name)]
+
     @property
     def source(self) -> Encoder:
         """Whom the student learns from: the pruned teacher, or the conditioned one with `condition.use`."""
@@ -366,15 +384,15 @@ class Study:
         They come from `student/` and `distill/` or are made there.
         A run that was cut off goes on from its last checkpoint.
         """
-        work = self.run.path / "distill"
+        work, target = self._place("distill", "distill"), self._place("student", "distill")
         key = stage_key(self.profile, "distill")
-        if not self._made(self.run.path / "student", "distill"):
+        if not self._made(target, "distill"):
             checkpoints = work / f"checkpoints-{key}"
             outcome = self._train("distilling the student", *self.texts, checkpoints, on_point)
-            work.mkdir(exist_ok=True)
+            work.mkdir(parents=True, exist_ok=True)
             outcome.curve.to_csv(work / "curve.csv", index=False)
             write_json(work / "facts.json", outcome.facts)
-            with new_folder(self.run.path / "student") as folder:
+            with new_folder(target) as folder:
                 self._encoder(outcome.student, "student").save(folder)
                 write_json(folder / "made.json", {"key": key})
                 write_card(folder, self.run)
@@ -391,9 +409,10 @@ class Study:
 
     @cached_property
     def student(self) -> Encoder:
-        if not self._made(self.run.path / "student", "distill"):
+        target = self._place("student", "distill")
+        if not self._made(target, "distill"):
             self.distill()
-        return self._load(self.run.path / "student", "student")
+        return self._load(target, "student")
 
     def distill_rows(self, curve: pd.DataFrame, facts: dict) -> list[dict]:
         losses = [column for column in curve if column not in ("split", "step", "seconds")]
@@ -420,27 +439,75 @@ class Study:
     # -- 04
 
     @cached_property
-    def contestants(self) -> dict[str, Encoder]:
-        """Who is compared: teacher, pruned teacher, student, the student without distillation, and from scratch."""
-        everyone = [self.teacher, self.pruned, self.student, self.undistilled(), self.undistilled("random")]
-        return dict(zip(("teacher", "pruned teacher", "student", "no distillation", "from scratch"), everyone))
+    def contestants(self) -> dict[str, Callable[[], Encoder]]:
+        """Who is compared, each made when it is first needed.
 
-    def probe_rows(self) -> list[dict]:
-        return compare(self.contestants, self.tasks, self.profile.benchmark, "probe")
+        teacher, pruned teacher, conditioned teacher (with `condition.use`), student, the same student without
+        distillation and from scratch, then the profile's other students and baselines.
+        """
+        found: dict[str, Callable[[], Encoder]] = {
+            "teacher": lambda: self.teacher,
+            "pruned teacher": lambda: self.pruned,
+        }
+        if self.profile.condition.use:
+            found["conditioned teacher"] = lambda: self.conditioned
+        found |= {
+            "student": lambda: self.student,
+            "no distillation": self.undistilled,
+            "from scratch": lambda: self.undistilled("random"),
+        }
+        found |= {name: lambda study=study: study.student for name, study in self._other_students.items()}
+        for name, spec in self.profile.baselines.items():
+            found[name] = lambda spec=spec: load_teacher(spec, self.device, self.bf16)
+        return found
 
-    def finetune_rows(self) -> list[dict]:
-        tasks = self._tasks_that("finetune")
-        return compare(self.contestants, tasks, self.profile.benchmark, "finetune") if tasks else []
+    @cached_property
+    def _other_students(self) -> dict[str, "Study"]:
+        return {name: self.as_arm(profile) for name, profile in ablate.students(self.profile).items()}
+
+    def _contestant_keys(self) -> dict[str, str]:
+        """For every contestant a fingerprint of all that its vectors depend on."""
+        student, shared = stage_key(self.profile, "distill"), [self.bf16, self._prefix, self._max_length]
+        made_of = {"teacher": self.profile.teacher.model_dump(), "pruned teacher": stage_key(self.profile, "prune")}
+        made_of |= {"conditioned teacher": stage_key(self.profile, "condition")}
+        made_of |= {name: stage_key(study.profile, "distill") for name, study in self._other_students.items()}
+        made_of |= {name: spec.model_dump() for name, spec in self.profile.baselines.items()}
+        return {name: fingerprint(name, made_of.get(name, student), shared) for name in self.contestants}
+
+    def trials(self, method: str) -> list[Trial]:
+        """Every contestant on every task with every seed, by linear probe, fine-tuning or few-shot fine-tuning.
+
+        Each trial is kept in `benchmark/` as soon as it is done. A pruned teacher is not fine-tuned: it computes what
+        the teacher computes, as notebook 02 proves. Few-shot curves leave out the students that were not distilled.
+        """
+        out = {
+            "probe": [],
+            "finetune": ["pruned teacher"],
+            "fewshot": ["pruned teacher", "no distillation", "from scratch"],
+        }
+        encoders = {name: encoder for name, encoder in self.contestants.items() if name not in out[method]}
+        tasks = self.tasks if method == "probe" else self._tasks_that(method)
+        return run_trials(
+            encoders, tasks, self.profile.benchmark, method, self.run.folder("benchmark"), self._contestant_keys()
+        )
+
+    def paired_rows(self, trials: list[Trial]) -> list[dict]:
+        """The student against every other contestant, tested on the same seeds and items."""
+        others = [name for name in self.contestants if name != "student"]
+        rows = paired_rows(trials, [("student", name) for name in others], self.profile.benchmark)
+        return rows + [dict(model="student", metric="margin", value=self.profile.benchmark.margin)]
 
     def _tasks_that(self, flag: str) -> list[Task]:
-        """The tasks that the profile wants for "finetune" or "ablate"."""
+        """The tasks that the profile wants for "finetune", "fewshot" or "ablate"."""
         return [task for task, spec in zip(self.tasks, self.profile.tasks) if getattr(spec, flag)]
 
     def efficiency_rows(self) -> list[dict]:
-        texts = sentences(self.corpus.heldout)
-        rows = [row for name, encoder in self.contestants.items() for row in size_rows(encoder, name)]
-        shown = {name: self.contestants[name] for name in ("teacher", "pruned teacher", "student")}
-        return rows + speed_rows(shown, texts, self.profile.benchmark.latency_runs)
+        """Sizes of all contestants, speeds of those that differ in speed."""
+        encoders = {name: encoder() for name, encoder in self.contestants.items()}
+        rows = [row for name, encoder in encoders.items() for row in size_rows(encoder, name)]
+        same = ("conditioned teacher", "no distillation", "from scratch")  # as the pruned teacher and the student
+        shown = {name: encoder for name, encoder in encoders.items() if name not in same}
+        return rows + speed_rows(shown, sentences(self.corpus.heldout), self.profile.benchmark.latency_runs)
 
     # -- 05
 

@@ -4,7 +4,9 @@ import hashlib
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +16,11 @@ from kdlib.corpus import Corpus, Document
 from kdlib.errors import UserError
 
 TEST_SHARE = 0.3
+OVERLAP = 0.05  # share of test rows that may also stand in train, as they do in real data by accident
 DENGUE_LABELS = ["absent", "dengue", "health", "mosquito", "sick"]
 ENTITY = re.compile(r"\[(PER|LOC|ORG) ([^\]]+)\]|(\S+)")
 TAG = re.compile(r"O|[BIES]-.+")
+WORD = re.compile(r"[^ \t\r\n]+")  # in a string of words; a no-break space stands inside one
 TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
 
 
@@ -37,23 +41,52 @@ class Split:
         """At most `count` rows, drawn at random with `seed`."""
         if count is None or count >= len(self):
             return self
-        chosen = random.Random(seed).sample(range(len(self)), count)
-        return Split([self.texts[i] for i in chosen], [self.targets[i] for i in chosen])
+        return self.pick(random.Random(seed).sample(range(len(self)), count))
+
+    def pick(self, rows: Iterable[int]) -> "Split":
+        """The rows with these numbers, in this order."""
+        rows = list(rows)
+        return Split([self.texts[i] for i in rows], [self.targets[i] for i in rows])
 
 
 @dataclass
 class Task:
-    """A task with fixed train and test rows. kind: classify, multilabel, pair or tokens (BIO tags)."""
+    """A task with fixed train and test rows. kind: classify, multilabel, pair or tokens (BIO tags); origin: what was
+    read."""
 
     name: str
     kind: str
     labels: list[str]
     train: Split
     test: Split
+    origin: sources.Origin | None = field(default=None, compare=False)
 
     def small(self, train_rows: int | None, test_rows: int | None, train_seed: int = 0) -> "Task":
         """The same task with at most so many rows; the test rows drawn are always the same."""
         return replace(self, train=self.train.take(train_rows, train_seed), test=self.test.take(test_rows))
+
+    def few(self, count: int, test_rows: int | None, train_seed: int = 0) -> "Task":
+        """The same task with the first `count` training rows of every class, all of a class that has fewer, in an order
+        that `train_seed` draws: a larger count adds rows to those of a smaller one."""
+        order = random.Random(train_seed).sample(range(len(self.train)), len(self.train))
+        taken, chosen = Counter(), []
+        for i in order:
+            classes = self.classes(self.train.targets[i])
+            if any(taken[name] < count for name in classes):
+                chosen.append(i)
+            taken.update(classes)
+        return replace(self, train=self.train.pick(chosen), test=self.test.take(test_rows))
+
+    def classes(self, target: int | list[int]) -> set[str]:
+        """The classes that a row with this target is an example of: every label it has (kind multilabel), every kind of
+        entity in it (kind tokens); a row that has none is an example of the class "none"."""
+        if self.kind == "multilabel":
+            found = {label for label, on in zip(self.labels, target) if on}
+        elif self.kind == "tokens":
+            found = {self.labels[i][2:] for i in target if self.labels[i] != "O"}
+        else:
+            found = {self.labels[target]}
+        return found or {"none"}
 
 
 def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:
@@ -69,17 +102,46 @@ def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:
     return loaded
 
 
+def origins(corpus: Corpus, tasks: list[Task]) -> dict[str, Any]:
+    """What was read for the corpus and for each task by name, as JSON-like values (the fields of sources.Origin)."""
+    return {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
+
+
 def load_task(spec: config.Task, corpus: Corpus) -> Task:
-    """One task. Raises UserError for a source that cannot be read, a missing column, or labels of one class."""
+    """One task, from the first of its source and its fallbacks that holds it.
+
+    A place is passed over when it cannot be read, a column is missing, the labels are of one class, or more than
+    OVERLAP of the test rows also stand in train, as in mirrors whose test split is a copy of train. Raises UserError
+    when that leaves none.
+    """
     if spec.source != "embedded":
-        return _own(spec)
+        task, passed_over = sources.first_of(spec, _own, f"task {spec.name}")
+        return replace(task, origin=replace(task.origin, passed_over=passed_over))
     if spec.name not in EMBEDDED:
         raise UserError(f"no embedded task {spec.name!r}; there are {', '.join(EMBEDDED)}")
     if spec.name in ("topic", "entailment") and not corpus.test:
         raise UserError(
             f"the embedded task {spec.name!r} is made of the embedded corpus; with corpus.source set, name other tasks"
         )
-    return EMBEDDED[spec.name](corpus)
+    task = EMBEDDED[spec.name](corpus)
+    return replace(task, origin=_origin(task, [task.train, task.test], "embedded"))
+
+
+def _origin(task: Task, read: list[Split], place: str, commit: str | None = None) -> sources.Origin:
+    """The origin of a task whose splits are `task`'s and were `read` in this form: two splits, or one to be cut."""
+
+    def names(target: int | list[int]) -> Any:
+        if task.kind == "tokens":
+            return [task.labels[i] for i in target]
+        return target if task.kind == "multilabel" else task.labels[target]
+
+    rows = (
+        [number, text, names(t)] for number, split in enumerate(read) for text, t in zip(split.texts, split.targets)
+    )
+    content = sources.digest([[task.kind, sorted(task.labels)], *rows])
+    removed = len(read[0]) - len(task.train) if len(read) == 2 else 0
+    sizes = {"train": len(task.train), "test": len(task.test)}
+    return sources.Origin(place, commit, content, sizes, removed)
 
 
 def _windows(document: Document, count: int) -> list[str]:
@@ -218,9 +280,8 @@ def _own(spec: config.Task) -> Task:
             f"task {spec.name}: label is a list of 0/1 columns for kind multilabel, and one column otherwise"
         )
     columns = [spec.text, *([spec.second] if spec.second else []), *label_columns]
-    frames = [sources.read_rows(spec, columns)]
-    if spec.test:
-        frames.append(sources.read_rows(spec, columns, split=spec.test))
+    rows, commit = sources.read_table(spec, columns)
+    frames = [rows, sources.read_rows(spec, columns, split=spec.test)] if spec.test else [rows]
     labels: list[str] = label_columns
     if spec.kind in ("classify", "pair"):
         labels = sorted({str(x) for x in frames[0][spec.label]})
@@ -234,12 +295,44 @@ def _own(spec: config.Task) -> Task:
         )
     splits = [_own_split(spec, frame, labels) for frame in frames]
     if len(splits) == 1:
-        return _split_rows(spec.name, spec.kind, labels, splits[0].texts, splits[0].targets)
-    return Task(spec.name, spec.kind, labels, *splits)
+        task = _split_rows(spec.name, spec.kind, labels, splits[0].texts, splits[0].targets)
+    else:
+        task = _apart(Task(spec.name, spec.kind, labels, *splits))
+    return replace(task, origin=_origin(task, splits, spec.source, commit))
 
 
-def _words(value, where: str, column: str) -> list[str]:
-    words = value.split() if isinstance(value, str) else [str(item) for item in value] if np.iterable(value) else []
+def _apart(task: Task) -> Task:
+    """The task without the training rows whose text stands in test.
+
+    Raises UserError when more than OVERLAP of the test rows stand in train: that is no accident.
+    """
+    shared = _shared(task)
+    if not shared:
+        return task
+    count = sum(_key(text) in shared for text in task.test.texts)
+    if count > OVERLAP * len(task.test):
+        raise UserError(
+            f"task {task.name}: {count} test rows also stand in train, {count / len(task.test):.0%} of them, "
+            f"such as {next(iter(shared))!r}"
+        )
+    kept = [i for i, text in enumerate(task.train.texts) if _key(text) not in shared]
+    return replace(task, train=task.train.pick(kept))
+
+
+def _key(text: str | list[str] | tuple[str, str]) -> str | tuple[str, ...]:
+    return text if isinstance(text, str) else tuple(text)
+
+
+def _shared(task: Task) -> set[str | tuple[str, ...]]:
+    """The texts that stand in train and in test."""
+    return {_key(text) for text in task.train.texts} & {_key(text) for text in task.test.texts}
+
+
+def _words(value: Any, where: str, column: str) -> list[str]:
+    if isinstance(value, str):
+        words = WORD.findall(value)
+    else:
+        words = [str(item) for item in value] if np.iterable(value) else []
     if not words:
         raise UserError(f"{where}: column {column!r} holds no words but {value!r}")
     return words
@@ -292,11 +385,7 @@ def _binary(value, where: str, column: str) -> int:
 def check(task: Task, distilled: set[str]) -> None:
     """Raises UserError when a test row also stands in the task's train rows, a test sentence in `distilled`, or a
     split has fewer than two classes."""
-
-    def key(text: str | list[str] | tuple[str, str]) -> str | tuple[str, ...]:
-        return text if isinstance(text, str) else tuple(text)
-
-    shared = {key(text) for text in task.train.texts} & {key(text) for text in task.test.texts}
+    shared = _shared(task)
     if shared:
         raise UserError(
             f"task {task.name}: {len(shared)} test rows also stand in train, such as {next(iter(shared))!r}"

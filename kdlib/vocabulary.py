@@ -6,21 +6,37 @@ any unseen word can be spelled with; tokenizer and embeddings are renumbered tog
 """
 
 import copy
+import functools
+import gc
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from fontTools import unicodedata as unicode_scripts
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
-from kdlib.encoder import Encoder
+from kdlib.encoder import Encoder, save_tokenizer
 from kdlib.errors import UserError
+from kdlib.mlm import HEAD_FILE, prune_head, save_head
+from kdlib.store import new_folder
+from kdlib.weights import copy_tensors, read_header, runs, stored_tensors
 
 NEUTRAL_SCRIPTS = {"Zyyy", "Zinh"}  # digits, punctuation, symbols, emoji; combining marks
+# Tensors with a row for every piece, by their names in the files of these families: the embeddings, and of the
+# masked-language head the decoder (BERT and DeBERTa-v2; RoBERTa and XLM-R; DistilBERT) and the bias beside it.
+FAMILIES = ("bert", "xlm-roberta", "roberta", "distilbert", "deberta-v2")
+BY_ROW = re.compile(
+    r"(.+\.)?(word_embeddings\.weight|(predictions|lm_head)\.(bias|decoder\.(weight|bias))|vocab_projector\.(weight|bias))"
+)
 SPACE_MARKS = ("▁", "##", "Ġ")
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # pieces that spell unknown characters byte by byte
 
@@ -44,36 +60,41 @@ class Selection:
 
 def piece_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The tokenizer's pieces by id."""
-    pieces = [""] * (max(tokenizer.get_vocab().values()) + 1)
-    for piece, index in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    pieces = [""] * (max(vocabulary.values()) + 1)
+    for piece, index in vocabulary.items():
         pieces[index] = piece
     return pieces
 
 
 def count_pieces(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> np.ndarray:
     """How often each piece occurs in `texts`: int64 [vocabulary]; special tokens are not added."""
-    counts = np.zeros(len(piece_list(tokenizer)), np.int64)
-    pending: list[str] = []
+    return _count(tokenizer, texts, len(piece_list(tokenizer)), batch)
 
-    def flush() -> None:
-        if not pending:
-            return
-        # The public call, not the backend: it switches off any padding that an earlier call left on.
-        for ids in tokenizer(pending, add_special_tokens=False, verbose=False).input_ids:
-            np.add.at(counts, ids, 1)
-        pending.clear()
 
-    for text in texts:
-        pending.append(text)
-        if len(pending) == batch:
-            flush()
-    flush()
+def _count(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int, batch: int = 4096) -> np.ndarray:
+    counts = np.zeros(size, np.int64)
+    for ids in _token_ids(tokenizer, texts, batch):
+        np.add.at(counts, ids, 1)
     return counts
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> Iterator[list[int]]:
+    """The token ids of each text, special tokens not added; texts are taken `batch` at a time as they are needed."""
+    backend, texts = tokenizer.backend_tokenizer, iter(texts)
+    while part := list(itertools.islice(texts, batch)):
+        backend.no_padding()  # an earlier call may have left it on
+        backend.no_truncation()
+        for encoding in backend.encode_batch_fast(part, add_special_tokens=False):
+            yield encoding.ids
 
 
 def script_of(piece: str) -> set[str]:
     """Unicode scripts (ISO 15924 codes) of a piece, without digits, punctuation, symbols and combining marks."""
-    return {unicode_scripts.script(char) for char in _bare(piece)} - NEUTRAL_SCRIPTS
+    return {_script(char) for char in _bare(piece)} - NEUTRAL_SCRIPTS
+
+
+_script = functools.cache(unicode_scripts.script)
 
 
 def _bare(piece: str) -> str:
@@ -128,7 +149,7 @@ def select(
     model = _model(tokenizer)
     kind = model["type"]
     pieces = piece_list(tokenizer)
-    counts = count_pieces(tokenizer, texts)
+    counts = _count(tokenizer, texts, len(pieces))
     if not counts.any():
         raise UserError("vocabulary: the corpus has no text to choose pieces by")
     reason: dict[int, str] = {}
@@ -144,7 +165,7 @@ def select(
             reason[i] = why if i in asked else "corpus" if counts[i] else "merge"
         return True
 
-    ancestors = _Merges(tokenizer) if kind == "BPE" else None
+    ancestors = _Merges(model) if kind == "BPE" else None
     claim(sorted(_specials(tokenizer, model)), "special")
     used = np.flatnonzero(counts)
     scripts = set().union(*(script_of(pieces[i]) for i in used if i not in reason)) | NEUTRAL_SCRIPTS
@@ -156,7 +177,7 @@ def select(
         ),
         "character",
     )
-    claim((i for text in extra for i in tokenizer(text, add_special_tokens=False).input_ids), "corpus")
+    claim((i for ids in _token_ids(tokenizer, extra) for i in ids), "corpus")
     if max_rows is not None and len(reason) > max_rows:
         raise UserError(
             f"vocabulary.max_rows is {max_rows:,}; special tokens and single characters alone need {len(reason):,}"
@@ -165,7 +186,7 @@ def select(
     for i in sorted(used, key=lambda i: -counts[i]):
         if int(i) not in reason and not claim([int(i)], "corpus", max_rows):
             dropped += 1
-    for piece_ids in tokenizer(list(words), add_special_tokens=False).input_ids if words else ():
+    for piece_ids in _token_ids(tokenizer, words):
         if not claim(piece_ids, "wordlist", max_rows):
             break
     return Selection(sorted(reason), reason, counts, dropped)
@@ -193,8 +214,7 @@ def _in_scripts(piece: str, scripts: set[str], kind: str) -> bool:
 class _Merges:
     """Which pieces a BPE piece is merged from."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        model = _model(tokenizer)
+    def __init__(self, model: dict):
         self.parents: dict[int, set[int]] = {}
         vocabulary = model["vocab"]
         for left, right in map(_pair, model["merges"]):
@@ -219,15 +239,32 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 def _model(tokenizer: PreTrainedTokenizerFast) -> dict:
+    return _spec(tokenizer)["model"]
+
+
+def _spec(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """What the tokenizer's tokenizer.json holds."""
     if not tokenizer.is_fast:
         raise UserError(f"cannot prune a {type(tokenizer).__name__}: it is not a fast tokenizer")
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return _parse(tokenizer.backend_tokenizer.to_str())
+
+
+def _parse(text: str | bytes) -> dict:
+    """A tokenizer.json's contents, checked to be of a kind that can be pruned."""
+    collecting = gc.isenabled()
+    gc.disable()  # hundreds of thousands of new objects would set it off again and again, for nine tenths of the time
+    try:
+        spec = json.loads(text)
+    finally:
+        if collecting:
+            gc.enable()
+    model = spec["model"]
     if model["type"] not in ("Unigram", "WordPiece", "BPE"):
         raise UserError(f"cannot prune a {model['type']} tokenizer; known are Unigram, WordPiece and BPE")
     marks = (model.get("continuing_subword_prefix") or "") + (model.get("end_of_word_suffix") or "")
     if marks != ("##" if model["type"] == "WordPiece" else ""):
         raise UserError(f"cannot prune a {model['type']} tokenizer that marks parts of words by {marks!r}")
-    return model
+    return spec
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedTokenizerFast:
@@ -236,12 +273,22 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> P
     Normaliser, pre-tokenizer, decoder, casing and special tokens stay as they were; the ids inside the
     post-processor are renumbered too, since transformers 4 reads them from the file.
     """
-    ids = sorted(int(i) for i in ids)
-    new = {old: i for i, old in enumerate(ids)}
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec = _prune_spec(_spec(tokenizer), _numbers(ids))
+    backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    # The copy has the new backend wherever it had the old, which is slow to copy.
+    return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
+
+
+def _numbers(ids: Sequence[int]) -> dict[int, int]:
+    """The new id of each kept one, ascending."""
+    return {old: i for i, old in enumerate(sorted(int(i) for i in ids))}
+
+
+def _prune_spec(spec: dict, new: dict[int, int]) -> dict:
+    """What a tokenizer.json holds, changed in place to the pieces that `new` numbers."""
     model = spec["model"]
     if model["type"] == "Unigram":
-        model["vocab"] = [model["vocab"][i] for i in ids if i < len(model["vocab"])]
+        model["vocab"] = [model["vocab"][i] for i in new if i < len(model["vocab"])]
         if model["unk_id"] is not None:
             model["unk_id"] = new[model["unk_id"]]
     else:
@@ -252,11 +299,9 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> P
         model["merges"] = [[a, b] for a, b in pairs if a in kept and b in kept and a + b in kept]
     spec["added_tokens"] = [{**token, "id": new[token["id"]]} for token in spec["added_tokens"] if token["id"] in new]
     spec["post_processor"] = _renumber(spec["post_processor"], new)
-    if spec["padding"]:  # left on by an earlier call
+    if spec.get("padding"):  # left on by an earlier call
         spec["padding"]["pad_id"] = new.get(spec["padding"]["pad_id"], 0)
-    pruned = copy.deepcopy(tokenizer)
-    pruned._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-    return pruned
+    return spec
 
 
 def _renumber(node, new: dict[int, int]):
@@ -278,17 +323,11 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     `tokenizer` is the full one: it says which special ids of the config to renumber. Hidden states of the
     pruned model on pruned ids equal the full model's bit for bit.
     """
-    ids = sorted(int(i) for i in ids)
-    new = {old: i for i, old in enumerate(ids)}
-    rows = torch.tensor(ids)
+    new = _numbers(ids)
+    rows = torch.tensor(list(new))
     old_rows = model.get_input_embeddings().weight.shape[0]
-    if ids[-1] >= old_rows:
-        raise UserError(f"the tokenizer has ids up to {ids[-1]}, the model only {old_rows} embedding rows")
-    config = copy.deepcopy(model.config)
-    config.vocab_size = len(ids)
-    for key, value in config.to_dict().items():
-        if re.fullmatch(r"\w+_token_id", key) and isinstance(value, int):
-            setattr(config, key, new.get(value))
+    _check_rows(new, old_rows)
+    config = _renumber_config(copy.deepcopy(model.config), new)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     by_row = {id(p) for p in (embedding, *(head.parameters() if head is not None else ())) if len(p) == old_rows}
@@ -308,9 +347,121 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     return with_state(type(model), config, state).train(model.training)
 
 
+def _check_rows(new: dict[int, int], rows: int) -> None:
+    if max(new) >= rows:
+        raise UserError(f"the tokenizer has ids up to {max(new)}, the model only {rows} embedding rows")
+
+
+def _renumber_config(config: PreTrainedConfig, new: dict[int, int]) -> PreTrainedConfig:
+    """The config, changed in place: vocabulary size and special ids."""
+    config.vocab_size = len(new)
+    for key, value in config.to_dict().items():
+        if re.fullmatch(r"\w+_token_id", key) and isinstance(value, int):
+            setattr(config, key, new.get(value))
+    return config
+
+
+def prune_files(
+    source: str | Path, target: str | Path, ids: Sequence[int], tokenizer: PreTrainedTokenizerFast | None = None
+) -> None:
+    """Write to `target` what `prune_model` and `prune_tokenizer` make of the model folder `source`; no model is built.
+
+    Of tensors by vocabulary the rows `ids` are read from the safetensors files (one, or shards with an index), all
+    other tensors are copied byte for byte: each keeps its name and data type, and memory is what a buffer takes.
+    tokenizer: the full one, if it is at hand; else it is read from `source`. `target` is whole or absent; an older
+    folder there is replaced. Raises UserError for a source that is no such folder or of no known kind.
+    """
+    source, target = Path(source), Path(target)
+    if target.resolve() == source.resolve():
+        raise UserError(f"{target}: cannot be pruned into itself")
+    tensors = stored_tensors(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no config of a model ({str(error).splitlines()[0]})") from None
+    if config.model_type not in FAMILIES:
+        raise UserError(f"{source}: a model of kind {config.model_type!r}; known are {', '.join(FAMILIES)}")
+    old_rows = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("word_embeddings.weight")}
+    if len(old_rows) != 1:
+        raise UserError(f"{source}: must have one tensor word_embeddings.weight")
+    new, old_pad = _numbers(ids), config.pad_token_id
+    _check_rows(new, min(old_rows))
+    _renumber_config(config, new)
+    kept = runs(list(new))
+    rows = {name: kept for name, t in tensors.items() if BY_ROW.fullmatch(name) and t.shape[0] in old_rows}
+    if config.model_type in ("roberta", "xlm-roberta") and old_pad != config.pad_token_id:  # as in `prune_model`
+        shift = old_pad - config.pad_token_id
+        config.max_position_embeddings -= shift
+        rows |= {n: [(shift, t.shape[0])] for n, t in tensors.items() if n.endswith("position_embeddings.weight")}
+    with new_folder(target) as folder:
+        config.save_pretrained(folder)
+        copy_tensors(folder / "model.safetensors", tensors, rows, {"format": "pt"})
+        if (source / HEAD_FILE).is_file():
+            head, settings = read_header(source / HEAD_FILE)
+            copy_tensors(folder / HEAD_FILE, head, {"bias": kept}, settings)
+        save_tokenizer(_prune_stored(source, ids) if tokenizer is None else prune_tokenizer(tokenizer, ids), folder)
+
+
+def _prune_stored(source: Path, ids: Sequence[int]) -> PreTrainedTokenizerFast:
+    """The pruned tokenizer of a folder: from its tokenizer.json, since to build the full tokenizer takes far longer.
+
+    Where that file does not say all (or is absent), the full tokenizer is built after all.
+    """
+    try:
+        spec = _parse((source / "tokenizer.json").read_bytes())
+        vocabulary = spec["model"]["vocab"]
+        numbered = (
+            vocabulary.items() if isinstance(vocabulary, dict) else ((p, i) for i, (p, _) in enumerate(vocabulary))
+        )
+        pieces = {i: piece for piece, i in numbered} | {t["id"]: t["content"] for t in spec["added_tokens"]}
+        new = _numbers(ids)
+        wanted = [pieces[i] for i in new]
+        with tempfile.TemporaryDirectory() as work:
+            for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if (source / name).is_file():
+                    shutil.copy(source / name, work)
+            text = json.dumps(_prune_spec(spec, new), ensure_ascii=False)
+            (Path(work) / "tokenizer.json").write_text(text, "utf-8")
+            pruned = AutoTokenizer.from_pretrained(work)
+        if piece_list(pruned) == wanted:
+            return pruned
+    except (OSError, ValueError, KeyError, TypeError):  # old formats, or tokens that only tokenizer_config.json has
+        pass
+    try:
+        full = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # the readers raise a dozen kinds; people need one line
+        raise UserError(f"{source}: no tokenizer that can be read ({str(error).splitlines()[0]})") from None
+    return prune_tokenizer(full, ids)
+
+
+def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, source: Path | None = None) -> None:
+    """Write the encoder with only the pieces `ids` as a Hugging Face folder at `target`, all of it or nothing.
+
+    source: the folder that the encoder was loaded from (see `weights.weights_folder`), if its weights are still what
+    they were there. Then they are taken from its files (`prune_files`), where these hold every weight of the model;
+    without, from the model in memory (`prune_model`). The encoder's head, if any, is pruned with it.
+    """
+    with new_folder(target) as folder:
+        if source is not None and _holds(source, encoder.model):
+            prune_files(source, folder, ids, encoder.tokenizer)
+        else:
+            prune_model(encoder.model, encoder.tokenizer, ids).save_pretrained(folder)
+            save_tokenizer(prune_tokenizer(encoder.tokenizer, ids), folder)
+        if encoder.head is not None:
+            save_head(prune_head(encoder.head, ids), folder / HEAD_FILE)
+
+
+def _holds(source: Path, model: PreTrainedModel) -> bool:
+    """Whether a folder's files hold every weight of the model; some were drawn anew, if not."""
+    # Old files call LayerNorm's weights gamma and beta.
+    stored = {name.replace(".gamma", ".weight").replace(".beta", ".bias") for name in stored_tensors(source)}
+    return all(name in stored or f"{model.base_model_prefix}.{name}" in stored for name in model.state_dict())
+
+
 def with_state(kind: type[PreTrainedModel], config: AutoConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A model of class `kind` holding copies of `state`; ties are made again, every weight must be there."""
-    model = kind._from_config(config)
+    with no_init_weights():  # drawing weights that are overwritten takes longer than all the rest
+        model = kind._from_config(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     if unexpected or set(missing) - tied:

@@ -187,6 +187,78 @@ def test_missing_column(txt, override):
         own(txt(text_of(20)), **override)
 
 
+# -- streams, other places, and what was read
+
+
+def rows_in(folder, count, size=6, column="text", **more):
+    for number in range(count):
+        rows = [{column: f"Dokumento {number}-{i} una.", **more} for i in range(size)]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_stream_takes_the_first_documents_and_reads_no_further(tmp_path):
+    rows_in(tmp_path / "f", 3)
+    (tmp_path / "f" / "3.jsonl").write_text("broken")
+    corpus = own(tmp_path / "f", **{"corpus.streaming": True, "corpus.max_documents": 18})
+    found = sentences(corpus.train + corpus.heldout)
+    assert sorted(found) == sorted(f"Dokumento {n}-{i} una." for n in range(3) for i in range(6))
+    with pytest.raises(UserError, match="3.jsonl"):
+        own(tmp_path / "f", **{"corpus.streaming": True, "corpus.max_documents": 19})
+
+
+@pytest.mark.parametrize("column", ["corpus.document", None])
+def test_streamed_documents_are_whole(tmp_path, column):
+    name = "page" if column else "document"
+    rows = [{"text": f"Una {i}.", name: f"p{i // 4}"} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    more = {column: "page"} if column else {}
+    corpus = own(tmp_path / "a.jsonl", **{"corpus.streaming": True, "corpus.max_documents": 12} | more)
+    assert sorted(d.id for d in corpus.train + corpus.heldout) == sorted(f"p{i}" for i in range(12))
+    assert all(len(d.sentences) == 4 for d in corpus.train + corpus.heldout)
+
+
+def test_streaming_all_is_reading_all(txt, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        txt(text_of(20, 20 * "ab".index(name)), f"{name}/x.txt")
+    (tmp_path / "b" / "x.txt").rename(tmp_path / "a" / "y.txt")
+    streamed = own(tmp_path / "a", **{"corpus.streaming": True, "corpus.max_documents": 1000})
+    assert streamed == own(tmp_path / "a") and streamed.origin == own(tmp_path / "a").origin
+
+
+def test_streaming_needs_an_end():
+    with pytest.raises(UserError, match="corpus: streaming needs max_documents"):
+        load_profile("workshop", "corpus.streaming=true corpus.source=a.txt")
+
+
+def test_other_places_are_tried_in_order(txt, tmp_path):
+    rows_in(tmp_path / "f", 4, column="body")
+    places = [{"source": str(txt("Isa.", "short.txt"))}, {"source": str(tmp_path / "f"), "text": "body"}]
+    corpus = own(tmp_path / "nowhere.txt", **{"corpus.fallbacks": places})
+    assert len(corpus.train) + len(corpus.heldout) == 24
+    assert corpus.origin.source == str(tmp_path / "f") and corpus.origin.rows == {"train": 23, "heldout": 1, "test": 0}
+    first, second = corpus.origin.passed_over
+    assert "no such file" in first and "10 are needed" in second
+    with pytest.raises(UserError, match=r"corpus: none of its 2 sources can be read: \(1\) .*no such file; \(2\) .*10"):
+        own(tmp_path / "nowhere.txt", **{"corpus.fallbacks": places[:1]})
+
+
+def test_same_text_in_another_file_has_the_same_hash(txt, tmp_path):
+    texts = [f"Dokumento {i} una. Ikalawa, ng {i}!" for i in range(20)]
+    places = [txt("\n".join(texts), "a.txt"), txt("\n".join(json.dumps({"text": t}) for t in texts), "a.jsonl")]
+    places.append(txt("text\n" + "".join(f'"{t}"\n' for t in texts), "a.csv"))
+    first, *others = [own(place).origin.sha256 for place in places]
+    assert others == [first, first] and first != own(txt("\n".join(texts[:-1]), "b.txt")).origin.sha256
+
+
+def test_documents_named_by_lists_are_documents(tmp_path):
+    rows = [{"text": f"Una {i}.", "document": [i // 2]} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = own(tmp_path / "a.jsonl")
+    assert len(corpus.train) + len(corpus.heldout) == 20
+
+
 # -- sentences and windows
 
 
@@ -202,6 +274,15 @@ def test_missing_column(txt, override):
         ("هل هذا؟ نعم. لا", ["هل هذا؟", "نعم.", "لا"]),
         ("这是。那是！好吗？对", ["这是。", "那是！", "好吗？", "对"]),
         ("「はい。」と。 なに！？そう。", ["「はい。」", "と。", "なに！？", "そう。"]),
+        ("ሰላም፡ለዓለም። እንዴት፧ ጥሩ።ነው።", ["ሰላም፡ለዓለም።", "እንዴት፧", "ጥሩ።", "ነው።"]),
+        ("មួយ។ ពីរ។ បី៕ បួន", ["មួយ។", "ពីរ។", "បី៕", "បួន"]),
+        ("တစ်။ နှစ်။သုံး", ["တစ်။", "နှစ်။", "သုံး"]),
+        ("བོད། ཡིག། །", ["བོད།", "ཡིག།", "།"]),
+        ("Մեկ։ Երկու։ Երեք", ["Մեկ։", "Երկու։", "Երեք"]),
+        ("एकः। द्वौ॥ त्रयः", ["एकः।", "द्वौ॥", "त्रयः"]),
+        ("یہ ہے۔ وہ۔ می\u200cشود؟", ["یہ ہے۔", "وہ۔", "می\u200cشود؟"]),
+        ("ประโยคหนึ่ง ประโยคสอง\nบรรทัดใหม่", ["ประโยคหนึ่ง ประโยคสอง", "บรรทัดใหม่"]),
+        ("半角｡全角。「引用。」𠮷野家！", ["半角｡", "全角。", "「引用。」", "𠮷野家！"]),
         ("Halagang 3.5 at a.b.c lang", ["Halagang 3.5 at a.b.c lang"]),
         ("isa\n\ndalawa\r\ntatlo\u2028apat", ["isa", "dalawa", "tatlo", "apat"]),
         ("  a   b.\t\tc\u00a0d.  ", ["a b.", "c d."]),
@@ -218,9 +299,23 @@ def test_splitting_loses_and_adds_no_character():
     rng = random.Random(0)
     for _ in range(500):
         text = "".join(rng.choices('ab .!?…。！？।؟"”’)」 \n', k=30))
+        text = rng.choice([text, text * 20])
         pieces = split_sentences(text)
         assert "".join("".join(pieces).split()) == "".join(text.split())
         assert all(piece == piece.strip() and piece for piece in pieces)
+
+
+@pytest.mark.parametrize("word", ["ประโยค", "salita", "ພາສາລາວ", "语"])
+def test_long_text_without_ends_is_cut_at_spaces(word):
+    text = " ".join(f"{word}{i}" for i in range(300))
+    pieces = split_sentences(text)
+    assert " ".join(pieces) == text and max(map(len, pieces)) <= module.LONGEST
+    assert min(map(len, pieces[:-1])) > module.LONGEST - 20  # as long as they can be
+    assert [split_sentences(piece) for piece in pieces] == [[piece] for piece in pieces]
+
+
+def test_long_text_without_spaces_stays():
+    assert split_sentences("ไทย" * 200) == ["ไทย" * 200]
 
 
 def test_splitting_again_changes_nothing(documents):

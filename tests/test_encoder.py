@@ -1,12 +1,25 @@
 """Vectors of an encoder: equal to the plainest way to get them, in order, from the right tokens."""
 
+import json
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaModel, RobertaTokenizer
 
 from kdlib import encoder as module
-from kdlib.encoder import first_tokens, mean_pool, pad, text_vectors, word_vectors
+from kdlib.encoder import (
+    Encoder,
+    first_tokens,
+    mean_pool,
+    model_inputs,
+    pad,
+    positions,
+    text_vectors,
+    word_vectors,
+)
 
 TEXTS = [*tiny.texts(12), "", "ang", "ñ", "ang aso " * 40, "kumain"]
 WORDS = [text.split() for text in TEXTS]
@@ -114,6 +127,99 @@ def test_texts_may_be_any_sequence(encoder):
     expected = text_vectors(encoder, TEXTS[:3])
     np.testing.assert_array_equal(text_vectors(encoder, tuple(TEXTS[:3])), expected)
     np.testing.assert_array_equal(text_vectors(encoder, np.array(TEXTS[:3])), expected)
+
+
+def with_token_types(layers=2):
+    """A BERT whose tokenizer marks the second text of a pair, as BERT's own does."""
+    encoder = tiny.encoder(layers)
+    encoder.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    encoder.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return encoder
+
+
+def test_token_types_tell_the_texts_of_a_pair_apart():
+    plain, typed = tiny.encoder(layers=2), with_token_types()
+    assert typed.token_types and not plain.token_types
+    pairs = list(zip(TEXTS[:6], TEXTS[6:12]))
+    features = typed.tokenizer(*map(list, zip(*pairs)), padding=True, return_tensors="pt")
+    assert features["token_type_ids"].max() == 1
+    with torch.inference_mode():
+        expected = mean_pool(typed.model(**features).last_hidden_state, features["attention_mask"])
+    found = text_vectors(typed, pairs)[:, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - text_vectors(plain, pairs)[:, 0]).max() > 0.01
+    np.testing.assert_array_equal(text_vectors(typed, TEXTS), text_vectors(plain, TEXTS))
+    np.testing.assert_array_equal(word_vectors(typed, WORDS)[0], word_vectors(plain, WORDS)[0])
+
+
+def test_models_that_know_no_token_types_get_none():
+    tokenizer = with_token_types().tokenizer
+    sizes = dict(vocab_size=len(tokenizer), pad_token_id=0)
+    distilbert = DistilBertModel(DistilBertConfig(dim=32, hidden_dim=64, n_layers=1, n_heads=4, **sizes)).eval()
+    roberta = byte_level().model  # rows for one type only
+    for model in (distilbert, roberta):
+        encoder = Encoder(model, tokenizer, "one", max_length=32)
+        assert not encoder.token_types and text_vectors(encoder, [("ang aso", "kumain")]).shape == (1, 1, 32)
+
+
+def test_model_inputs():
+    inputs = model_inputs([[5, 6, 7], [8]], [[0, 1, 1], [0]], 9)
+    assert {name: value.tolist() for name, value in inputs.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 9]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "token_type_ids": [[0, 1, 1], [0, 0, 0]],
+    }
+    assert list(model_inputs([[5]], None, 9)) == ["input_ids", "attention_mask"]
+
+
+def byte_level(splits_digits=False):
+    """A RoBERTa with a byte-level BPE, in which a word is known by the space before it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        [f" {text}" for text in tiny.texts(300)],
+        trainers.BpeTrainer(vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    spec = json.loads(backend.to_str())["model"]
+    tokenizer = RobertaTokenizer(vocab=spec["vocab"], merges=[tuple(pair) for pair in spec["merges"]])
+    if splits_digits:
+        parts = [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=66, pad_token_id=1, type_vocab_size=1,
+    )  # fmt: skip
+    return Encoder(RobertaModel(config).eval(), tokenizer, "tiny RoBERTa", max_length=32)
+
+
+@pytest.mark.parametrize("splits_digits", [False, True])
+def test_byte_level_bpe_knows_words_in_lists_by_a_space(splits_digits):
+    encoder = byte_level(splits_digits)
+    words = ["ang", "aso", "ay", "kumain"]
+    listed = encoder.tokenize([words])[0]
+    assert listed.ids == encoder.tokenize([" " + " ".join(words)])[0].ids
+    assert listed.tokens[1:-1] == ["Ġang", "Ġaso", "Ġay", "Ġkumain"]
+    assert listed.word_ids == [None, 0, 1, 2, 3, None]
+    assert encoder.tokenize(["ang aso"])[0].tokens[1] != "Ġang"  # and texts are as they were before
+    vectors, places = word_vectors(encoder, [words])
+    assert places.tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]] and np.isfinite(vectors).all()
+
+
+def test_positions_are_as_many_as_the_model_takes():
+    for encoder, limit in ((tiny.encoder(layers=1), 64), (byte_level(), 64)):
+        assert positions(encoder.model.config) == limit
+        encoder.max_length = limit
+        assert np.isfinite(text_vectors(encoder, ["ang " * 100])).all()
+        encoder.max_length = limit + 1
+        with pytest.raises((IndexError, RuntimeError)):
+            text_vectors(encoder, ["ang " * 100])
 
 
 def test_padding():

@@ -1,15 +1,15 @@
-"""Fine-tuning and benchmark rows on tiny models and tasks that can be learned."""
+"""Fine-tuning of tiny models on tasks that can be learned."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import tiny
 import torch
+from tokenizers import processors
 
 from kdlib import config
-from kdlib.benchmark import compare
+from kdlib import finetune as module
 from kdlib.efficiency import size_rows, speed_rows
-from kdlib.finetune import finetune
+from kdlib.finetune import Tokens, _Report, finetune
 from kdlib.tasks import Split, Task
 
 SPEC = config.Benchmark(
@@ -62,22 +62,59 @@ def test_same_seed_same_score_and_the_encoder_is_left_alone():
     assert all(torch.equal(before[name], value) for name, value in encoder.model.state_dict().items())
 
 
-def test_compare_gives_seed_rows_summaries_and_an_average():
-    tasks = [task("classify"), task("tokens")]
-    table = pd.DataFrame(compare({"teacher": tiny.encoder(layers=2)}, tasks, SPEC, "probe"))
-    summary = table[table["seed"].isna() & (table["task"] != "average")]
-    assert set(table["task"]) == {"classify task", "tokens task", "average"}
-    for (name, metric), rows in table[table["seed"].notna()].groupby(["task", "metric"]):
-        mean = summary[(summary["task"] == name) & (summary["metric"] == metric)].iloc[0]
-        assert mean["value"] == pytest.approx(rows["value"].mean()) and len(rows) == 3
-        assert mean["low"] <= mean["value"] + 1e-9 and mean["value"] <= mean["high"] + 1e-9
-    heads = summary[summary["metric"].isin(["accuracy", "f1"])].groupby("task").first()
-    assert set(heads.index) == {"classify task", "tokens task"}
-    average = table[table["task"] == "average"].iloc[0]
-    assert average["value"] == pytest.approx(
-        np.mean([summary[(summary["task"] == "classify task") & (summary["metric"] == "accuracy")]["value"].iloc[0],
-                 summary[(summary["task"] == "tokens task") & (summary["metric"] == "f1")]["value"].iloc[0]])
-    )  # fmt: skip
+def test_a_longer_run_is_as_long_as_it_says(monkeypatch):
+    steps = []
+    monkeypatch.setattr(
+        _Report, "on_train_end", lambda self, args, state, control, **_: steps.append(state.global_step)
+    )
+    spec = SPEC.model_copy(update=dict(finetune_epochs=2.0, finetune_batch=25))
+    for least in (0, 3, 19):
+        finetune(tiny.encoder(layers=1), task("classify"), spec, min_steps=least)
+    two_epochs = steps[0]
+    assert 8 <= two_epochs <= 12 and steps == [two_epochs, two_epochs, 19]
+
+
+def test_texts_are_tokenised_once_and_runs_are_as_without():
+    encoder, whole = tiny.encoder(layers=1), task("tokens")
+    tokens, seen = Tokens(encoder), []
+    tokenize = type(encoder).tokenize
+    tokens.encoder.tokenize = lambda texts: seen.extend(map(tuple, texts)) or tokenize(tokens.encoder, texts)
+    for seed in (0, 1):
+        few = whole.small(60, None, seed)
+        shared = finetune(encoder, few, SPEC, seed, tokens)[0].items
+        np.testing.assert_array_equal(shared, finetune(encoder, few, SPEC, seed)[0].items)
+    assert len(seen) == len(set(seen)) and set(map(tuple, whole.test.texts)) <= set(seen)
+
+
+def test_many_texts_are_tokenised_in_parts(monkeypatch):
+    encoder = tiny.encoder(layers=1)
+    texts = tiny.texts(50)
+    whole = [row.ids.tolist() for row in Tokens(encoder).of(texts)]
+    monkeypatch.setattr(module, "TEXTS_AT_ONCE", 7)
+    parts = [row.ids.tolist() for row in Tokens(encoder).of(texts)]
+    assert parts == whole == [e.ids for e in encoder.tokenize(texts)]
+
+
+def test_length_is_the_encoders_or_the_profiles_as_far_as_the_model_goes():
+    encoder = tiny.encoder(layers=1)  # max_length 32, 64 positions
+    lengths = {limit: len(Tokens(encoder, limit).of(["ang " * 100])[0].ids) for limit in (None, 8, 50, 512)}
+    assert lengths == {None: 32, 8: 8, 50: 50, 512: 64} and encoder.max_length == 32
+
+
+def test_pairs_bring_token_types_where_the_model_knows_them():
+    """Only token types tell these two classes apart: the same two texts, one or both as second text."""
+    encoder = tiny.encoder(layers=2)
+    encoder.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    words = [("ang", text) if i % 2 else (f"ang {text}", "na") for i, text in enumerate(tiny.texts(120))]
+    words = [(a, b + " na") if i % 2 else (a, b) for i, (a, b) in enumerate(words)]
+    rows = Split(words, [i % 2 for i in range(120)])
+    pairs = Task("pairs", "pair", ["first", "second"], rows.pick(range(80)), rows.pick(range(80, 120)))
+    blind = finetune(encoder, pairs, SPEC)[0].value
+    encoder.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert encoder.tokenize([words[0]])[0].tokens == encoder.tokenize([words[0]])[0].tokens
+    assert finetune(encoder, pairs, SPEC)[0].value > 0.95 and blind < 0.8
 
 
 def test_sizes_and_speeds_are_of_the_model_at_hand():

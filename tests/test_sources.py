@@ -4,15 +4,18 @@ import gzip
 import io
 import json
 import random
+import stat
 import warnings
+import zipfile
 
 import datasets
 import pandas as pd
 import pytest
 
+from kdlib import hub
 from kdlib.config import Source
 from kdlib.errors import UserError
-from kdlib.sources import embedded_rows, looks_local, read_file, read_rows, suffix
+from kdlib.sources import digest, embedded_rows, looks_local, read_file, read_rows, stream_rows, suffix
 
 ROWS = [
     {"text": "Unang pangungusap.", "label": "a"},
@@ -21,6 +24,14 @@ ROWS = [
     {"text": "12", "label": "NA"},
     {"text": "ñ — 日本 🙂", "label": "01"},
 ]
+SCRIPTS = {  # with joiners, marks and digits of their own, and a rare character beyond the first plane
+    "Thai": "ภาษาไทย ไม่มีจุดจบประโยค ๑๒๓",
+    "Han": "这是，“引用”。𠮷野家　好吗？",
+    "Arabic": "این می\u200cشود؛ «نعم» ١٢٣ 500",
+    "Devanagari": "क्\u200dष यह है। श्र १२३",
+    "Amharic": "ሰላም፡ለዓለም። እንዴት፧ ፩",
+    "Burmese": "မြန်မာ ဘာသာ။ ၁၂၃",
+}
 FORMATS = ["jsonl", "csv", "tsv", "parquet"]
 
 
@@ -76,6 +87,14 @@ def test_every_format_gives_the_same_rows(put, kind, packed):
     rows = rows_of(path, ["text", "label"])
     assert rows.to_dict("records") == ROWS
     assert all(isinstance(value, str) for row in rows.to_dict("records") for value in row.values())
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
+@pytest.mark.parametrize("kind", ["txt", *FORMATS])
+def test_every_script_comes_back_as_it_is(put, kind, text):
+    column = "text" if kind == "txt" else text.split()[0]
+    rows = rows_of(put(f"{column}.{kind}", content(kind, [{"text": text, column: text}] * 2)), [column])
+    assert rows[column].tolist() == [text, text]
 
 
 @pytest.mark.parametrize("packed", ["", ".gz"])
@@ -293,34 +312,156 @@ def test_rubbish_is_rows_or_a_user_error(put, kind, packed):
             assert path in str(error) and "\n" not in str(error)
 
 
-# -- hubs
+# -- zips
 
 
-def test_hub_out_of_reach_names_the_way_on(monkeypatch):
-    def offline(*_, **__):
-        raise ConnectionError("Couldn't reach the Hub\nmore")
+def packed(members, **options):
+    """The bytes of a zip: members are name -> content, or ZipInfo -> content."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, **options) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return data.getvalue()
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    text = refusal("owner/name")
-    assert "owner/name" in text and "embedded" in text and "local file" in text and "Couldn't reach" in text
+
+@pytest.fixture
+def untouched(tmp_path, monkeypatch):
+    """A current folder in which nothing may appear, and nothing beside it."""
+    (tmp_path / "inner" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "inner" / "here")
+    yield
+    assert sorted(path.name for path in (tmp_path / "inner").rglob("*")) == ["here"]
 
 
-def test_hub_rows_and_names_of_classes(monkeypatch):
-    asked = []
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("gz", ["", ".gz"])
+def test_zip_is_read_as_the_folder_it_holds(put, untouched, kind, gz):
+    pack = gzip.compress if gz else bytes
+    names = {f"deep/{split}.{kind}{gz}": pack(content(kind, ROWS[:n])) for split, n in (("train", 3), ("test", 2))}
+    path = put("a.ZIP", packed(names | {"readme.md": "no", "__MACOSX/deep/._train.csv": "no", ".train.csv": "no"}))
+    assert rows_of(path, ["text", "label"]).to_dict("records") == ROWS[:3]
+    assert rows_of(path, split="test").to_dict("records") == ROWS[:2]
+    assert rows_of(path, split=f"deep/test.{kind}{gz}").to_dict("records") == ROWS[:2]
+    assert "'dev'" in refusal(path, split="dev")
+
+
+def test_all_files_of_a_zip_without_splits(put, untouched):
+    path = put("a.zip", packed({"b.txt": "b1\nb2\n\nb3\n", "a.txt": "a1\n"}))
+    rows = rows_of(path)
+    assert rows["text"].tolist() == ["a1", "b1", "b2", "b3"] and rows["document"].tolist() == [0, 1, 1, 2]
+
+
+def test_file_named_in_full_comes_before_files_named_alike(put, tmp_path):
+    files = {"train.csv": "text\na\n", "train-old.csv": "text\nb\n"}
+    zipped = put("a.zip", packed(files))
+    for name, text in files.items():
+        put(f"f/{name}", text)
+    for place in (zipped, tmp_path / "f"):
+        assert sorted(texts(place)) == ["a", "b"]
+        assert texts(place, split="train.csv") == ["a"]
+        assert list(read_rows(Source(source=str(place), split="train.csv"))["text"]) == ["a"]
+
+
+def link(name):
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    "name", ["../train.csv", "a/../../train.csv", "/tmp/train.csv", "..\\train.csv", "\\train.csv", link("train.csv")]
+)
+def test_zip_with_a_way_out_is_refused(put, untouched, name):
+    path = put("a.zip", packed({"train.csv" if isinstance(name, str) else "other.csv": "text\na\n", name: "text\nb\n"}))
+    assert "elsewhere" in refusal(path)
+
+
+def test_zip_that_unpacks_to_too_much_is_refused(put, untouched, monkeypatch):
+    monkeypatch.setattr(hub, "LARGEST", 10_000)
+    zeros = "text\n" + "0" * 20_000
+    assert len(packed({"train.csv": zeros})) < 1000
+    assert "more than" in refusal(put("a.zip", packed({"train.csv": zeros})))
+    assert "more than" in refusal(put("b.zip", packed({f"{i}.csv": zeros[:3000] for i in range(5)})))
+    assert "when unpacked" in refusal(put("c.zip", packed({"train.csv.gz": gzip.compress(zeros.encode())})))
+
+
+def test_member_larger_than_it_states_is_refused(put, untouched):
+    data = bytearray(packed({"train.csv": "text\n" + "0" * 20_000}))
+    size = (20_005).to_bytes(4, "little")
+    assert data.count(size) == 2
+    path = put("a.zip", bytes(data.replace(size, (100).to_bytes(4, "little"))))
+    assert "train.csv: cannot be unpacked" in refusal(path)
+
+
+def test_zip_that_is_none_or_locked(put, untouched):
+    good = packed({"train.csv": "text\na\n"})
+    flag = good.index(b"PK\x01\x02") + 8
+    locked = bytearray(good)
+    locked[6] |= 1
+    locked[flag] |= 1
+    assert "unpacked" in refusal(put("locked.zip", bytes(locked)))
+    assert "not a readable zip" in refusal(put("text.zip", "text\na\n"))
+    assert "not a readable zip" in refusal(put("cut.zip", good[:-10]))
+    assert "no .txt" in refusal(put("empty.zip", packed({})))
+    assert "no such file" in refusal("nowhere.zip")
+
+
+def test_rubbish_zips_are_rows_or_a_user_error(put, untouched):
+    rng = random.Random(0)
+    good = packed({"train.jsonl": content("jsonl"), "b/test.csv.gz": gzip.compress(content("csv"))})
+    for _ in range(150):
+        data = bytearray(good)
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path = put("a.zip", bytes(data))
+        try:
+            assert len(rows_of(path))
+        except UserError as error:
+            assert path in str(error) and "\n" not in str(error)
+
+
+# -- classes, streams, and what was read
+
+
+def test_classes_in_a_local_parquet_file_have_their_names(tmp_path):
     names = datasets.ClassLabel(names=["O", "B-PER"])
     features = datasets.Features({"text": datasets.Value("string"), "label": names, "tags": datasets.List(names)})
-    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1], "tags": [[0, 1], []]}, features=features)
+    rows = {"text": ["a", "b", "c"], "label": [1, -1, None], "tags": [[0, 1], [], None]}
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    rows = rows_of(tmp_path / "a.parquet", ["text"])
+    assert rows["label"][0] == "B-PER" and pd.isna(rows["label"][1]) and pd.isna(rows["label"][2])
+    assert list(rows["tags"][0]) == ["O", "B-PER"] and list(rows["tags"][1]) == [] and rows["tags"][2] is None
 
-    def load(*arguments, **options):
-        asked.append((arguments, options))
-        return table
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = rows_of("owner/name", ["text"], split="test", subset="tl", revision="abc")
-    assert asked == [(("owner/name", "tl"), {"split": "test", "revision": "abc"})]
-    assert rows["text"].tolist() == ["a", "b"]
-    assert rows["label"][0] == "B-PER" and pd.isna(rows["label"][1])
-    assert rows["tags"].tolist() == [["O", "B-PER"], []]
+def test_stream_reads_a_file_when_its_rows_are_asked_for(put, tmp_path):
+    for number in range(3):
+        put(f"f/{number}.jsonl", "".join(json.dumps({"text": f"{number}-{k}"}) + "\n" for k in range(4)))
+    put("f/3.jsonl", "broken")
+    source = Source(source=str(tmp_path / "f"))
+    rows, commit = stream_rows(source, ["text"])
+    assert [next(rows)["text"] for _ in range(12)] == [f"{n}-{k}" for n in range(3) for k in range(4)]
+    assert commit is None
+    with pytest.raises(UserError, match="3.jsonl: not a readable"):
+        next(rows)
+    with pytest.raises(UserError, match="no column 'body'"):
+        next(stream_rows(source, ["body"])[0])
+
+
+def test_stream_of_a_zip_is_its_rows(put):
+    path = put("a.zip", packed({"b.txt": "b1\n\nb2\n", "a.txt": "a1\n"}))
+    rows, _ = stream_rows(Source(source=path))
+    assert list(rows) == rows_of(path).to_dict("records")
+
+
+def test_a_single_file_has_no_splits(put):
+    assert "no split 'test'" in refusal(put("a.csv", "text\na\n"), split="test")
+
+
+def test_digest_tells_content_and_order():
+    rows = [["a", 1], ["ñ", 0], ["\ud83d", 1]]
+    assert digest(rows) == digest(iter(rows)) != digest(rows[::-1])
+    assert digest([["a"], ["b"]]) != digest([["a", "b"]]) and len(digest([])) == 64
 
 
 # -- names, and what comes with the kit
@@ -336,7 +477,15 @@ def test_kind_by_name(tmp_path, name, kind):
 
 @pytest.mark.parametrize(
     "name, local",
-    [("a.csv", True), ("./a", True), ("/a", True), ("~/a", True), ("owner/name", False), ("train", False)],
+    [
+        ("a.csv", True),
+        ("a.ZIP", True),
+        ("./a", True),
+        ("/a", True),
+        ("~/a", True),
+        ("owner/name", False),
+        ("train", False),
+    ],
 )
 def test_local_names(name, local):
     assert looks_local(name) == local

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 
+from kdlib import benchmark
 from kdlib import distill as distillation
 from kdlib.config import load_profile
 from kdlib.errors import UserError
@@ -15,8 +16,17 @@ OVERRIDES = {
     "vocabulary.max_rows": 100, "vocabulary.wordlist": False, "student.layers": 2,
     "distill.batch_tokens": 128, "distill.evaluations": 2, "distill.precision": "fp32", "distill.epochs": 1,
     "benchmark.seeds": [0, 1], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 100,
-    "benchmark.latency_runs": 3, "ablations.epochs": 1, "ablations.max_texts": 50, "ablations.fractions": [0.5, 1.0],
-    "ablations.inits": ["alternate", "random"], "ablations.objectives": {"attention": {"attention": 1.0}},
+    "benchmark.latency_runs": 3, "ablations.epochs": 1, "ablations.max_texts": 50, "condition.batch_tokens": 128,
+    "benchmark.fewshot": [4], "benchmark.fewshot_steps": 3, "benchmark.finetune_batch": 16,
+    "ablations.arms": {
+        "fraction": {"half": {"distill.fraction": 0.5}, "all": {"distill.fraction": 1.0}},
+        "init": {"alternate": {"student.init": "alternate"}, "random": {"student.init": "random"}},
+        "objective": {"attention": {"distill.objectives": {"attention": 1.0}}},
+        "conditioning": {"conditioned teacher": {"condition.use": True}},
+        "vocabulary": {"whole": {"vocabulary.prune": False}},
+        "width": {"16 wide": {"student.hidden": 16}},
+    },
+    "students": {"shallow": {"student.layers": 1}},
     "probe.train_rows": 40, "probe.test_rows": 20,
 }  # fmt: skip
 
@@ -47,12 +57,16 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
     assert study.retrieval_rows() == []
     study.run.record("probe", rows)
     study.run.record("prune", study.prune_rows())
+    _, curve, facts = study.condition()
+    study.run.record("condition", study.condition_rows(curve, facts) + study.cloze_rows())
     student, curve, facts = study.distill()
     study.run.record("distill", study.distill_rows(curve, facts))
-    study.run.record("benchmark", study.probe_rows() + study.finetune_rows() + study.efficiency_rows())
+    trials = [trial for method in ("probe", "finetune", "fewshot") for trial in study.trials(method)]
+    rows = benchmark.rows(trials, study.profile.benchmark) + study.efficiency_rows() + study.paired_rows(trials)
+    study.run.record("benchmark", rows)
     study.run.record("ablations", study.ablation_rows())
     table = study.run.results()
-    assert set(table["stage"]) == {"probe", "prune", "distill", "benchmark", "ablations"}
+    assert set(table["stage"]) == {"probe", "prune", "condition", "distill", "benchmark", "ablations"}
     assert set(table["language"]) == {"ceb"} and table["value"].notna().all()
     assert set(table[table["stage"] == "benchmark"]["model"]) == {
         "teacher",
@@ -60,6 +74,7 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
         "student",
         "no distillation",
         "from scratch",
+        "shallow",
     }
     assert student.layers == 2 and student.tokenizer.vocab_size <= 100
 
@@ -90,9 +105,11 @@ def test_only_the_new_arm_is_run(study, sources, monkeypatch):
     labels = []
     real = distillation.distill
     monkeypatch.setattr("kdlib.study.distill", lambda *a, **k: labels.append(a[7]) or real(*a, **k))
-    more = Study(study.run.path, "smoke", overrides(sources, **{"ablations.inits": ["alternate", "random", "last"]}))
-    more.ablation_rows()
+    arms = OVERRIDES["ablations.arms"] | {"init": {"last": {"student.init": "last"}, "first": {"student.init": "first"}}}
+    more = Study(study.run.path, "smoke", overrides(sources, **{"ablations.arms": arms}))
+    rows = more.ablation_rows(["init/last"])
     assert labels == ["arm init last"]
+    assert {row["arm"] for row in rows if "arm" in row} >= {"half", "all", "last"} and "first" not in str(rows)
 
 
 def test_a_changed_parameter_makes_its_stage_and_those_after_stale():
@@ -103,6 +120,11 @@ def test_a_changed_parameter_makes_its_stage_and_those_after_stale():
         if stage_key(base, stage) != stage_key(deeper, stage)
     }
     assert changed == {"distill", "benchmark", "ablations"}
+    base, longer = load_profile("smoke"), load_profile("smoke", "condition.epochs=2")
+    assert stage_key(base, "distill") == stage_key(longer, "distill")  # nobody is distilled from the conditioned one
+    use = "condition.use=true"
+    base, longer = load_profile("smoke", use), load_profile("smoke", f"condition.epochs=2 {use}")
+    assert stage_key(base, "distill") != stage_key(longer, "distill")
 
 
 def test_student_card_quotes_the_results(study):

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from seqeval.metrics.sequence_labeling import get_entities
@@ -11,7 +12,7 @@ from kdlib import config, sources
 from kdlib.config import load_profile
 from kdlib.corpus import Corpus, load_corpus, sentences, windows
 from kdlib.errors import UserError
-from kdlib.tasks import EMBEDDED, Split, Task, check, load_task, load_tasks, parse_entities
+from kdlib.tasks import EMBEDDED, Split, Task, check, load_task, load_tasks, origins, parse_entities
 
 PLAIN = [{"text": f"Pangungusap {i}.", "label": "ab"[i % 2]} for i in range(40)]
 PAIRS = [{"text": f"Una {i}.", "then": f"Ikalawa {i}.", "label": i % 2} for i in range(40)]
@@ -184,7 +185,117 @@ def test_tasks_made_of_the_embedded_corpus_need_it(name):
         load_task(config.Task(name=name), NOTHING)
 
 
+# -- other places, overlap, and what was read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_test_rows_in_train_are_taken_from_train(put, kind):
+    rows, more = KINDS[kind]
+    train, test = rows[:20], rows[20:]
+    repeated = [test[3], *train, test[3]]
+    task = own(put(repeated), test=put(test, "test.jsonl"), **more)
+    assert (len(task.train), len(task.test)) == (20, 20)  # 1 of 20 is no more than a twentieth
+    assert task.origin.removed == 2 and task.origin.rows == {"train": 20, "test": 20}
+    assert task == own(put(train, "clean.jsonl"), test=put(test, "test.jsonl"), **more)
+    text = refusal(put(repeated + [test[5]]), test=put(test, "test.jsonl"), **more)
+    assert "2 test rows also stand in train, 10% of them" in text
+
+
+def test_overlap_counts_test_rows_however_often_they_repeat(put):
+    test = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(18)] + [{"text": "t0", "label": "a"}] * 2
+    assert "3 test rows" in refusal(put(PLAIN + [test[0]]), test=put(test, "test.jsonl"))
+
+
+def test_other_places_are_tried_in_order(put, tmp_path):
+    places = [
+        {"source": put(PLAIN[:1], "few.jsonl")},
+        {"source": put(PLAIN, "b.jsonl")},
+        {"source": put(FLAGS, "c.jsonl")},
+    ]
+    task = own("nowhere.csv", fallbacks=places)
+    assert task == own(places[1]["source"]) and task.origin.source == places[1]["source"]
+    assert task.origin.sha256 == own(places[1]["source"]).origin.sha256
+    first, second = task.origin.passed_over
+    assert "nowhere.csv: no such file" in first and "one class" in second
+    assert own(places[1]["source"], fallbacks=places).origin.passed_over == ()
+
+
+def test_other_place_has_its_own_rows_and_the_columns_it_does_not_name(put, tmp_path):
+    rows = [{"tekst": row["text"], "label": row["label"]} for row in PLAIN]
+    (tmp_path / "f").mkdir()
+    put(rows[:24], "f/train.jsonl")
+    put(rows[24:], "f/test.jsonl")
+    places = [{"source": str(tmp_path / "f"), "test": "test", "text": "tekst"}]
+    task = own("nowhere.csv", split="dev", test="dev-test", fallbacks=places)
+    assert (len(task.train), len(task.test)) == (24, 16)
+
+
+def test_no_place_left_is_one_line(put):
+    text = refusal("nowhere.csv", fallbacks=[{"source": put(PLAIN), "text": "body"}, {"source": "also/nowhere.zip"}])
+    for word in ("3 sources", "(1) nowhere.csv: no such file", "(2)", "no column 'body'", "(3) also/nowhere.zip"):
+        assert word in text
+
+
+def test_every_place_is_told_of_however_many_there_are():
+    names = [f"place-{i}/{'long' * 20}.csv" for i in range(4)]
+    text = refusal(names[0], fallbacks=[{"source": name} for name in names[1:]])
+    assert all(f"({i + 1}) place-{i}/" in text for i in range(4)) and text.endswith("a local file or folder")
+
+
+def test_other_places_are_checked_with_the_profile():
+    def load(place):
+        return load_profile("smoke", {"tasks": [{"name": "a", "source": "o/n", "fallbacks": [place]}]})
+
+    good = load({"source": "b.csv", "test": "c.csv", "label": ["x", "y"]})
+    assert config.Profile.model_validate(good.model_dump()) == good
+    with pytest.raises(UserError, match="tasks.0.fallbacks.0.source: is missing"):
+        load({"test": "a.csv"})
+    with pytest.raises(UserError, match="unknown parameter 'tasks.0.fallbacks.0.tekst'"):
+        load({"source": "b.csv", "tekst": "a"})
+    with pytest.raises(UserError, match="tasks.0.fallbacks.0: embedded data"):
+        load({"source": "embedded"})
+
+
+def test_embedded_tasks_say_what_was_read(tasks, corpus):
+    listed = json.loads(json.dumps(origins(corpus, list(tasks.values()))))
+    assert set(listed["tasks"]) == set(tasks) and len({found["sha256"] for found in listed["tasks"].values()}) == 5
+    assert listed["corpus"]["source"] == "embedded"
+    assert listed["corpus"]["rows"] == {"train": 2268, "heldout": 70, "test": 252}
+    for name, found in listed["tasks"].items():
+        assert found["rows"] == {"train": len(tasks[name].train), "test": len(tasks[name].test)}
+        assert found["removed"] == 0 and found["revision"] is None
+
+
+def test_embedded_tasks_may_not_share_a_single_row(tasks):
+    task = tasks["sentiment"]
+    train = Split([*task.train.texts, task.test.texts[0]], [*task.train.targets, 0])
+    with pytest.raises(UserError, match="1 test rows also stand in train"):
+        check(replace(task, train=train), set())
+
+
 # -- one's own
+
+
+WRITTEN = {  # words and tags
+    "Thai": (["คุณ", "สมชาย", "ใจดี", "ไป", "กรุงเทพฯ"], ["O", "B-PER", "I-PER", "O", "B-LOC"]),
+    "Han": (["王", "小", "明", "去", "北", "京", "。"], ["B-PER", "I-PER", "I-PER", "O", "B-LOC", "I-LOC", "O"]),
+    "Arabic": (["محمد", "می\u200cرود", "القاهرة", "؟"], ["B-PER", "O", "B-LOC", "O"]),
+    "Devanagari": (["राम", "क्\u200dष", "दिल्ली", "।"], ["B-PER", "O", "B-LOC", "O"]),
+    "Amharic": (["አበበ", "አዲስ", "አበባ", "።"], ["B-PER", "B-LOC", "I-LOC", "O"]),
+    "no-break space": (["New\u00a0York", "\u3000", "aso"], ["B-LOC", "O", "O"]),
+}
+
+
+@pytest.mark.parametrize("script", WRITTEN)
+def test_words_of_every_script_keep_their_tags(put, script):
+    words, tags = WRITTEN[script]
+    rows = [{"text": [*words, str(i)], "label": [*tags, "O"]} for i in range(20)]
+    as_lists = own(put(rows), kind="tokens")
+    for split in (as_lists.train, as_lists.test):
+        for text, target in zip(split.texts, split.targets):
+            assert text[:-1] == words and [as_lists.labels[i] for i in target][:-1] == tags
+    flat = [{column: " ".join(values) for column, values in row.items()} for row in rows]
+    assert own(put(flat, "flat.jsonl"), kind="tokens") == as_lists
 
 
 @pytest.mark.parametrize("kind", KINDS)

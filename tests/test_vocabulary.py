@@ -1,8 +1,10 @@
 """Vocabulary pruning: the same tokens, the same states and the same logits from fewer rows."""
 
 import copy
+import functools
 import json
 import random
+import re
 import unicodedata
 from types import SimpleNamespace
 
@@ -11,8 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
+    AutoConfig,
+    AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertConfig,
@@ -23,6 +30,7 @@ from transformers import (
     DebertaV2ForMaskedLM,
     DistilBertConfig,
     DistilBertForMaskedLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForMaskedLM,
@@ -32,14 +40,19 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from kdlib.encoder import Encoder
+from kdlib.encoder import Encoder, save_tokenizer
 from kdlib.errors import UserError
+from kdlib.mlm import HEAD_FILE, load_head, new_head, prune_head
 from kdlib.vocabulary import (
+    BY_ROW,
+    FAMILIES,
     count_pieces,
     coverage_curve,
     main_script,
     piece_list,
     prove,
+    prune_encoder,
+    prune_files,
     prune_model,
     prune_tokenizer,
     script_of,
@@ -465,6 +478,276 @@ def test_model_with_fewer_rows_than_pieces_is_refused(studies):
     model = BertModel(BertConfig(vocab_size=100, **SHAPE))
     with pytest.raises(UserError, match="only 100 embedding rows"):
         prune_model(model, study.tokenizer, study.chosen.ids)
+
+
+def test_pruning_draws_no_random_numbers(studies):
+    study = studies("wordpiece")
+    before = torch.random.get_rng_state()
+    prune_model(study.model, study.tokenizer, study.chosen.ids)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# the same without loading the model
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Building a model fails."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", refuse)
+
+
+def write_full(folder, model, tokenizer, **options):
+    model.save_pretrained(folder, **options)
+    save_tokenizer(tokenizer, folder)
+    return folder
+
+
+def same_config(found, expected):
+    loose = ("architectures", "dtype", "transformers_version", "_name_or_path")  # say how it was saved and loaded
+    found, expected = ({k: v for k, v in c.to_dict().items() if k not in loose} for c in (found, expected))
+    assert found == expected
+
+
+def same_model(found, expected):
+    state = expected.state_dict()
+    assert found.state_dict().keys() == state.keys()
+    for name, value in found.state_dict().items():
+        assert value.dtype == state[name].dtype and torch.equal(value, state[name]), name
+    same_config(found.config, expected.config)
+
+
+def same_tokenizer(folder, tokenizer, tmp_path):
+    save_tokenizer(tokenizer, tmp_path / "expected")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert json.loads((folder / file).read_bytes()) == json.loads((tmp_path / "expected" / file).read_bytes())
+
+
+@pytest.mark.parametrize("at_hand", [True, False], ids=["tokenizer at hand", "tokenizer from the folder"])
+def test_files_are_pruned_as_the_model_is(at_hand, study, tmp_path, no_model):
+    tokenizer = AutoTokenizer.from_pretrained(write_full(tmp_path / "full", study.model, study.tokenizer))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "full").iterdir()}
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids, tokenizer if at_hand else None)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "full").iterdir()} == before
+    same_tokenizer(tmp_path / "few", prune_tokenizer(tokenizer, study.chosen.ids), tmp_path)
+
+
+def test_pruned_files_load_as_the_pruned_model(study, tmp_path):
+    write_full(tmp_path / "full", study.model, study.tokenizer)
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    found, report = AutoModelForMaskedLM.from_pretrained(tmp_path / "few", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same_model(found, study.pruned)
+    small = AutoTokenizer.from_pretrained(tmp_path / "few")
+    assert [small(text).input_ids for text in study.corpus] == [study.small(text).input_ids for text in study.corpus]
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_encoder_loads_alike_with_and_without_the_prefix_of_its_kind(prefixed, study, tmp_path):
+    model = study.model if prefixed else study.model.base_model
+    write_full(tmp_path / "full", model, study.tokenizer)
+    names = load_file(tmp_path / "full" / "model.safetensors")
+    assert all(name.startswith(("bert.", "roberta.", "cls.", "lm_head.")) == prefixed for name in names)
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    found = AutoModel.from_pretrained(tmp_path / "few", add_pooling_layer=False)
+    same_model(found, study.pruned.base_model)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_files_of_other_models_and_heads_are_pruned_alike(kind, studies, tmp_path):
+    study = studies("wordpiece")
+    model = fill(HEADS[kind](len(study.tokenizer), study.tokenizer.pad_token_id))
+    write_full(tmp_path / "full", model, study.tokenizer)
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    found, report = type(model).from_pretrained(tmp_path / "few", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    same_model(found, prune_model(model, study.tokenizer, study.chosen.ids))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_tensor_by_vocabulary_is_known_by_its_name(kind):
+    import transformers
+
+    settings = dict(vocab_size=211, **SHAPE, max_position_embeddings=40, pad_token_id=1)
+    if kind == "distilbert":
+        settings |= dict(dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    config = AutoConfig.for_model(kind, **settings)
+    stem = type(config).__name__.removesuffix("Config")
+    names = re.findall(rf"\b{stem}(?:Model|LMHeadModel|For\w+)\b", " ".join(dir(transformers)))
+    assert len(names) > 4
+    for name in names:
+        with torch.device("meta"):
+            state = getattr(transformers, name)(config).state_dict()
+        by_row = {key for key, value in state.items() if value.dim() and len(value) == 211}
+        assert by_row and by_row == {key for key in state if BY_ROW.fullmatch(key)}, name
+
+
+def test_shards_are_pruned_into_one_file(studies, tmp_path):
+    study = studies("unigram shifted")
+    write_full(tmp_path / "full", study.model, study.tokenizer, max_shard_size="40KB")
+    assert len(list((tmp_path / "full").glob("model-*.safetensors"))) > 2
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    assert [file.name for file in (tmp_path / "few").glob("model*")] == ["model.safetensors"]
+    same_model(AutoModelForMaskedLM.from_pretrained(tmp_path / "few"), study.pruned)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_data_type_of_the_files_is_kept(dtype, studies, tmp_path):
+    study = studies("bpe shifted")
+    half = copy.deepcopy(study.model).to(dtype)
+    write_full(tmp_path / "full", half, study.tokenizer)
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    assert {value.dtype for value in load_file(tmp_path / "few" / "model.safetensors").values()} == {dtype}
+    found = AutoModelForMaskedLM.from_pretrained(tmp_path / "few")
+    same_model(found, copy.deepcopy(study.pruned).to(dtype))
+
+
+def edit_weights(folder, change):
+    state = load_file(folder / "model.safetensors")
+    save_file({k: v.clone() for k, v in change(state).items()}, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_tied_decoder_that_the_file_holds_too_is_cut(studies, tmp_path):
+    study = studies("wordpiece")
+    write_full(tmp_path / "full", study.model, study.tokenizer)
+    table = "bert.embeddings.word_embeddings.weight"
+    edit_weights(tmp_path / "full", lambda state: state | {"cls.predictions.decoder.weight": state[table]})
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    found = load_file(tmp_path / "few" / "model.safetensors")
+    assert torch.equal(found["cls.predictions.decoder.weight"], found[table])
+    same_model(AutoModelForMaskedLM.from_pretrained(tmp_path / "few"), study.pruned)
+
+
+def old_names(state):
+    """LayerNorm's weights as files of 2018 to 2019 name them."""
+    pairs = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+    return {functools.reduce(lambda n, pair: n.replace(*pair), pairs, name): value for name, value in state.items()}
+
+
+def test_masked_language_head_beside_the_model_is_cut(studies, tmp_path):
+    study = studies("wordpiece")
+    encoder = Encoder(study.model.base_model, study.tokenizer, "full", head=new_head(study.model.base_model))
+    encoder.head.bias.data.normal_()
+    encoder.save(tmp_path / "full")
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    found = load_head(tmp_path / "few" / HEAD_FILE, study.pruned.base_model)
+    expected = prune_head(encoder.head, study.chosen.ids).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bpe"])
+def test_native_tokenizer_of_a_folder_is_pruned_alike(kind, tokenizers, studies, tmp_path):
+    study, tokenizer = studies(kind), native(kind, tokenizers(kind))
+    chosen = select(tokenizer, study.corpus)
+    write_full(tmp_path / "full", study.model, tokenizer)
+    prune_files(tmp_path / "full", tmp_path / "few", chosen.ids)
+    same_tokenizer(
+        tmp_path / "few", prune_tokenizer(AutoTokenizer.from_pretrained(tmp_path / "full"), chosen.ids), tmp_path
+    )
+    again = AutoTokenizer.from_pretrained(tmp_path / "few")
+    assert type(again) is type(tokenizer)
+    for text in study.corpus:
+        assert [chosen.ids[i] for i in again(text).input_ids] == tokenizer(text).input_ids
+
+
+@pytest.mark.parametrize("own_class", [False, True])
+def test_full_tokenizer_is_not_built_where_the_file_says_all(own_class, study, tmp_path, monkeypatch):
+    tokenizer = native(study.kind.split()[0], study.tokenizer) if own_class else study.tokenizer
+    write_full(tmp_path / "full", study.model, tokenizer)
+    monkeypatch.setattr("kdlib.vocabulary.prune_tokenizer", None)
+    prune_files(tmp_path / "full", tmp_path / "few", select(tokenizer, study.corpus).ids)
+
+
+def test_folder_with_a_word_list_for_tokenizer_is_pruned(studies, tmp_path):
+    study = studies("wordpiece")
+    write_full(tmp_path / "full", study.model, native("wordpiece", study.tokenizer))
+    pieces = piece_list(AutoTokenizer.from_pretrained(tmp_path / "full"))
+    (tmp_path / "full" / "tokenizer.json").unlink()
+    (tmp_path / "full" / "vocab.txt").write_text("\n".join(pieces), "utf-8")
+    full = AutoTokenizer.from_pretrained(tmp_path / "full")
+    chosen = select(full, study.corpus)
+    prune_files(tmp_path / "full", tmp_path / "few", chosen.ids)
+    again = AutoTokenizer.from_pretrained(tmp_path / "few")
+    for text in study.corpus:
+        assert [chosen.ids[i] for i in again(text).input_ids] == full(text).input_ids
+
+
+def test_token_that_only_the_tokenizer_config_names_is_kept(studies, tmp_path):
+    study = studies("unigram")
+    write_full(tmp_path / "full", study.model, study.tokenizer)
+    file = tmp_path / "full" / "tokenizer.json"
+    spec = json.loads(file.read_bytes())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != "<mask>"]
+    file.write_text(json.dumps(spec), "utf-8")
+    full = AutoTokenizer.from_pretrained(tmp_path / "full")
+    assert full.mask_token_id == study.tokenizer.mask_token_id
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    again = AutoTokenizer.from_pretrained(tmp_path / "few")
+    assert again.get_vocab() == study.small.get_vocab() and again.mask_token_id == study.small.mask_token_id
+
+
+def test_what_cannot_be_pruned_is_refused_and_leaves_nothing(studies, tmp_path):
+    study = studies("wordpiece")
+    full, few, ids = tmp_path / "full", tmp_path / "few", study.chosen.ids
+    with pytest.raises(UserError, match="model.safetensors"):
+        prune_files(full, few, ids)
+    write_full(full, study.model, study.tokenizer)
+    with pytest.raises(UserError, match="into itself"):
+        prune_files(full, tmp_path / "x" / ".." / "full", ids)
+    with pytest.raises(UserError, match="embedding rows"):
+        prune_files(full, few, [*ids, 10**6])
+    with pytest.raises(UserError, match="'albert'"):
+        albert = AlbertModel(AlbertConfig(vocab_size=90, embedding_size=8, **SHAPE))
+        prune_files(write_full(tmp_path / "albert", albert, study.tokenizer), few, ids)
+    (full / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="no tokenizer"):
+        prune_files(full, few, ids)
+    edit_weights(full, lambda state: {name: value for name, value in state.items() if "word_emb" not in name})
+    with pytest.raises(UserError, match="word_embeddings.weight"):
+        prune_files(full, few, ids)
+    (full / "config.json").unlink()
+    with pytest.raises(UserError, match="no config"):
+        prune_files(full, few, ids)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["albert", "full"]
+
+
+def test_encoder_is_pruned_from_its_files_or_from_memory_alike(study, tmp_path):
+    model = fill(type(study.model.base_model)(study.model.config))  # this one has a pooler
+    encoder = Encoder(model, study.tokenizer, "full", "query: ", 32, head=new_head(model))
+    encoder.head.bias.data.normal_()
+    folder = write_full(tmp_path / "full", model, study.tokenizer)
+    prune_encoder(encoder, study.chosen.ids, tmp_path / "files", folder)
+    prune_encoder(encoder, study.chosen.ids, tmp_path / "memory")
+    files, memory = (AutoModel.from_pretrained(tmp_path / name) for name in ("files", "memory"))
+    same_model(files, memory)
+    same_model(memory, prune_model(model, study.tokenizer, study.chosen.ids))
+    for name in ("files", "memory"):
+        same_tokenizer(tmp_path / name, study.small, tmp_path / f"{name} expected")
+        assert torch.equal(load_head(tmp_path / name / HEAD_FILE, memory).bias, encoder.head.bias[study.ids])
+
+
+def test_encoder_of_an_old_file_is_pruned_from_it(studies, tmp_path):
+    study = studies("wordpiece")
+    folder = write_full(tmp_path / "full", study.model, study.tokenizer)
+    edit_weights(folder, old_names)
+    encoder = Encoder(AutoModel.from_pretrained(folder, add_pooling_layer=False), study.tokenizer, "full")
+    prune_encoder(encoder, study.chosen.ids, tmp_path / "few", folder)
+    assert any(name.endswith(".gamma") for name in load_file(tmp_path / "few" / "model.safetensors"))
+    same_model(AutoModel.from_pretrained(tmp_path / "few", add_pooling_layer=False), study.pruned.base_model)
+
+
+def test_weights_that_the_files_lack_come_from_memory(studies, tmp_path):
+    study = studies("wordpiece")
+    folder = write_full(tmp_path / "full", study.model, study.tokenizer)
+    encoder = Encoder(AutoModel.from_pretrained(folder), study.tokenizer, "full", head=new_head(study.model.base_model))
+    assert "pooler.dense.weight" in encoder.model.state_dict()  # drawn at random: the file has none
+    prune_encoder(encoder, study.chosen.ids, tmp_path / "few", folder)
+    found = AutoModel.from_pretrained(tmp_path / "few")
+    same_model(found, prune_model(encoder.model, study.tokenizer, study.chosen.ids))
+    assert len(load_head(tmp_path / "few" / HEAD_FILE, found).bias) == len(study.chosen.ids)
 
 
 # tokenizer classes of their own, which transformers 5 builds anew on loading

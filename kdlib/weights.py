@@ -1,0 +1,133 @@
+"""Model files without a model: which tensors a folder's safetensors files hold, and copies of some of their rows."""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
+
+from kdlib.errors import UserError
+
+NAMES = ("model.safetensors", "model.safetensors.index.json")
+CHUNK = 1 << 22  # bytes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: its file, the first byte and the number of bytes there; dtype as safetensors names it."""
+
+    file: Path
+    start: int
+    size: int
+    dtype: str
+    shape: list[int]
+
+    @property
+    def width(self) -> int:
+        """Bytes of one number."""
+        return self.size // max(1, math.prod(self.shape))
+
+
+def weights_folder(source: str | Path, revision: str | None = None) -> Path | None:
+    """The local folder of safetensors files behind a folder or a hub id that was loaded before; None without any."""
+    for name in NAMES:
+        file: object = Path(source) / name
+        if not Path(source).is_dir():
+            try:
+                file = try_to_load_from_cache(str(source), name, revision=revision)
+            except HFValidationError:  # cannot be an id
+                return None
+        if isinstance(file, str | Path) and Path(file).is_file():
+            return Path(file).parent
+    return None
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of a model folder by name, from one file or from shards with an index; their data are not read.
+
+    Raises UserError where a file is missing or not whole.
+    """
+    single, index = (Path(folder) / name for name in NAMES)
+    if single.is_file() or not index.is_file():
+        return read_header(single)[0]
+    try:
+        shards = {Path(folder) / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of safetensors files") from None
+    return {name: tensor for shard in sorted(shards) for name, tensor in read_header(shard)[0].items()}
+
+
+def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of one safetensors file by name, and its metadata. Raises UserError for a file that is not whole.
+
+    The file begins with the header's length (8 bytes, little-endian) and the header (JSON); data follow, counted from 0
+    (https://huggingface.co/docs/safetensors, "Format").
+    """
+    try:
+        with safe_open(file, "np"):  # checks the header, and it against the file's length
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a whole safetensors file ({str(error).splitlines()[0]})") from None
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        first, end = entry["data_offsets"]
+        tensors[name] = Stored(file, 8 + length + first, end - first, entry["dtype"], entry["shape"])
+    return tensors, metadata
+
+
+def runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending ids as ranges (first, one past the last) of neighbours."""
+    ids = np.asarray(ids)
+    parts = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
+def copy_tensors(
+    target: Path,
+    tensors: Mapping[str, Stored],
+    rows: Mapping[str, Sequence[tuple[int, int]]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a safetensors file of `tensors`, bytes as they are: those that `rows` names with only these ranges of rows.
+
+    Read and written through a small buffer: through a map of the file, every page touched would count as memory.
+    """
+    header: dict[str, dict] = {"__metadata__": dict(metadata)}
+    pieces: list[tuple[Path, int, int]] = []
+    end = 0
+    # Wide numbers first, as the library writes them: so every tensor begins at a multiple of its numbers' width.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].width, item[0])):
+        shape, parts = tensor.shape, [(tensor.start, tensor.size)]
+        if name in rows:
+            row = tensor.size // shape[0]
+            shape = [sum(b - a for a, b in rows[name]), *shape[1:]]
+            parts = [(tensor.start + a * row, (b - a) * row) for a, b in rows[name]]
+        size = sum(count for _, count in parts)
+        header[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
+        pieces += [(tensor.file, start, count) for start, count in parts]
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    buffer = memoryview(bytearray(CHUNK))
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(target.open("wb", CHUNK))
+        inputs = {file: stack.enter_context(file.open("rb", 0)) for file in {piece[0] for piece in pieces}}
+        output.write(len(text).to_bytes(8, "little") + text)
+        for file, start, count in pieces:
+            inputs[file].seek(start)
+            while count:
+                got = inputs[file].readinto(buffer[: min(count, CHUNK)])
+                if not got:
+                    raise UserError(f"{file}: ends before its last tensor")
+                output.write(buffer[:got])
+                count -= got
