@@ -185,8 +185,3 @@ def average_row(runs: dict[str, Sequence[Sequence[Metric]]], spec: config.Benchm
 def probe_runs(encoder: Encoder, task: Task, spec: config.Benchmark) -> list[list[Metric]]:
     """Linear probes of one encoder on one task, one list of metrics per seed."""
     return [trial.metrics for trial in run({encoder.name: encoder}, [task], spec, "probe")]
-
-
-def compare(encoders: Mapping[str, Encoder], tasks: Sequence[Task], spec: config.Benchmark, method: str) -> list[dict]:
-    """The result rows of all encoders on all tasks."""
-    return rows(run(encoders, tasks, spec, method), spec)

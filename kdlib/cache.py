@@ -136,9 +136,10 @@ def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget
     total = new + sum(file.stat().st_size for file in others) / 1e9
     if total > budget:
         log.warning(
-            "the teacher's states take %.2f GB, distill.cache_gigabytes allows %.2f: the teacher runs live, at every step",
-            total, budget,
-        )  # fmt: skip
+            "the teacher's states take %.2f GB, distill.cache_gigabytes is %.2f: the teacher runs live, at every step",
+            total,
+            budget,
+        )
         return False
     _sweep(folder)
     try:
@@ -152,9 +153,7 @@ def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget
 
 
 def _tell_full(root: Path, size: float) -> None:
-    log.warning(
-        "%s: no room for the teacher's states (%.2f GB): the teacher runs live, at every step", root, size
-    )
+    log.warning("%s: no room for the teacher's states (%.2f GB): the teacher runs live, at every step", root, size)
 
 
 def _sweep(folder: Path) -> None:

@@ -76,7 +76,10 @@ class MaskedModel(nn.Module):
 
 
 class MaskedTexts:
-    """Tokenised texts that know which of their tokens may be masked; a torch data set of places in itself."""
+    """Tokenised texts that know which of their tokens may be masked; a torch data set of places in itself.
+
+    Texts without such a token are left out: there is nothing to learn from them.
+    """
 
     def __init__(self, encoder: Encoder, texts: Sequence[str], whole_words: bool):
         self.pad_id, self.mask_id = encoder.tokenizer.pad_token_id, mask_id(encoder.tokenizer, encoder.name)
@@ -84,12 +87,14 @@ class MaskedTexts:
         self.ids, self.maskable, self.words = [], [], [] if whole_words else None
         for start in range(0, len(texts), 8192):
             encodings = encoder.tokenize(list(texts[start : start + 8192]))
-            self.ids += [np.asarray(e.ids, np.int32) for e in encodings]
-            self.maskable += maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
+            maskable = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
+            kept = [i for i, row in enumerate(maskable) if row.any()]
+            self.ids += [np.asarray(encodings[i].ids, np.int32) for i in kept]
+            self.maskable += [maskable[i] for i in kept]
             if self.words is not None:
-                self.words += word_numbers(encodings)
+                self.words += word_numbers([encodings[i] for i in kept])
         self.lengths = [len(row) for row in self.ids]
-        if not any(row.any() for row in self.maskable):
+        if not self.ids:
             raise UserError("conditioning: the texts have no token that could be masked")
 
     def __len__(self) -> int:

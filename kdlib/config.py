@@ -299,6 +299,7 @@ def _with(tree: dict, overrides: dict[str, Any], origin: str) -> Profile:
     return check(tree, origin)
 
 
+LARGEST = 100_000  # values in a profile; aliases in YAML can make more of a line than the memory holds
 _SHORT = reprlib.Repr()  # values as messages quote them: YAML aliases can make one too large to write out
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 _WORDS = {
@@ -313,6 +314,7 @@ _WORDS = {
 
 def check(tree: dict, origin: str) -> Profile:
     """A nested dict as a Profile. Raises UserError naming the key, what was found and what would be right."""
+    _refuse_unwritable(tree, origin)
     _refuse_unknown(tree, Profile, "")
     try:
         return Profile.model_validate(tree)
@@ -323,6 +325,28 @@ def check(tree: dict, origin: str) -> Profile:
             words = _WORDS.get(item["type"]) or item["msg"].removeprefix("Input ").removeprefix("String ")
             problems.append(f"{where}: {words}, got {_SHORT.repr(item['input'])}")
         raise UserError(f"profile {origin}: {'; '.join(dict.fromkeys(problems))}") from None
+
+
+def _refuse_unwritable(tree: dict, origin: str) -> None:
+    """Aliases that hold themselves, or come to more than the memory has; text that no file can hold."""
+    values = 0
+
+    def walk(value: Any, path: str) -> None:
+        nonlocal values
+        values += 1
+        if values > LARGEST:
+            raise RecursionError
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise UserError(f"profile {origin}: {path or value!r} holds half a character ({_SHORT.repr(value)})")
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, inner in inside:
+            walk(key, path)
+            walk(inner, f"{path}.{key}" if path else str(key))
+
+    try:
+        walk(tree, "")
+    except RecursionError:
+        raise UserError(f"profile {origin}: too deep, or aliases (*name) that come to too much") from None
 
 
 def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, Any]:

@@ -297,8 +297,8 @@ class _History(TrainerCallback):
 
 @dataclass
 class Outcome:
-    """student: the distilled model; curve: split, step, seconds, loss and each objective; facts: sizes and speeds; head:
-    the student's masked-language head, where an objective trained one."""
+    """student: the distilled model; curve: split, step, seconds, loss and each objective; facts: sizes and speeds;
+    head: the student's masked-language head, where an objective trained one."""
 
     student: PreTrainedModel
     curve: pd.DataFrame

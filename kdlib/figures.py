@@ -156,7 +156,8 @@ def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Pa
 
 def drawers(table: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
     """Every figure of a table by name: those of FIGURES, and one for each family of ablation arms that it has."""
-    families = {f"ablation_{family.replace(' ', '_')}": family for family in ablation_families(table)}
+    unfit = re.compile(r"[^\w+.-]")  # anybody may have written the table: a family's name must not become a path
+    families = {f"ablation_{unfit.sub('_', family)[:60]}": family for family in ablation_families(table)}
     return FIGURES | {name: functools.partial(ablation, family=family) for name, family in families.items()}
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from kdlib.errors import LONGEST, UserError
 if TYPE_CHECKING:
     from datasets import Features
 
+MOST_PACKED = 200  # text packs to a tenth of its size, seldom to a hundredth; what unpacks to more is a trap
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
@@ -185,7 +187,7 @@ def _zip_files(path: Path, name: str) -> Files:
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if not member.is_dir()]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # a damaged list of members fails in many ways
         raise UserError(f"{name}: not a readable zip ({hub.reason(error)})") from None
     for member in members:
         inside = PurePosixPath(member.filename.replace("\\", "/"))
@@ -193,8 +195,10 @@ def _zip_files(path: Path, name: str) -> Files:
             raise UserError(f"{name}: holds {member.filename!r}, a link or a path to elsewhere; not read")
     hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
     members = [m for m in members if suffix(Path(m.filename)) and not hidden.search(m.filename)]
-    if sum(member.file_size for member in members) > hub.LARGEST:
-        raise UserError(f"{name}: its files have more than {hub.LARGEST / 2**30:.0f} GB")
+    if sum(member.file_size for member in members) > min(hub.LARGEST, _most(path.stat().st_size)):
+        raise UserError(
+            f"{name}: its files are far larger than the zip, or have more than {hub.LARGEST / 2**30:.0f} GB"
+        )
 
     def read(member: zipfile.ZipInfo) -> pd.DataFrame:
         where = f"{name}: {member.filename}"
@@ -271,17 +275,19 @@ def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.Da
     """The rows in the bytes of a file of the kind that `name` ends in; `where` is what errors call it.
 
     Every column of a csv or tsv file is str; classes in a parquet file that `datasets` wrote have their names; NUL
-    bytes are refused in text files. limit: bytes that a .gz file may have at most when unpacked.
+    bytes are refused in text files. limit: bytes that a .gz file may have at most when unpacked; without one, too, what
+    unpacks to far more than it is (MOST_PACKED) is refused.
     """
     kind = suffix(Path(name))
     if kind is None:
         raise UserError(f"{where}: cannot read this kind of file; known are {', '.join(SUFFIXES)}, each also .gz")
     try:
         if name.lower().endswith(".gz"):
+            most = min(_most(len(data)), limit or sys.maxsize)
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
-                data = packed.read(-1 if limit is None else limit + 1)
-            if limit is not None and len(data) > limit:
-                raise UserError(f"{where}: has more than {limit / 2**30:.0f} GB when unpacked")
+                data = packed.read(most + 1)
+            if len(data) > most:
+                raise UserError(f"{where}: has more than {most:,} bytes when unpacked; not read")
         if kind == ".parquet":
             return _read_parquet(data)
         text = data.decode("utf-8-sig")
@@ -297,14 +303,25 @@ def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.Da
         raise UserError(f"{where}: not a readable {kind} file ({reason})") from None
 
 
+def _most(packed: int) -> int:
+    """How many bytes so many packed bytes may unpack to."""
+    return 2**26 + MOST_PACKED * packed
+
+
 def _read_parquet(data: bytes) -> pd.DataFrame:
-    rows = pd.read_parquet(io.BytesIO(data))
-    schema = pyarrow.parquet.read_schema(io.BytesIO(data))
-    if b"huggingface" not in (schema.metadata or {}):
+    file, batches, size = pyarrow.parquet.ParquetFile(io.BytesIO(data)), [], 0
+    for batch in file.iter_batches(1024):
+        batch.validate(full=True)  # text that is no UTF-8 would fail later, wherever it is first looked at
+        batches.append(batch)
+        size += batch.nbytes
+        if size > _most(len(data)):
+            raise ValueError(f"has more than {_most(len(data)):,} bytes when unpacked")
+    rows = pyarrow.Table.from_batches(batches, file.schema_arrow).to_pandas()
+    if b"huggingface" not in (file.schema_arrow.metadata or {}):
         return rows
     from datasets import Features
 
-    return _named(rows, Features.from_arrow_schema(schema))
+    return _named(rows, Features.from_arrow_schema(file.schema_arrow))
 
 
 def _named(rows: pd.DataFrame, features: "Features") -> pd.DataFrame:

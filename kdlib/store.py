@@ -110,20 +110,22 @@ class Run:
 
     def __init__(self, path: str | Path, profile: Profile | None = None):
         self.path = Path(path)
+        kept = self.path / "profile.yaml"
         try:
             _refuse_links_out(self.path)
-        except ValueError:
-            raise UserError(f"{str(path)!r}: no folder can have this name") from None
-        kept = self.path / "profile.yaml"
+            there = kept.is_file()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"run folder {str(path)!r}: cannot be read ({reason})") from None
         if profile is None:
-            if not kept.is_file():
+            if not there:
                 raise UserError(f"{self.path}: no run here (profile.yaml is missing)")
             profile = load_profile(kept)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; a run needs a folder")
         self.profile = profile
         text = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True)
-        if not kept.is_file() or kept.read_bytes() != text.encode():
+        if not there or kept.read_bytes() != text.encode():
             with new_file(kept) as path:
                 path.write_text(text, "utf-8")
 

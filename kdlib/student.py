@@ -3,16 +3,16 @@
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdlib import config
-from kdlib.encoder import pad
+from kdlib.batches import budget_batches
+from kdlib.encoder import TOKENS_PER_BATCH, pad
 from kdlib.errors import UserError
 from kdlib.vocabulary import with_state
 
@@ -22,10 +22,9 @@ SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
 
 @dataclass(frozen=True)
 class Names:
-    """Where a family keeps what changes with the sizes: modules of a layer, and of the model.
+    """How a family names the linear modules of a layer whose sizes can change, and its feed-forward width (ffn).
 
-    query, key: the projections, the content's first; all share the inner space of the heads. norms: of the attention
-    and of the layer. ffn: the key of the configuration that holds the width of the feed-forward layers.
+    query, key: all projections into the space where a head compares; some need not be there.
     """
 
     layers: str
@@ -35,13 +34,16 @@ class Names:
     out: str
     up: str
     down: str
-    norms: tuple[str, str]
     ffn: str = "intermediate_size"
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        return (*self.query, *self.key, self.value, self.out)
 
 
 _BERT = Names(
     "encoder.layer", ("attention.self.query",), ("attention.self.key",), "attention.self.value",
-    "attention.output.dense", "intermediate.dense", "output.dense", ("attention.output.LayerNorm", "output.LayerNorm"),
+    "attention.output.dense", "intermediate.dense", "output.dense",
 )  # fmt: skip
 FAMILIES = {
     "bert": _BERT,
@@ -51,11 +53,10 @@ FAMILIES = {
         "encoder.layer", ("attention.self.query_proj", "attention.self.pos_query_proj"),
         ("attention.self.key_proj", "attention.self.pos_key_proj"), "attention.self.value_proj",
         "attention.output.dense", "intermediate.dense", "output.dense",
-        ("attention.output.LayerNorm", "output.LayerNorm"),
     ),
     "distilbert": Names(
         "transformer.layer", ("attention.q_lin",), ("attention.k_lin",), "attention.v_lin", "attention.out_lin",
-        "ffn.lin1", "ffn.lin2", ("sa_layer_norm", "output_layer_norm"), "hidden_dim",
+        "ffn.lin1", "ffn.lin2", "hidden_dim",
     ),
 }  # fmt: skip
 
@@ -120,10 +121,7 @@ def build_student(
         return wide
     if _names(teacher) is None:
         raise UserError(f"cannot resize a {type(teacher).__name__}: student.init must be random")
-    start = _blank(teacher, sizes, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _narrow(teacher, source, wide, start, spec.narrow, sample)
+    return _narrow(teacher, source, wide, _blank(teacher, sizes, seed), spec.narrow, sample)
 
 
 def _names(model: PreTrainedModel) -> Names | None:
@@ -133,7 +131,11 @@ def _names(model: PreTrainedModel) -> Names | None:
 def _sizes(model_config: PretrainedConfig) -> tuple[int, int, int]:
     """Width, heads, feed-forward width."""
     names = FAMILIES.get(model_config.model_type, _BERT)
-    return model_config.hidden_size, model_config.num_attention_heads, getattr(model_config, names.ffn)
+    return (
+        model_config.hidden_size,
+        model_config.num_attention_heads,
+        getattr(model_config, names.ffn),
+    )
 
 
 def _student_config(teacher: PreTrainedModel, spec: config.Student) -> PretrainedConfig:
@@ -141,7 +143,8 @@ def _student_config(teacher: PreTrainedModel, spec: config.Student) -> Pretraine
     if spec.layers < 1:
         raise UserError(f"student.layers is {spec.layers}; must be at least 1")
     hidden, heads, ffn = (
-        theirs if mine is None else mine for mine, theirs in zip((spec.hidden, spec.heads, spec.ffn), _sizes(teacher.config))
+        theirs if mine is None else mine
+        for mine, theirs in zip((spec.hidden, spec.heads, spec.ffn), _sizes(teacher.config))
     )
     if spec.init != "random":
         for key, mine, theirs in zip(("hidden", "heads", "ffn"), (hidden, heads, ffn), _sizes(teacher.config)):
@@ -153,11 +156,18 @@ def _student_config(teacher: PreTrainedModel, spec: config.Student) -> Pretraine
     if hidden % heads:
         raise UserError(f"student.hidden is {hidden}, which {heads} heads do not divide evenly (student.heads)")
     sizes = copy.deepcopy(teacher.config)
-    sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = spec.layers, hidden, heads
+    sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = (
+        spec.layers,
+        hidden,
+        heads,
+    )
     setattr(sizes, FAMILIES.get(sizes.model_type, _BERT).ffn, ffn)
     if getattr(sizes, "layer_types", None):
         sizes.layer_types = sizes.layer_types[: spec.layers]
-    for key, value in {"attention_head_size": hidden // heads, "pooler_hidden_size": hidden}.items():  # DeBERTa
+    for key, value in {
+        "attention_head_size": hidden // heads,
+        "pooler_hidden_size": hidden,
+    }.items():  # DeBERTa
         if hasattr(sizes, key):
             setattr(sizes, key, value)
     return sizes
@@ -190,225 +200,181 @@ def _with_layers(teacher: PreTrainedModel, source: list[int]) -> PreTrainedModel
     return with_state(type(teacher), shorter, state)
 
 
-# ---- experimental
-FIT = "ls"
-FFN = "norm"
-FFN_MEAN = True
-GROUP = "merge"
-ROTATE = True
-WEIGH = True
-WEIGHV = True
-SCALE = False
+def _narrow(
+    teacher: PreTrainedModel,
+    source: list[int],
+    wide: PreTrainedModel,
+    start: PreTrainedModel,
+    how: str,
+    sample: Sequence[Sequence[int]] | None,
+) -> PreTrainedModel:
+    """Fill `start`, which has the student's sizes, from `wide`, a copy of the teacher's layers `source`.
 
-
-@dataclass
-class _Seen:
-    embedded: torch.Tensor
-    inputs: list
-    attended: list
-    outputs: list
-    active: list  # mean, mean square
-
-
-@torch.inference_mode()
-def _watch(teacher, names, source, ids, mask):
-    keep = mask.bool()
-    layers = [teacher.get_submodule(f"{names.layers}.{t - 1}") for t in source]
-    found = {}
-    hooks = []
-
-    def tap(module, key, of_input=False, stats=False):
-        def hook(m, inputs, output):
-            x = (inputs[0] if of_input else output)[keep].float()
-            found[key] = (x.mean(0), x.square().mean(0)) if stats else x
-        hooks.append(module.register_forward_hook(hook))
-
-    tap(teacher.get_submodule("embeddings.LayerNorm"), "embedded")
-    for i, layer in enumerate(layers):
-        tap(layer.get_submodule(names.query[0]), ("in", i), True)
-        tap(layer.get_submodule(names.norms[0]), ("att", i))
-        tap(layer.get_submodule(names.norms[1]), ("out", i))
-        tap(layer.get_submodule(names.down), ("act", i), True, True)
-    try:
-        teacher(input_ids=ids, attention_mask=mask)
-    finally:
-        for h in hooks:
-            h.remove()
-    n = range(len(source))
-    return _Seen(found["embedded"], [found["in", i] for i in n], [found["att", i] for i in n], [found["out", i] for i in n], [found["act", i] for i in n])
-
-
-def _basis(states, width, extra=()):
-    size = states[0].shape[1]
-    moment = torch.zeros(size, size, dtype=torch.float64)
-    for x in states:
-        x = x.double()
-        c = x.T @ x
-        moment += c / c.trace()
-    if not ROTATE:
-        return torch.linalg.eigh(moment)[1].flip(1)[:, :width].float()
-    ones = torch.full((size, 1), size**-0.5, dtype=torch.float64)
-    rest = moment - ones @ (ones.T @ moment)
-    rest = rest - (rest @ ones) @ ones.T
-    top = torch.linalg.eigh(rest)[1].flip(1)[:, : width - 1]
-    basis = torch.cat([ones, top], 1)
-    # Householder: e1 <-> 1/sqrt(width)
-    v = torch.full((width, 1), -(width**-0.5), dtype=torch.float64)
-    v[0] += 1
-    basis = basis - 2 * (basis @ v) @ v.T / (v.T @ v)
-    return basis.float()
-
-
-def _root(moment):
-    moment = moment + 1e-6 * moment.trace() / len(moment) * torch.eye(len(moment), dtype=moment.dtype)
-    values, vectors = torch.linalg.eigh(moment)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-
-
-def _reduce(left, right, size):
-    n = len(left)
-    a, b = _root(left.double()), _root(right.double())
-    u, s, v = torch.linalg.svd(a @ b)
-    r = min(size, n)
-    tl = (v[:r] @ b) / s[:r, None].sqrt()
-    tr = (u[:, :r].T @ a) / s[:r, None].sqrt()
-    tl, tr = tl.float(), tr.float()
-    if size > n:
-        tl = torch.cat([tl, torch.randn(size - n, n) * n**-0.5 * 0.1])
-        tr = torch.cat([tr, torch.zeros(size - n, n)])
-    return tl, tr
-
-
-def _narrow(teacher, source, wide, start, how, sample):
+    Width: the residual stream is carried over by a basis, [width, new width] with orthonormal columns: the first axes
+    ("truncate"), or the principal directions of the teacher's states ("pca"), as SliceGPT (Ashkboos et al. 2024) and
+    BiStil (Ansell et al. 2023) slice models. What reads the stream is multiplied by the basis, what writes to it by its
+    transpose. A LayerNorm's bias is projected likewise; its gain g becomes the diagonal of basis^T diag(g) basis.
+    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights in
+    and out stay.
+    """
     names = FAMILIES[teacher.config.model_type]
-    (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
-    size, new_size = width // heads, new_width // new_heads
-    state = {k: v.clone() for k, v in wide.state_dict().items()}
+    (width, heads, ffn), (new_width, new_heads, new_ffn) = (
+        _sizes(wide.config),
+        _sizes(start.config),
+    )
+    state = {name: value.float() for name, value in wide.state_dict().items()}
+    layers = [f"{names.layers}.{i}." for i in range(len(source))]
     if how == "random":
-        raise NotImplementedError
-    seen = basis = None
-    if how == "pca":
-        ids, mask = pad(sample, teacher.config.pad_token_id or 0)
-        seen = _watch(teacher, names, source, ids, mask)
-        if new_width < width:
-            basis = _basis([seen.embedded, *seen.attended, *seen.outputs], new_width)
-    elif new_width < width:
-        basis = torch.eye(width, new_width)
-    P = basis if basis is not None else torch.eye(width)
-    for i in range(len(source)):
-        pre = f"{names.layers}.{i}."
-        g = lambda n: state[pre + n]
-        if (new_heads, new_size) != (heads, size):
-            Q, K, V, O = [], [], [], []
-            qb, kb, vb = [], [], []
-            ob = g(names.out + ".bias").clone()
-            if how == "pca":
-                x = seen.inputs[i]
-                if basis is not None:
-                    x = x @ P @ P.T
-                q, k, v = (F.linear(x, g(n + ".weight"), g(n + ".bias")).unflatten(1, (heads, size)) for n in (names.query[0], names.key[0], names.value))
-            W = {n: (g(n + ".weight").unflatten(0, (heads, size)), g(n + ".bias").unflatten(0, (heads, size))) for n in (names.query[0], names.key[0], names.value)}
-            wo = g(names.out + ".weight").unflatten(1, (heads, size))
-            if GROUP == "merge":
-                groups = np.array_split(range(heads), new_heads)
-            else:
-                if how == "pca":
-                    imp = [ (v[:, h] - v[:, h].mean(0)).square().sum() * 0 + ((v[:, h] - v[:, h].mean(0)) @ (P.T @ wo[:, h]).T).square().sum() for h in range(heads)]
-                    order = sorted(torch.stack(imp).topk(new_heads).indices.tolist())
-                else:
-                    order = list(range(new_heads))
-                groups = [[h] for h in order]
-            for group in groups:
-                group = list(group)
-                n = len(group) * size
-                cat = lambda t: t[:, group].reshape(len(t), n).double()
-                if how == "pca":
-                    if WEIGH:
-                        tq, tk = _reduce(cat(q).T @ cat(q) / len(q), cat(k).T @ cat(k) / len(q), new_size)
-                    else:
-                        a = (W[names.query[0]][0][group].reshape(n, -1) @ P).double(); b = (W[names.key[0]][0][group].reshape(n, -1) @ P).double()
-                        tq, tk = _reduce(a @ a.T, b @ b.T, new_size)
-                    vv = cat(v); vm = vv.mean(0); vc = vv - vm
-                    wog = wo[:, group].reshape(width, n)
-                    po = (P.T @ wog).double()
-                    if WEIGHV:
-                        tv, to = _reduce(vc.T @ vc / len(vc), po.T @ po, new_size)
-                    else:
-                        wv_ = (W[names.value][0][group].reshape(n, -1) @ P).double()
-                        tv, to = _reduce(wv_ @ wv_.T, po.T @ po, new_size)
-                    ob += wog @ (vm.float() - to.T @ (tv @ vm.float()))
-                else:
-                    tq = tk = tv = to = torch.eye(new_size, n)
-                    wog = wo[:, group].reshape(width, n)
-                scale = (new_size / size) ** 0.5 / len(group)
-                for t, n_, w_, b_, s in ((tq, names.query[0], Q, qb, scale), (tk, names.key[0], K, kb, 1), (tv, names.value, V, vb, 1)):
-                    w_.append(t @ W[n_][0][group].reshape(n, -1) * s)
-                    b_.append(t @ W[n_][1][group].reshape(n) * s)
-                O.append(wog @ to.T)
-            for n_, w_, b_ in ((names.query[0], Q, qb), (names.key[0], K, kb), (names.value, V, vb)):
-                state[pre + n_ + ".weight"], state[pre + n_ + ".bias"] = torch.cat(w_), torch.cat(b_)
-            state[pre + names.out + ".weight"] = torch.cat(O, 1); state[pre + names.out + ".bias"] = ob
+        changed = [*names.attention] * (new_heads != heads) + [names.up, names.down] * (new_ffn != ffn)
+        drawn = {f"{layer}{name}.{kind}" for layer in layers for name in changed for kind in ("weight", "bias")}
+        kept = {} if new_width != width else {name: value for name, value in state.items() if name not in drawn}
+        start.load_state_dict(start.state_dict() | kept)
+        return start
+    basis = torch.eye(width, new_width)
+    if how == "pca" and new_width < width:
+        basis = _principal(teacher, source, new_width, sample)
+    for prefix in layers:
+        if (new_heads, new_width) != (heads, width):
+            _narrow_heads(state, prefix, names, heads, new_heads, basis, reduce=how == "pca")
         if new_ffn != ffn:
-            wi, wd = g(names.up + ".weight"), g(names.down + ".weight")
-            if FFN == "norm" or how != "pca":
-                score = wi.norm(dim=1) * wd.norm(dim=0)
-            else:
-                m, sq = seen.active[i]
-                score = (sq - m.square()).clamp(min=0).sqrt() * wd.norm(dim=0)
-            kept = score.topk(new_ffn).indices.sort().values
-            if how == "pca" and FFN_MEAN:
-                gone = torch.ones(ffn, dtype=bool); gone[kept] = False
-                state[pre + names.down + ".bias"] = g(names.down + ".bias") + wd[:, gone] @ seen.active[i][0][gone]
-            state[pre + names.up + ".weight"] = wi[kept]
-            state[pre + names.up + ".bias"] = g(names.up + ".bias")[kept]
-            state[pre + names.down + ".weight"] = wd[:, kept]
-    if basis is not None:
-        for n_, t in state.items():
-            if n_.startswith("embeddings.") and not "LayerNorm" in n_:
-                state[n_] = t @ P
-            elif "LayerNorm" in n_ or "layer_norm" in n_:
-                state[n_] = t[:new_width] if how == "truncate" else (P.square().T @ t * ((width / new_width) ** 0.5 if SCALE else 1) if n_.endswith("weight") else P.T @ t)
-            elif n_.endswith((names.out + ".weight", names.out + ".bias", names.down + ".weight", names.down + ".bias")):
-                state[n_] = P.T @ t
-            elif n_.endswith(".weight"):
-                state[n_] = t @ P
-            if n_.startswith("pooler"):
-                state[n_] = P.T @ t if n_.endswith("bias") else P.T @ t @ P
+            up, bias, down = (
+                f"{prefix}{n}" for n in (f"{names.up}.weight", f"{names.up}.bias", f"{names.down}.weight")
+            )
+            strength = state[up].norm(dim=1) * state[down].norm(dim=0)
+            kept = strength.topk(new_ffn).indices.sort().values
+            state[up], state[bias], state[down] = (
+                state[up][kept],
+                state[bias][kept],
+                state[down][:, kept],
+            )
+    gains = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, value in start.state_dict().items():
+        through = basis.square() if name in gains else basis
+        for axis, (old, new) in enumerate(zip(state[name].shape, value.shape, strict=True)):
+            if old != new:  # after heads and neurons, the axes that still differ are the residual stream's
+                state[name] = (state[name].movedim(axis, -1) @ through).movedim(-1, axis)
     start.load_state_dict(state)
-    if basis is not None and how == "pca" and FIT != "none":
-        _fit(start, names, seen, P, ids, mask)
     return start
 
 
-@torch.inference_mode()
-def _fit(student, names, seen, P, ids, mask):
-    keep = mask.bool()
-    hooks = []
+@torch.no_grad()
+def _principal(
+    teacher: PreTrainedModel, source: list[int], size: int, sample: Sequence[Sequence[int]] | None
+) -> torch.Tensor:
+    """Principal directions, about the origin, of what the embeddings, the layers `source` and, halfway, their attention
+    give on a sample: float [width, size], orthonormal columns, strongest first. All of these weigh the same, and so do
+    DeBERTa's relative positions, which the layers read too."""
+    names = FAMILIES[teacher.config.model_type]
+    if sample is None:
+        drawn = torch.randint(
+            teacher.config.vocab_size,
+            (SAMPLE_TOKENS // 32, 32),
+            generator=torch.Generator().manual_seed(0),
+        )
+        sample = drawn.tolist()
+    lengths = np.array([len(row) for row in sample])
+    enough = int(np.searchsorted(np.cumsum(lengths), SAMPLE_TOKENS)) + 1
+    read = [teacher.embeddings, *(teacher.get_submodule(f"{names.layers}.{layer - 1}") for layer in source)]
+    norms = [module for part in read for module in part.modules() if isinstance(module, nn.LayerNorm)]
+    moments: dict[nn.Module, torch.Tensor] = {}
 
-    def fit(norm, target):
-        t = (target @ P).double()
+    def add(norm: nn.Module, _: tuple, states: torch.Tensor) -> None:
+        real = states[mask.bool()].double()
+        moments[norm] = moments.get(norm, 0) + real.T @ real
 
-        def hook(m, inputs, output):
-            x = inputs[0]
-            u = F.layer_norm(x, x.shape[-1:], eps=m.eps)
-            uu = u[keep].double()
-            um, tm = uu.mean(0), t.mean(0)
-            uv = (uu - um).square().mean(0)
-            if FIT == "ls":
-                gain = ((uu - um) * (t - tm)).mean(0) / uv
-            else:
-                gain = ((t - tm).square().mean(0) / uv).sqrt()
-            m.weight.data.copy_(gain.float()); m.bias.data.copy_((tm - gain * um).float())
-            return F.layer_norm(x, x.shape[-1:], m.weight, m.bias, m.eps)
-        hooks.append(norm.register_forward_hook(hook))
-
-    fit(student.get_submodule("embeddings.LayerNorm"), seen.embedded)
-    for i in range(len(seen.outputs)):
-        layer = student.get_submodule(f"{names.layers}.{i}")
-        fit(layer.get_submodule(names.norms[0]), seen.attended[i])
-        fit(layer.get_submodule(names.norms[1]), seen.outputs[i])
+    hooks = [norm.register_forward_hook(add) for norm in norms]
     try:
-        student(input_ids=ids, attention_mask=mask)
+        for batch in budget_batches(lengths[:enough], TOKENS_PER_BATCH):
+            ids, mask = (
+                x.to(teacher.device) for x in pad([sample[i] for i in batch], teacher.config.pad_token_id or 0)
+            )
+            teacher(input_ids=ids, attention_mask=mask)
     finally:
-        for h in hooks:
-            h.remove()
+        for hook in hooks:
+            hook.remove()
+    if getattr(teacher.config, "relative_attention", False):
+        positions = teacher.encoder.get_rel_embedding().double()
+        moments[teacher.encoder] = positions.T @ positions
+    total = sum(moment / moment.trace() for moment in moments.values())
+    return torch.linalg.eigh(total)[1].flip(1)[:, :size].float().cpu()
+
+
+def _narrow_heads(
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    names: Names,
+    heads: int,
+    new_heads: int,
+    basis: torch.Tensor,
+    reduce: bool,
+) -> None:
+    """Map the heads of one layer onto fewer or smaller ones, in place; the residual stream keeps its width.
+
+    Of fewer heads each takes the place of neighbours: it looks where they look on average (the mean of their scores)
+    and carries what all of them carry; exactly so where its size has room for theirs side by side. Where it has not,
+    products of queries and keys, and of values and output, are kept as well as its rank allows by SVD (reduce), or its
+    first dimensions stay.
+    """
+    width, new_width = basis.shape
+    size, new_size = width // heads, new_width // new_heads
+    queries, keys = (
+        [f"{prefix}{n}" for n in side if f"{prefix}{n}.weight" in state] for side in (names.query, names.key)
+    )
+    value, out = prefix + names.value, prefix + names.out
+    made: dict[str, list[torch.Tensor]] = {}
+
+    for group in np.array_split(np.arange(heads), new_heads):
+        inner = torch.from_numpy((group[:, None] * size + np.arange(size)).ravel())  # their dimensions, side by side
+
+        def read(module: str) -> torch.Tensor:
+            """Weight and bias, as a matrix from the narrow stream and a constant: [inner, new width + 1]."""
+            weight, bias = (
+                state[f"{module}.weight"][inner],
+                state[f"{module}.bias"][inner],
+            )
+            return torch.cat([weight @ basis, bias.unsqueeze(1)], 1)
+
+        asked, answered = _inner_maps(
+            *(torch.cat([read(m) for m in side], 1) for side in (queries, keys)),
+            new_size,
+            reduce,
+        )
+        carried, written = _inner_maps(read(value), state[f"{out}.weight"][:, inner].T @ basis, new_size, reduce)
+        asked = asked * (new_size / size) ** 0.5 / len(group)  # scores are divided by the root of a head's size
+        maps = {
+            **dict.fromkeys(queries, asked),
+            **dict.fromkeys(keys, answered),
+            value: carried,
+        }
+        for module, through in maps.items():
+            for kind in ("weight", "bias"):
+                made.setdefault(f"{module}.{kind}", []).append(through @ state[f"{module}.{kind}"][inner])
+        made.setdefault(f"{out}.weight", []).append(state[f"{out}.weight"][:, inner] @ written.T)
+    state.update({name: torch.cat(parts, 1 if name == f"{out}.weight" else 0) for name, parts in made.items()})
+
+
+def _inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps from an inner space of n dimensions to one of `size`, both [size, n], for what is multiplied there: with
+    left [n, a] and right [n, b], (map left)^T (map right) is near left^T right.
+
+    reduce: as near as rank `size` allows (Eckart and Young 1936), balanced between the two as in balanced truncation;
+    else the first dimensions. Room to spare repeats dimensions on the left against zeros on the right: the product
+    stays, and can be learned from.
+    """
+    n = len(left)
+    if n <= size or not reduce:
+        places = torch.arange(size)
+        plain = torch.eye(n)[places % n]
+        return plain, plain * (places < n).unsqueeze(1)
+    left, right = _root(left), _root(right)
+    u, strength, v = torch.linalg.svd(left @ right)
+    scale = strength[:size].rsqrt().unsqueeze(1)
+    return (scale * v[:size] @ right).float(), (scale * u[:, :size].T @ left).float()
+
+
+def _root(matrix: torch.Tensor) -> torch.Tensor:
+    """The symmetric root of matrix @ matrix.T, double, kept from being singular."""
+    square = matrix.double() @ matrix.double().T
+    square.diagonal().add_(1e-9 * square.diagonal().mean())
+    values, vectors = torch.linalg.eigh(square)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

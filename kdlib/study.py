@@ -17,7 +17,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from kdlib import ablate, condition, config, device, sources, vocabulary
+from kdlib import ablate, condition, config, device, embedded, sources, vocabulary
 from kdlib.benchmark import Trial, average_row, probe_runs, rows_of
 from kdlib.benchmark import run as run_trials
 from kdlib.card import write_card
@@ -32,8 +32,9 @@ from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, sim
 from kdlib.stats import paired_rows
 from kdlib.store import find_run, fingerprint, new_folder, write_json
 from kdlib.student import build_student, layer_map
-from kdlib.tasks import Task, load_tasks
+from kdlib.tasks import Task, load_tasks, origins
 from kdlib.teacher import load_encoder, load_teacher, prefix_of
+from kdlib.weights import weights_folder
 
 STAGES = ["probe", "prune", "condition", "distill", "benchmark", "ablations", "figures"]
 NOTEBOOKS = {
@@ -97,7 +98,9 @@ class Study:
 
     @cached_property
     def tasks(self) -> list[Task]:
-        return load_tasks(self.profile, self.corpus)
+        tasks = load_tasks(self.profile, self.corpus)
+        write_json(self.run.path / "sources.json", origins(self.corpus, tasks))
+        return tasks
 
     @cached_property
     def parallel(self) -> dict[str, list[str]]:
@@ -204,9 +207,7 @@ class Study:
         """The pieces to keep."""
         spec = self.profile.vocabulary
         if not spec.prune:
-            counts = vocabulary.count_pieces(self.teacher.tokenizer, sentences(self.corpus.train))
-            everything = list(range(len(counts)))
-            return vocabulary.Selection(everything, dict.fromkeys(everything, "not pruned"), counts, 0)
+            return vocabulary.everything(self.teacher.tokenizer, sentences(self.corpus.train))
         words = vocabulary.word_list(self.profile.language) if spec.wordlist else []
         prefix = [self._prefix] if self._prefix else []
         return vocabulary.select(
@@ -218,12 +219,10 @@ class Study:
         """The teacher with the pruned vocabulary, from `vocabulary/` or made there."""
         target = self._place("vocabulary", "prune")
         if not self._made(target, "prune"):
-            ids = self.selection.ids
-            teacher = self.teacher
-            model = vocabulary.prune_model(teacher.model, teacher.tokenizer, ids)
-            tokenizer = vocabulary.prune_tokenizer(teacher.tokenizer, ids)
+            ids, spec = self.selection.ids, self.profile.teacher
+            stored = embedded.folder() if spec.source == "embedded" else weights_folder(spec.source, spec.revision)
             with new_folder(target) as folder:
-                Encoder(model, tokenizer, "pruned teacher", teacher.prefix, teacher.max_length).save(folder)
+                vocabulary.prune_encoder(self.teacher, ids, folder, stored)
                 np.save(folder / "kept_ids.npy", np.array(ids))
                 write_json(folder / "made.json", {"key": stage_key(self.profile, "prune")})
         return self._load(target, "pruned teacher")

@@ -19,7 +19,7 @@ from transformers.utils import (
 )
 
 from kdlib import config, embedded, hub
-from kdlib.encoder import Encoder
+from kdlib.encoder import Encoder, positions
 from kdlib.errors import UserError
 from kdlib.mlm import HEAD_FILE, MaskedHead, build_head, head_eps, load_head
 
@@ -30,6 +30,7 @@ HEADS = {  # how checkpoints name the head: the dense layer, its norm, what hold
     "vocab": ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
     "lm_predictions": ("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head"),
 }
+MOST_LAYERS = 1000
 TIED_ROWS = 256  # rows of the output matrix that tell whether it is the embeddings: trained apart, all differ
 
 
@@ -79,23 +80,27 @@ def load_encoder(
     options = dict(revision=revision) if revision else {}
     if repo.silent:
         options["local_files_only"] = True
+    trusted = options | {"trust_remote_code": False}  # left unsaid, whoever sits at the keyboard is asked
     quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        kind = hub.retried(lambda: AutoConfig.from_pretrained(source, **options)).model_type
+        settings = hub.retried(lambda: AutoConfig.from_pretrained(source, **trusted))
+        kind = settings.model_type
         if kind not in FAMILIES:
             raise UserError(f"{source}: a model of kind {kind!r}; teachers are of kind {', '.join(FAMILIES)}")
+        if not 1 <= settings.num_hidden_layers <= MOST_LAYERS:  # each is built before any weight is looked for
+            raise UserError(f"{source}: a model of {settings.num_hidden_layers} layers; must lie in 1..{MOST_LAYERS}")
         model, info = hub.retried(
             lambda: AutoModel.from_pretrained(
                 source,
                 use_safetensors=None if allow_pickle else True,
                 dtype=torch.float32,
                 output_loading_info=True,
-                **options,
+                **trusted,
             )
         )
-        tokenizer = hub.retried(lambda: AutoTokenizer.from_pretrained(source, **options))
+        tokenizer = hub.retried(lambda: AutoTokenizer.from_pretrained(source, **trusted))
         if (folder / HEAD_FILE).is_file():
             head = load_head(folder / HEAD_FILE, model)
         else:
@@ -116,8 +121,29 @@ def load_encoder(
             logging.enable_progress_bar()
     if not tokenizer.is_fast:
         raise UserError(f"{source}: no fast tokenizer (tokenizer.json)")
-    limit = min(max_length, model.config.max_position_embeddings - (2 if kind in ("xlm-roberta", "roberta") else 0))
-    return Encoder(model.eval(), tokenizer, name, prefix, limit, head=head)
+    limit = min(max_length, positions(model.config))
+    encoder = Encoder(model.eval(), tokenizer, name, prefix, limit, head=head)
+    _check(encoder, source, info["missing_keys"])
+    return encoder
+
+
+def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
+    """Raises UserError where weights were missing (they are random now) or are no numbers, or where the tokenizer is
+    not of this model."""
+    missing = sorted(name for name in missing if not name.startswith("pooler."))  # no use is made of the pooler
+    if missing:
+        raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
+    if wrong := [name for name, value in encoder.model.named_parameters() if not value.isfinite().all()]:
+        raise UserError(f"{source}: weight {wrong[0]} holds values that are not finite")
+    tokenizer, rows = encoder.tokenizer, len(encoder.model.get_input_embeddings().weight)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no padding token")
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise UserError(f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings")
+    try:
+        encoder.tokenize(["a \U0001f600"])
+    except Exception as error:  # one that lacks its own unknown token finds that out only here
+        raise UserError(f"{source}: its tokenizer cannot be used ({hub.reason(error)})") from None
 
 
 def _refuse_pickles(source: str | Path, files: list[str]) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fontTools import unicodedata as unicode_scripts
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
@@ -46,8 +47,8 @@ class Selection:
     """Which pieces stay, and why.
 
     ids: kept token ids of the full tokenizer, ascending; a piece's place in this list is its new id.
-    reason: for each kept id "special", "corpus", "character", "wordlist" or "merge" (a BPE piece that others are
-        built of).
+    reason: for each kept id "special", "corpus", "character", "wordlist", "merge" (a BPE piece that others are
+        built of) or "unused" (where nothing is pruned).
     counts: int64 [vocabulary], how often the corpus uses each piece of the full vocabulary.
     dropped: how many pieces the corpus uses that `max_rows` left no room for; 0 means exact on every corpus text.
     """
@@ -56,6 +57,14 @@ class Selection:
     reason: dict[int, str]
     counts: np.ndarray
     dropped: int
+
+
+def everything(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Selection:
+    """Every piece kept, for a student with the teacher's whole vocabulary; those `texts` never use are "unused"."""
+    counts, special = count_pieces(tokenizer, texts), set(tokenizer.all_special_ids)
+    ids = list(range(len(counts)))
+    reason = {i: "special" if i in special else "corpus" if counts[i] else "unused" for i in ids}
+    return Selection(ids, reason, counts, 0)
 
 
 def piece_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -89,12 +98,12 @@ def _token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: 
             yield encoding.ids
 
 
+_script = functools.cache(unicode_scripts.script)
+
+
 def script_of(piece: str) -> set[str]:
     """Unicode scripts (ISO 15924 codes) of a piece, without digits, punctuation, symbols and combining marks."""
     return {_script(char) for char in _bare(piece)} - NEUTRAL_SCRIPTS
-
-
-_script = functools.cache(unicode_scripts.script)
 
 
 def _bare(piece: str) -> str:
@@ -437,9 +446,9 @@ def _prune_stored(source: Path, ids: Sequence[int]) -> PreTrainedTokenizerFast:
 def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, source: Path | None = None) -> None:
     """Write the encoder with only the pieces `ids` as a Hugging Face folder at `target`, all of it or nothing.
 
-    source: the folder that the encoder was loaded from (see `weights.weights_folder`), if its weights are still what
-    they were there. Then they are taken from its files (`prune_files`), where these hold every weight of the model;
-    without, from the model in memory (`prune_model`). The encoder's head, if any, is pruned with it.
+    source: the folder that the encoder was loaded from (see `weights.weights_folder`). Where its files hold the model's
+    weights, all and unchanged, these are taken from there (`prune_files`), else from memory (`prune_model`). The
+    encoder's head, if any, is pruned with it.
     """
     with new_folder(target) as folder:
         if source is not None and _holds(source, encoder.model):
@@ -452,10 +461,22 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
 
 
 def _holds(source: Path, model: PreTrainedModel) -> bool:
-    """Whether a folder's files hold every weight of the model; some were drawn anew, if not."""
-    # Old files call LayerNorm's weights gamma and beta.
-    stored = {name.replace(".gamma", ".weight").replace(".beta", ".bias") for name in stored_tensors(source)}
-    return all(name in stored or f"{model.base_model_prefix}.{name}" in stored for name in model.state_dict())
+    """Whether a folder's files hold every weight of the model: none drawn anew, nor trained since, as biases tell."""
+    modern = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm's weights in old files
+    tensors = stored_tensors(source)
+    stored = {re.sub(r"\.(gamma|beta)$", lambda end: modern[end[0]], name): name for name in tensors}
+    vectors: dict[Path, dict[str, torch.Tensor]] = {}
+    for name, value in model.state_dict().items():
+        found = stored.get(name) or stored.get(f"{model.base_model_prefix}.{name}")
+        if found is None:
+            return False
+        if value.dim() == 1:
+            vectors.setdefault(tensors[found].file, {})[found] = value
+    for file, values in vectors.items():
+        with safe_open(file, "pt") as reader:
+            if not all(torch.equal(reader.get_tensor(name).to(v), v) for name, v in values.items()):
+                return False
+    return True
 
 
 def with_state(kind: type[PreTrainedModel], config: AutoConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -486,7 +507,7 @@ def coverage_curve(selection: Selection, counts: np.ndarray, points: int = 40) -
     by_use = sorted(
         (i for i in selection.ids if selection.reason[i] in ("corpus", "merge")), key=lambda i: -selection.counts[i]
     )
-    rest = [i for i, why in selection.reason.items() if why == "wordlist"]
+    rest = [i for i, why in selection.reason.items() if why in ("wordlist", "unused")]
     covered = np.cumsum(counts[first + by_use + rest]) / max(1, counts.sum())
     sizes = np.unique(np.geomspace(max(1, len(first)), len(covered), points).round().astype(int))
     return [(int(size), float(covered[size - 1])) for size in sizes]

@@ -126,7 +126,7 @@ def copy_tensors(
         for file, start, count in pieces:
             inputs[file].seek(start)
             while count:
-                got = inputs[file].readinto(buffer[: min(count, CHUNK)])
+                got = inputs[file].readinto(buffer[:count])
                 if not got:
                     raise UserError(f"{file}: ends before its last tensor")
                 output.write(buffer[:got])

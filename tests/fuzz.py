@@ -45,9 +45,11 @@ BATCH = 250
 
 @dataclass
 class Tally:
-    """What came of a reader's cases. kinds: kind of failure -> how often, what it said, where its first case is."""
+    """What came of a reader's cases: `refused` with a UserError as it should be, `failed`, the others were read. kinds:
+    kind of failure -> how often, what it said, where its first case is."""
 
     cases: int = 0
+    refused: int = 0
     failed: int = 0
     seconds: float = 0.0
     kinds: dict[str, tuple[int, str, Path]] = field(default_factory=dict)
@@ -90,8 +92,8 @@ class Watch:
                     self.seen.append(f"{event} {str(real)!r}")
 
 
-def judge(reader: Reader, case: Case, around: Path, watch: Watch) -> tuple[str, str] | None:
-    """Read the case in `around`/here. None if all is in order, else the kind of failure and what there is to say."""
+def judge(reader: Reader, case: Case, around: Path, watch: Watch) -> str | tuple[str, str]:
+    """Read the case in `around`/here: "read", "refused", or the kind of failure and what there is to say of it."""
     here, tmp, canary, victim = (around / name for name in ("here", "tmp", "canary", "victim.txt"))
     shutil.rmtree(around, ignore_errors=True)
     here.mkdir(parents=True)
@@ -103,17 +105,17 @@ def judge(reader: Reader, case: Case, around: Path, watch: Watch) -> tuple[str, 
     os.environ[hostile.CANARY] = str(canary)
     tempfile.tempdir = str(tmp)
     watch.places, watch.seen = (here, tmp), []
-    problem = None
+    outcome: str | tuple[str, str] = "read"
     faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.stderr)
     try:
         reader.read(here, case)
     except UserError as error:
-        problem = complaint(str(error), case)
+        outcome = complaint(str(error), case) or "refused"
     except BaseException as error:
         frames = traceback.extract_tb(error.__traceback__)
         frame = ([frame for frame in frames if "kdlib/" in frame.filename] or frames)[-1]
         kind = f"{type(error).__name__} in {Path(frame.filename).name}:{frame.lineno} {frame.name}"
-        problem = kind, f"{reprlib.repr(str(error))}\n{''.join(traceback.format_tb(error.__traceback__))}"
+        outcome = kind, f"{reprlib.repr(str(error))}\n{''.join(traceback.format_tb(error.__traceback__))}"
     finally:
         faulthandler.cancel_dump_traceback_later()
         seen, watch.seen = watch.seen, None
@@ -123,7 +125,7 @@ def judge(reader: Reader, case: Case, around: Path, watch: Watch) -> tuple[str, 
         return f"did what no reader should: {seen[0].split()[0]}", "\n".join(seen)
     if sorted(os.listdir(around)) != ["here", "tmp", "victim.txt"] or victim.read_text() != "as it was":
         return "wrote outside", f"{sorted(os.listdir(around))}"
-    return problem
+    return outcome
 
 
 def _put(path: Path, content: "bytes | Link | None") -> None:
@@ -158,7 +160,7 @@ class _Yes(io.StringIO):
 
 
 def _batch(reader: Reader, seed: int, number: int, size: int, skip: int, around: Path, pipe) -> None:
-    """Read the cases of a batch from `skip` on, in a process of its own; tells (its number, problem) of each."""
+    """Read the cases of a batch from `skip` on, in a process of its own; tells (its number, outcome) of each."""
     log = os.open(around.parent / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1), os.dup2(log, 2)
     faulthandler.enable(sys.stderr)
@@ -181,9 +183,9 @@ def _batch(reader: Reader, seed: int, number: int, size: int, skip: int, around:
         case = reader.build(values, Random(f"{seed} {reader.name} {number} {count}"))
         (around.parent / "about").write_text(reprlib.repr(case.about), "utf-8", "backslashreplace")
         pipe.send((count, "begun"))
-        problem = judge(reader, case, around, watch)
+        outcome = judge(reader, case, around, watch)
         grown = _peak() - before
-        pipe.send((count, ("takes too much memory", f"{grown >> 20} MiB") if grown > MEMORY else problem))
+        pipe.send((count, ("takes too much memory", f"{grown >> 20} MiB") if grown > MEMORY else outcome))
         pipe.recv()  # a failed case is being kept
         if grown > MEMORY:
             os._exit(0)  # the peak stays: the next case wants a process of its own
@@ -223,13 +225,13 @@ def fuzz(reader: Reader, cases: int, seed: int, keep: Path) -> Tally:
                         break
                     begun, ended = said == "begun", said == "end"
                     if not begun and not ended:
-                        done, tally.cases = at, tally.cases + 1
+                        done = at
                         _note(tally, said, around, keep / f"{reader.name}-{seed}-{number}-{at}")
                         ours.send(None)
                 child.join()
                 log = (around.parent / "log").read_text("utf-8", "replace")
                 if begun:
-                    done, tally.cases = done + 1, tally.cases + 1
+                    done += 1
                     kind = "hangs" if "Timeout (" in log else f"the process dies ({child.exitcode})"
                     _note(tally, (kind, log[-4000:]), around, keep / f"{reader.name}-{seed}-{number}-{done}")
                 elif child.exitcode:
@@ -240,10 +242,12 @@ def fuzz(reader: Reader, cases: int, seed: int, keep: Path) -> Tally:
     return tally
 
 
-def _note(tally: Tally, problem: tuple[str, str] | None, around: Path, kept: Path) -> None:
-    if problem is None:
+def _note(tally: Tally, outcome: str | tuple[str, str], around: Path, kept: Path) -> None:
+    tally.cases += 1
+    if isinstance(outcome, str):
+        tally.refused += outcome == "refused"
         return
-    kind, text = problem
+    kind, text = outcome
     tally.failed += 1
     if kind not in tally.kinds:
         shutil.copytree(around / "here", kept / "here", symlinks=True)
@@ -269,8 +273,8 @@ def main() -> int:
             continue
         tally = fuzz(reader, arguments.cases, arguments.seed, keep)
         tallies.append(tally)
-        print(f"{reader.name:>10} {tally.cases:>7,} cases {tally.seconds:>8.1f} s  seed {arguments.seed}"
-              f"  {tally.failed} failed", flush=True)  # fmt: skip
+        print(f"{reader.name:>10} {tally.cases:>7,} cases {tally.seconds:>8.1f} s  seed {arguments.seed}  "
+              f"{tally.refused:>6,} refused {tally.failed:>4} failed", flush=True)  # fmt: skip
         for kind, (count, text, place) in tally.kinds.items():
             print(f"{'':>10} {count} x {kind}: {text.partition(chr(10))[0][:200]} [{place}]", flush=True)
     failed = sum(tally.failed for tally in tallies)

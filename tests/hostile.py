@@ -13,6 +13,7 @@ import pickle
 import stat
 import struct
 import tempfile
+import textwrap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,8 +153,10 @@ def bend(tree: Any, odds: list, rng: Random) -> Any:
             holder[key] = {str(odd)[:50]: holder[key]}
         elif kind == 3 and isinstance(holder, dict):
             holder[str(odd)[:50]] = holder.pop(key)
-        elif kind == 4 and isinstance(holder[key], int):
+        elif kind < 7 and isinstance(holder[key], (int, float)):
             holder[key] = rng.choice((-1, 0, 1, 2, 7, 10**4, 10**6, 2**31, 10**12, 10**30, 0.5, holder[key] + 1))
+        elif kind < 7 and isinstance(holder[key], str):
+            holder[key] = str(odd)
         else:
             holder[key] = odd
     return tree
@@ -533,7 +536,7 @@ def build_task(values: tuple[list[str], list], rng: Random) -> Case:
         spec["split"] = rng.choice(texts)
     test = written("jsonl", [row(i) for i in range(50, 60)], rng)
     files = {"test.jsonl": test, f"rows.{form}": damage(data, rng) if rng.random() < 0.3 else data}
-    return Case(files, spec, ("rows.", "test", "task"))
+    return Case(files, spec, ("rows.", "test", "task", spec.get("test", "task")))
 
 
 def read_task(here: Path, case: Case) -> None:
@@ -563,10 +566,11 @@ YAML = [
     "ablations: {arms: {a: {b: {distill: 1}}}}", "ablations: {arms: {a: {b: {student.layers.x: 1}}}}",
     "ablations: {arms: {a: {b: {student: {layers: 2}}}}}", "ablations: {arms: {a: {1: {distill.epochs: 2}}}}",
     "baselines: {x: {source: y, z: 1}}", "distill: {objectives: {hidden: -1}}", "distill: {objectives: {}}",
-    "a: &a [x,x,x,x,x,x,x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b,*b,*b]\n"
-    "d: &d [*c,*c,*c,*c,*c,*c,*c,*c]\ne: &e [*d,*d,*d,*d,*d,*d,*d,*d]\nlanguage: [*e,*e,*e,*e,*e,*e,*e,*e]",
 ]
 # fmt: on
+BOMB = "k0: &k0 [x]\n" + "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9)}]\n" for i in range(1, 9))
+YAML += [f"{place}\n{textwrap.indent(BOMB, ' ' * 6)}" for place in ("students:\n  a:", "ablations:\n  arms:\n    a:")]
+YAML += [BOMB, f"ablations:\n  arms:\n    a:\n      student.init:\n{textwrap.indent(BOMB, ' ' * 8)}"]
 KEYS = [*config.all_keys(), "ablations.arms", "ablations.arms.init.last", "students.x", "baselines.x", "tasks"]
 PROFILE = ("profile", "parameter", "--set", "override", "ablations.", "objective", "mine.yaml", "students")
 
@@ -585,14 +589,14 @@ def build_profile(values: tuple[list[str], list, list[str]], rng: Random) -> Cas
         data = encoded("\n".join(texts), rng)
     else:
         data = damage(text.encode(), rng) if chance < 0.75 else encoded(text, rng)
-    overrides: Any = {key: odd for key, odd in zip([*keys, *texts], odds)}
+    overrides: Any = []
     chance = rng.random()
-    if chance < 0.4:
+    if chance < 0.2:
         given = [rng.choice((*texts, *YAML, dumped(odd).decode())) for odd in odds]
         overrides = [f"{key}={value}" for key, value in zip([*keys, *texts], given)]
-        overrides = " ".join(overrides) if chance < 0.2 else overrides
-    elif chance < 0.7:
-        overrides = [] if chance < 0.65 else odds[0]
+        overrides = " ".join(overrides) if chance < 0.1 else overrides
+    elif chance < 0.4:
+        overrides = dict(zip([*keys, *texts], odds)) if chance < 0.35 else odds[0]
     return Case({"mine.yaml": data}, overrides, PROFILE)
 
 
@@ -653,7 +657,8 @@ def build_model(*names: str) -> Callable[[list, Random], Case]:
                 files[name] = bent_header(data, odds, rng)
         if rng.random() < 0.15:
             trap(files, rng)
-        return Case({f"model/{name}": data for name, data in files.items()}, rng.random() < 0.3, ("model",))
+        named = ("model", "victim.txt", "passwd")  # the last two are shards that an index names
+        return Case({f"model/{name}": data for name, data in files.items()}, rng.random() < 0.3, named)
 
     return build
 

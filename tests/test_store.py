@@ -325,7 +325,10 @@ def test_broken_mark_counts_as_not_done(run, content):
 
 def test_two_commands_cannot_work_in_one_folder(tmp_path):
     run = Run(tmp_path / "run", load_profile("smoke"))
-    script = f"import time\nfrom kdlib.store import Run\nwith Run({str(run.path)!r}).lock():\n print('held', flush=True); time.sleep(60)"
+    script = (
+        f"import time\nfrom kdlib.store import Run\nwith Run({str(run.path)!r}).lock():\n"
+        " print('held', flush=True); time.sleep(60)"
+    )
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"

@@ -96,7 +96,7 @@ def test_a_second_study_takes_what_is_there(study, sources, monkeypatch):
         raise AssertionError("made again")
 
     monkeypatch.setattr("kdlib.study.distill", never)
-    monkeypatch.setattr("kdlib.vocabulary.prune_model", never)
+    monkeypatch.setattr("kdlib.vocabulary.prune_encoder", never)
     again = Study(study.run.path, "smoke", overrides(sources))
     assert again.student.layers == 2 and len(again.ablation_rows()) > 0
 
@@ -105,7 +105,8 @@ def test_only_the_new_arm_is_run(study, sources, monkeypatch):
     labels = []
     real = distillation.distill
     monkeypatch.setattr("kdlib.study.distill", lambda *a, **k: labels.append(a[7]) or real(*a, **k))
-    arms = OVERRIDES["ablations.arms"] | {"init": {"last": {"student.init": "last"}, "first": {"student.init": "first"}}}
+    starts = {name: {"student.init": name} for name in ("last", "first")}
+    arms = OVERRIDES["ablations.arms"] | {"init": starts}
     more = Study(study.run.path, "smoke", overrides(sources, **{"ablations.arms": arms}))
     rows = more.ablation_rows(["init/last"])
     assert labels == ["arm init last"]

@@ -689,6 +689,18 @@ def test_token_that_only_the_tokenizer_config_names_is_kept(studies, tmp_path):
     assert again.get_vocab() == study.small.get_vocab() and again.mask_token_id == study.small.mask_token_id
 
 
+def test_token_that_is_not_kept_does_not_come_back(studies, tmp_path):
+    study = studies("unigram")
+    full = copy.deepcopy(study.tokenizer)
+    full.add_tokens(["panimula"])
+    write_full(tmp_path / "full", study.model, full)
+    file = tmp_path / "full" / "tokenizer_config.json"
+    added = {str(i): json.loads(json.dumps(t.__getstate__())) for i, t in full.added_tokens_decoder.items()}
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"added_tokens_decoder": added}))  # as version 4 has it
+    prune_files(tmp_path / "full", tmp_path / "few", study.chosen.ids)
+    assert AutoTokenizer.from_pretrained(tmp_path / "few").get_vocab() == study.small.get_vocab()
+
+
 def test_what_cannot_be_pruned_is_refused_and_leaves_nothing(studies, tmp_path):
     study = studies("wordpiece")
     full, few, ids = tmp_path / "full", tmp_path / "few", study.chosen.ids
@@ -748,6 +760,19 @@ def test_weights_that_the_files_lack_come_from_memory(studies, tmp_path):
     found = AutoModel.from_pretrained(tmp_path / "few")
     same_model(found, prune_model(encoder.model, study.tokenizer, study.chosen.ids))
     assert len(load_head(tmp_path / "few" / HEAD_FILE, found).bias) == len(study.chosen.ids)
+
+
+def test_weights_that_were_trained_since_come_from_memory(studies, tmp_path):
+    study = studies("unigram")
+    folder = write_full(tmp_path / "full", fill(type(study.model.base_model)(study.model.config)), study.tokenizer)
+    encoder = Encoder(AutoModel.from_pretrained(folder), study.tokenizer, "trained")
+    encoder.model.train()
+    loss = encoder.model(input_ids=torch.arange(9)[None]).last_hidden_state.square().sum()
+    loss.backward()
+    torch.optim.SGD(encoder.model.parameters(), lr=1e-3).step()
+    prune_encoder(encoder, study.chosen.ids, tmp_path / "few", folder)
+    found = AutoModel.from_pretrained(tmp_path / "few")
+    same_model(found, prune_model(encoder.model, study.tokenizer, study.chosen.ids))
 
 
 # tokenizer classes of their own, which transformers 5 builds anew on loading
