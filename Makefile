@@ -3,17 +3,22 @@ PYTHON ?= python3
 PROFILE ?= workshop
 OUT ?= runs/$(PROFILE)
 SET ?=
+CASES ?= 10000
 BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test lab figures clean
+.PHONY: study test fuzz lab figures clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# Hostile input for every reader: so many cases each, slow readers a share of them.
+fuzz: .venv/ready
+	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) notebooks

@@ -80,7 +80,8 @@ def teacher_states(
     missing = {layer: file for layer, file in files.items() if not _whole(file, 2 * shape[0] * shape[1])}
     if missing and not (_fits(folder, missing, shape, budget) and _make(missing, teacher, ids, starts, shape)):
         return None
-    mapped = {layer: np.memmap(file, np.float16, "r", shape=shape) for layer, file in files.items()}
+    # As plain arrays: slicing a memmap costs several times as much, at every step.
+    mapped = {layer: np.asarray(np.memmap(file, np.float16, "r", shape=shape)) for layer, file in files.items()}
     return TeacherStates(mapped, starts[:-1])
 
 

@@ -86,7 +86,9 @@ def _read(spec: config.Corpus) -> tuple[list[Document], str, str | None]:
     else:
         table, commit = sources.read_table(spec, columns)
         table = table[table[spec.text].map(_has_text)]
-        groups = table[spec.document or "document"].map(str) if spec.document or "document" in table else None
+        groups = None
+        if spec.document or "document" in table:
+            groups = table[spec.document or "document"].astype(object).map(str)  # an empty column keeps its type in map
         grouped = (
             table.groupby(groups, sort=False)[spec.text]
             if groups is not None and (spec.document or groups.nunique() > 1)

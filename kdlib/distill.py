@@ -56,20 +56,19 @@ class Watched(nn.Module):
         super().__init__()
         self.model, self.projection, self.head = model, projection, head
         self.layers, self.needs = list(layers), needs
-        self.caught: dict[str, list[torch.Tensor]] = {"query": [], "key": []}
+        self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}}
         self.hooks = []
         if needs.attention:
             # Queries and keys are caught where they are projected: the scores before the softmax follow from them under
             # any attention implementation, whereas `output_attentions` gives probabilities, and nothing with sdpa.
             for kind, modules in zip(self.caught, _projections(model)):
-                self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind)) for layer in layers]
+                self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind, layer)) for layer in layers]
 
-    def _catch(self, kind: str) -> Callable:
+    def _catch(self, kind: str, layer: int) -> Callable:
         heads = self.model.config.num_attention_heads
 
-        def hook(module, inputs, output):
-            if output.dim() == 3:  # DeBERTa's projections also see the relative positions
-                self.caught[kind].append(output.unflatten(-1, (heads, -1)).transpose(1, 2))
+        def hook(module, inputs, output):  # DeBERTa projects the relative positions too, after the text
+            self.caught[kind].setdefault(layer, output.unflatten(-1, (heads, -1)).transpose(1, 2))
 
         return hook
 
@@ -87,7 +86,8 @@ class Watched(nn.Module):
         if self.projection is not None:
             kept = [self.projection(states) for states in kept]
             embedded = self.projection(embedded) if embedded is not None else None
-        return States(kept, mask, list(self.caught["query"]), list(self.caught["key"]), embedded, logits)
+        query, key = (list(caught.values()) for caught in self.caught.values())
+        return States(kept, mask, query, key, embedded, logits)
 
     def release(self) -> PreTrainedModel:
         """The model, with nothing watching it any more."""
@@ -112,12 +112,13 @@ def _projections(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
 class Texts:
     """Tokenised texts and, where cached, the teacher's states for them. A torch data set of places in itself.
 
-    ids: int32 [tokens] of each text; maskable: bool [tokens] of each, where masked-language objectives may mask.
+    ids: int32 [tokens] of each text; maskable: bool [tokens] of each, where masked-language objectives may mask, unless
+    none is to.
     """
 
     ids: list[np.ndarray]
-    maskable: list[np.ndarray]
     pad_id: int
+    maskable: list[np.ndarray] | None = None
     cached: TeacherStates | None = None
 
     def __len__(self) -> int:
@@ -132,8 +133,8 @@ class Texts:
 
     def part(self, places: Sequence[int]) -> "Texts":
         """Some of the texts, sharing the cached states."""
-        cached = self.cached and self.cached.part(places)
-        return Texts([self.ids[i] for i in places], [self.maskable[i] for i in places], self.pad_id, cached)
+        maskable = self.maskable and [self.maskable[i] for i in places]
+        return Texts([self.ids[i] for i in places], self.pad_id, maskable, self.cached and self.cached.part(places))
 
     def live(self) -> "Texts":
         """The same texts without cached states: the teacher runs at every step."""
@@ -306,14 +307,17 @@ class Outcome:
     head: MaskedHead | None = None
 
 
-def tokenise(encoder: Encoder, texts: list[str]) -> Texts:
-    """Token ids of every text, with the prefix, as small integer arrays; without the teacher's states."""
+def tokenise(encoder: Encoder, texts: list[str], masks: bool = False) -> Texts:
+    """Token ids of every text, with the prefix, as small integer arrays, without the teacher's states.
+
+    masks: also where they may be masked, which takes as long again.
+    """
     ids, maskable = [], []
     for start in range(0, len(texts), 8192):
         encodings = encoder.tokenize(texts[start : start + 8192])
         ids += [np.asarray(e.ids, np.int32) for e in encodings]
-        maskable += maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
-    return Texts(ids, maskable, encoder.tokenizer.pad_token_id)
+        maskable += maskable_tokens(encoder.tokenizer, encodings, encoder.prefix) if masks else []
+    return Texts(ids, encoder.tokenizer.pad_token_id, maskable or None)
 
 
 def prepare(encoder: Encoder, texts: list[str], spec: config.Distill, cache_root: Path | None, depth: int) -> Texts:
@@ -324,7 +328,8 @@ def prepare(encoder: Encoder, texts: list[str], spec: config.Distill, cache_root
     """
     if not texts:
         raise UserError("distillation: no texts")
-    return with_states(tokenise(encoder, texts), encoder, spec, cache_root, depth)
+    tokenised = tokenise(encoder, texts, Needs.of(spec.objectives).masked)
+    return with_states(tokenised, encoder, spec, cache_root, depth)
 
 
 def with_states(texts: Texts, encoder: Encoder, spec: config.Distill, cache_root: Path | None, depth: int) -> Texts:
@@ -384,6 +389,8 @@ def distill(
     target = Watched(teacher.model, teacher_layers, needs, head=teacher.head if needs.soft else None)
     masking = None
     if needs.masked:
+        if train.maskable is None or heldout.maskable is None:
+            raise ValueError("the texts were prepared for objectives that mask nothing")
         rows = len(student.get_input_embeddings().weight)
         masking = Masking(mask_id(teacher.tokenizer, teacher.name), rows, spec.mask, seed)
     steps = int(len(BudgetSampler([len(r) for r in train.ids], spec.batch_tokens, seed)) * spec.epochs) or 1
@@ -499,7 +506,7 @@ def _fit_projection(student: Watched, trainer: DistillTrainer, texts: Texts) -> 
 
 def _head(student: PreTrainedModel, teacher: Encoder, seed: int) -> MaskedHead:
     """A masked-language head for the student: the teacher's weights where shapes fit, new ones elsewhere."""
-    head = new_head(student, seed)
+    head = new_head(student, seed=seed)
     if teacher.head is not None:
         mine, theirs = head.state_dict(), teacher.head.state_dict()
         head.load_state_dict({n: theirs[n] if theirs[n].shape == mine[n].shape else mine[n] for n in mine})

@@ -310,13 +310,15 @@ def _most(packed: int) -> int:
 
 def _read_parquet(data: bytes) -> pd.DataFrame:
     file, batches, size = pyarrow.parquet.ParquetFile(io.BytesIO(data)), [], 0
+    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        raise ValueError("two of its columns have the same name")
     for batch in file.iter_batches(1024):
         batch.validate(full=True)  # text that is no UTF-8 would fail later, wherever it is first looked at
         batches.append(batch)
         size += batch.nbytes
         if size > _most(len(data)):
             raise ValueError(f"has more than {_most(len(data)):,} bytes when unpacked")
-    rows = pyarrow.Table.from_batches(batches, file.schema_arrow).to_pandas()
+    rows = pyarrow.Table.from_batches(batches, file.schema_arrow).to_pandas(ignore_metadata=True)
     if b"huggingface" not in (file.schema_arrow.metadata or {}):
         return rows
     from datasets import Features

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,33 @@ def new_file(target: Path) -> Iterator[Path]:
 def write_json(target: Path, value: Any) -> None:
     with new_file(target) as path:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """What `write_json` wrote. Raises UserError where the file is not there, is damaged, or does not hold a `kind`."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if not isinstance(value, kind):
+            raise ValueError(f"holds a {type(value).__name__}, not a {kind.__name__}")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A csv file with these columns at least. Raises UserError where it is not there, is damaged, or lacks one."""
+    try:
+        table = pd.read_csv(path)
+        if missing := [column for column in columns if column not in table]:
+            raise ValueError(f"no column {', '.join(missing)}")
+        return table
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
+    return UserError(f"{path}: damaged ({reason}); restore it, or start in another run folder")
 
 
 def fingerprint(*values: Any) -> str:
@@ -189,8 +216,8 @@ class Run:
     def done(self, stage: str, key: str) -> bool:
         """Whether `stage` finished with the same `key` (a fingerprint of all it depends on)."""
         try:
-            return json.loads((self.path / "stages" / f"{stage}.json").read_text("utf-8"))["key"] == key
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_json(self.path / "stages" / f"{stage}.json").get("key") == key
+        except UserError:
             return False
 
     def mark(self, stage: str, key: str, seconds: float) -> None:

@@ -130,7 +130,7 @@ class Study:
 
     def _load(self, folder: Path, name: str) -> Encoder:
         encoder = load_encoder(folder, name, self._prefix, self._max_length)
-        encoder.model.to(self.device)
+        encoder.to(self.device)
         encoder.bf16 = self.bf16
         return encoder
 
@@ -315,9 +315,9 @@ class Study:
 
     def cloze_rows(self) -> list[dict]:
         """Pseudo-perplexity and cloze accuracy, before (where the teacher has a head) and after conditioning."""
-        texts = sentences(self.corpus.heldout)[: self.profile.probe.cloze_sentences]
+        texts, count = sentences(self.corpus.heldout), self.profile.probe.cloze_sentences
         encoders = [self.pruned] if self.pruned.head is not None else []
-        return [row for e in [*encoders, self.conditioned] for row in mlm_rows(e, texts, e.name)]
+        return [row for e in [*encoders, self.conditioned] for row in mlm_rows(e, texts, e.name, count)]
 
     @property
     def source(self) -> Encoder:

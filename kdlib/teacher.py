@@ -72,9 +72,10 @@ def load_encoder(
     where the output matrix is not tied to the embeddings, the encoder has none.
     """
     folder = Path(source)
-    if not folder.is_dir() and (folder.is_absolute() or str(source).startswith(".") or os.path.exists(source)):
+    local = os.path.isdir(folder)  # unlike Path.is_dir, False for any name no folder can have
+    if not local and (folder.is_absolute() or str(source).startswith(".") or os.path.exists(source)):
         raise UserError(f"{source}: no folder of a model there")
-    repo = hub.Repo(files=os.listdir(folder)) if folder.is_dir() else hub.find(str(source), "model", revision)
+    repo = hub.Repo(files=os.listdir(folder)) if local else hub.find(str(source), "model", revision)
     if not allow_pickle:
         _refuse_pickles(source, repo.files)
     options = dict(revision=revision) if revision else {}
@@ -101,7 +102,7 @@ def load_encoder(
             )
         )
         tokenizer = hub.retried(lambda: AutoTokenizer.from_pretrained(source, **trusted))
-        if (folder / HEAD_FILE).is_file():
+        if local and (folder / HEAD_FILE).is_file():
             head = load_head(folder / HEAD_FILE, model)
         else:
             head = _checkpoint_head(source, model, info["unexpected_keys"], allow_pickle, options)

@@ -31,6 +31,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from transformers.utils import logging
 
 from kdlib import ablate, config, corpus, embedded, figures, mlm, sources, store, tasks, teacher, vocabulary, weights
 from kdlib.encoder import text_vectors
@@ -822,7 +823,7 @@ def read_names(here: Path, case: Case) -> None:
     folder = store.run_folder(None, about["file"])
     assert Path(os.path.normpath(folder)).parent == here / "runs", f"the default run folder is {folder}"
     smoke = config.load_profile("smoke")
-    table = pd.DataFrame([dict.fromkeys(store.COLUMNS) | {"stage": "ablations", "method": name, "value": 0.5}])
+    table = pd.DataFrame([dict.fromkeys(store.COLUMNS) | {"stage": "ablations", "method": clean(name), "value": 0.5}])
     parts: list[Callable[[], Any]] = [
         lambda: store.find_run(None, about["profile"]),
         lambda: store.Run(here / "one" / name.replace("/", " ").strip("."), smoke),
@@ -836,6 +837,7 @@ def read_names(here: Path, case: Case) -> None:
         lambda: vocabulary.word_list(about["language"], 5),
         lambda: tasks.load_task(config.Task(name=name), corpus.Corpus([], [], [])),
         lambda: teacher.load_encoder(f"./{name}", name),
+        lambda: teacher.load_encoder(name, name),
         lambda: sources.read_rows(config.Source(source=f"./{name}")),
     ]
     refused = None
@@ -852,6 +854,7 @@ def read_names(here: Path, case: Case) -> None:
 
 def prepare() -> None:
     """Make what takes a while once, before processes are forked."""
+    logging.disable_progress_bar()
     for make in (valid_embedded, gzip_bomb, parquet_bomb, pickles, model_files, small_model, run_files):
         make()
 
@@ -865,8 +868,8 @@ READERS = [
     Reader("profile", st.tuples(TEXTS, ODDS, st.lists(st.sampled_from(KEYS), max_size=4)), build_profile, read_profile),
     Reader("weights", ODDS, build_model("model.safetensors"), read_weights),
     Reader("head", ODDS, build_model(mlm.HEAD_FILE), read_head),
-    Reader("model", ODDS, build_model("config.json", "model.safetensors", mlm.HEAD_FILE), read_model, 5),
-    Reader("tokenizer", ODDS, build_model("tokenizer.json", "tokenizer_config.json"), read_model, 5),
-    Reader("run", PARTS, build_run, read_run, 5),
-    Reader("names", TEXTS, build_names, read_names, 5),
+    Reader("model", ODDS, build_model("config.json", "model.safetensors", mlm.HEAD_FILE), read_model),
+    Reader("tokenizer", ODDS, build_model("tokenizer.json", "tokenizer_config.json"), read_model),
+    Reader("run", PARTS, build_run, read_run, 2),
+    Reader("names", TEXTS, build_names, read_names, 2),
 ]
