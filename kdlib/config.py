@@ -162,7 +162,9 @@ class Distill(Section):
     temperature: float = Field(2.0, gt=0, description="of the soft targets (objective kl)")
     mask: float = Field(0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
     projection: Literal["auto", "shared"] = Field(
-        "auto", description="learned projection of the student's states: where widths differ, or always as TinyBERT"
+        "auto",
+        description="learned projection of the student's states: where widths differ, from the least-squares fit on "
+        "(auto); or always, from a random start on, as TinyBERT (shared)",
     )
     teacher_noise: bool = Field(False, description="dropout in the teacher too, as TinyBERT's script has it")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training texts")

@@ -391,8 +391,9 @@ def distill(
     if needs.masked:
         if train.maskable is None or heldout.maskable is None:
             raise ValueError("the texts were prepared for objectives that mask nothing")
-        rows = len(student.get_input_embeddings().weight)
-        masking = Masking(mask_id(teacher.tokenizer, teacher.name), rows, spec.mask, seed)
+        masking = Masking(
+            mask_id(teacher.tokenizer, teacher.name), len(student.get_input_embeddings().weight), spec.mask, seed
+        )
     steps = int(len(BudgetSampler([len(r) for r in train.ids], spec.batch_tokens, seed)) * spec.epochs) or 1
     compile_ = spec.compile if spec.compile is not None else device.type == "cuda"
     arguments = TrainingArguments(
@@ -403,6 +404,7 @@ def distill(
         save_strategy="steps", save_steps=-(-steps // 4), save_total_limit=1,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
     history = _History(label, on_point)
     trainer = DistillTrainer(
         model=watched, args=arguments, train_dataset=train, eval_dataset=heldout, callbacks=[history],
@@ -446,6 +448,8 @@ def distill(
 
 def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: Needs) -> None:
     """Raises UserError where the objectives cannot compare the two."""
+    if needs.masked:
+        mask_id(teacher.tokenizer, teacher.name)
     mine, theirs = student.config.num_attention_heads, teacher.model.config.num_attention_heads
     if needs.attention and mine != theirs:
         raise UserError(

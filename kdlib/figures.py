@@ -198,7 +198,8 @@ def _summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
     places = rows.set_index(list(keys)).index
     summarised = places.isin(places[rows["seed"].isna()])
     chosen = rows[rows["seed"].isna() | ~summarised].astype(dict.fromkeys(NUMBERS, float))
-    return chosen.groupby([*keys, "metric"], sort=False)[NUMBERS].mean().reset_index()
+    numbers = [column for column in NUMBERS if column not in keys]
+    return chosen.groupby([*keys, "metric"], sort=False)[numbers].mean().reset_index()
 
 
 def _looks(table: pd.DataFrame) -> dict[str, Look]:
@@ -542,7 +543,7 @@ def conditioning_curve(curve: pd.DataFrame) -> Figure:
     curve: split ("warm-up" of a new head, "train" or "heldout"), seconds, perplexity; of held-out ones low and high.
     """
     parts = [part for part in ("warm-up", "train") if part in set(curve["split"])] or ["train"]
-    figure, axes, _ = _panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6, sharey=True)
+    figure, axes, _ = _panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6)
     for ax, part in zip(axes, parts):
         mine = curve[curve["split"] == part]
         ax.plot(mine["seconds"] / 60, mine["perplexity"], color=PALETTE[0], linewidth=1.5)
@@ -552,12 +553,11 @@ def conditioning_curve(curve: pd.DataFrame) -> Figure:
                 held["seconds"] / 60, held["value"], yerr=_errors(held), color=PALETTE[3], marker="D", capsize=3
             )
         ax.set_title({"warm-up": "a new head, the encoder frozen", "train": "the whole teacher"}[part])
-        ax.set_xlabel("training time (minutes)")
+        ax.set(xlabel="training time (minutes)", ylabel="perplexity per hidden token")
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes[0].set_ylabel("perplexity per hidden token")
     handles = [
         Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
         Line2D([], [], color=PALETTE[3], marker="D", label=f"{SPLITS['heldout']}, with 95% interval"),
@@ -743,6 +743,8 @@ def differences(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("student − other (points)")
         if i % columns == 0:
             ax.set_ylabel("student against")
+        else:
+            ax.tick_params(labelleft=False)
     handles = [
         Line2D([], [], color=INK, marker="o", label="difference, with 95% interval"),
         Patch(color=PALE, alpha=0.7, label=f"on par: within {margin * 100:g} points"),

@@ -119,56 +119,38 @@ def build_student(
     wide = _with_layers(teacher, source)
     if _sizes(wide.config) == _sizes(sizes):
         return wide
-    if _names(teacher) is None:
+    if teacher.config.model_type not in FAMILIES or teacher.base_model is not teacher:
         raise UserError(f"cannot resize a {type(teacher).__name__}: student.init must be random")
     return _narrow(teacher, source, wide, _blank(teacher, sizes, seed), spec.narrow, sample)
 
 
-def _names(model: PreTrainedModel) -> Names | None:
-    return FAMILIES.get(model.config.model_type) if model.base_model is model else None
-
-
-def _sizes(model_config: PretrainedConfig) -> tuple[int, int, int]:
+def _sizes(settings: PretrainedConfig) -> tuple[int, int, int]:
     """Width, heads, feed-forward width."""
-    names = FAMILIES.get(model_config.model_type, _BERT)
-    return (
-        model_config.hidden_size,
-        model_config.num_attention_heads,
-        getattr(model_config, names.ffn),
-    )
+    names = FAMILIES.get(settings.model_type, _BERT)
+    return settings.hidden_size, settings.num_attention_heads, getattr(settings, names.ffn)
 
 
 def _student_config(teacher: PreTrainedModel, spec: config.Student) -> PretrainedConfig:
     """The teacher's configuration with the student's sizes."""
     if spec.layers < 1:
         raise UserError(f"student.layers is {spec.layers}; must be at least 1")
-    hidden, heads, ffn = (
-        theirs if mine is None else mine
-        for mine, theirs in zip((spec.hidden, spec.heads, spec.ffn), _sizes(teacher.config))
-    )
-    if spec.init != "random":
-        for key, mine, theirs in zip(("hidden", "heads", "ffn"), (hidden, heads, ffn), _sizes(teacher.config)):
-            if mine > theirs:
-                raise UserError(
-                    f"student.{key} is {mine}, the teacher's is {theirs}: more than there is to copy from; "
-                    "use less, or student.init=random"
-                )
+    theirs = _sizes(teacher.config)
+    hidden, heads, ffn = (b if a is None else a for a, b in zip((spec.hidden, spec.heads, spec.ffn), theirs))
+    for key, mine, most in zip(("hidden", "heads", "ffn"), (hidden, heads, ffn), theirs):
+        if mine > most and spec.init != "random":
+            raise UserError(
+                f"student.{key} is {mine}, the teacher's is {most}: more than there is to copy from; "
+                "use less, or student.init=random"
+            )
     if hidden % heads:
         raise UserError(f"student.hidden is {hidden}, which {heads} heads do not divide evenly (student.heads)")
     sizes = copy.deepcopy(teacher.config)
-    sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = (
-        spec.layers,
-        hidden,
-        heads,
-    )
+    sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = spec.layers, hidden, heads
     setattr(sizes, FAMILIES.get(sizes.model_type, _BERT).ffn, ffn)
     if getattr(sizes, "layer_types", None):
         sizes.layer_types = sizes.layer_types[: spec.layers]
-    for key, value in {
-        "attention_head_size": hidden // heads,
-        "pooler_hidden_size": hidden,
-    }.items():  # DeBERTa
-        if hasattr(sizes, key):
+    for key, value in (("attention_head_size", hidden // heads), ("pooler_hidden_size", hidden)):
+        if hasattr(sizes, key):  # DeBERTa's
             setattr(sizes, key, value)
     return sizes
 
@@ -213,15 +195,14 @@ def _narrow(
     Width: the residual stream is carried over by a basis, [width, new width] with orthonormal columns: the first axes
     ("truncate"), or the principal directions of the teacher's states ("pca"), as SliceGPT (Ashkboos et al. 2024) and
     BiStil (Ansell et al. 2023) slice models. What reads the stream is multiplied by the basis, what writes to it by its
-    transpose. A LayerNorm's bias is projected likewise; its gain g becomes the diagonal of basis^T diag(g) basis.
+    transpose. A LayerNorm's bias is projected likewise; its gain g becomes the diagonal of basis^T diag(g) basis. The
+    student's states are the teacher's projected, about sqrt(new width / width) as long: a learned projection takes that
+    up.
     Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights in
     and out stay.
     """
     names = FAMILIES[teacher.config.model_type]
-    (width, heads, ffn), (new_width, new_heads, new_ffn) = (
-        _sizes(wide.config),
-        _sizes(start.config),
-    )
+    (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
     state = {name: value.float() for name, value in wide.state_dict().items()}
     layers = [f"{names.layers}.{i}." for i in range(len(source))]
     if how == "random":
@@ -238,15 +219,11 @@ def _narrow(
             _narrow_heads(state, prefix, names, heads, new_heads, basis, reduce=how == "pca")
         if new_ffn != ffn:
             up, bias, down = (
-                f"{prefix}{n}" for n in (f"{names.up}.weight", f"{names.up}.bias", f"{names.down}.weight")
+                prefix + name for name in (f"{names.up}.weight", f"{names.up}.bias", f"{names.down}.weight")
             )
             strength = state[up].norm(dim=1) * state[down].norm(dim=0)
             kept = strength.topk(new_ffn).indices.sort().values
-            state[up], state[bias], state[down] = (
-                state[up][kept],
-                state[bias][kept],
-                state[down][:, kept],
-            )
+            state[up], state[bias], state[down] = state[up][kept], state[bias][kept], state[down][:, kept]
     gains = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.LayerNorm)}
     for name, value in start.state_dict().items():
         through = basis.square() if name in gains else basis
@@ -266,12 +243,8 @@ def _principal(
     DeBERTa's relative positions, which the layers read too."""
     names = FAMILIES[teacher.config.model_type]
     if sample is None:
-        drawn = torch.randint(
-            teacher.config.vocab_size,
-            (SAMPLE_TOKENS // 32, 32),
-            generator=torch.Generator().manual_seed(0),
-        )
-        sample = drawn.tolist()
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randint(teacher.config.vocab_size, (SAMPLE_TOKENS // 32, 32), generator=generator).tolist()
     lengths = np.array([len(row) for row in sample])
     enough = int(np.searchsorted(np.cumsum(lengths), SAMPLE_TOKENS)) + 1
     read = [teacher.embeddings, *(teacher.get_submodule(f"{names.layers}.{layer - 1}") for layer in source)]
@@ -283,13 +256,14 @@ def _principal(
         moments[norm] = moments.get(norm, 0) + real.T @ real
 
     hooks = [norm.register_forward_hook(add) for norm in norms]
+    pad_id, training = teacher.config.pad_token_id or 0, teacher.training
+    teacher.eval()
     try:
         for batch in budget_batches(lengths[:enough], TOKENS_PER_BATCH):
-            ids, mask = (
-                x.to(teacher.device) for x in pad([sample[i] for i in batch], teacher.config.pad_token_id or 0)
-            )
+            ids, mask = (x.to(teacher.device) for x in pad([sample[i] for i in batch], pad_id))
             teacher(input_ids=ids, attention_mask=mask)
     finally:
+        teacher.train(training)
         for hook in hooks:
             hook.remove()
     if getattr(teacher.config, "relative_attention", False):

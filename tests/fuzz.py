@@ -22,9 +22,11 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,8 +65,8 @@ class Watch:
 
     RUNS = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class",
             "socket.connect"}  # fmt: skip
-    CHANGES = {"os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.rename": 2, "os.symlink": 2, "os.link": 2,
-               "os.truncate": 1, "os.chmod": 1, "shutil.rmtree": 1}  # fmt: skip
+    CHANGES = {"os.mkdir": (0,), "os.remove": (0,), "os.rmdir": (0,), "os.rename": (0, 1), "os.symlink": (1,),
+               "os.link": (1,), "os.chmod": (0,), "shutil.rmtree": (0,)}  # fmt: skip
     WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
     def __init__(self) -> None:
@@ -77,19 +79,20 @@ class Watch:
             return
         if event in self.RUNS:
             self.seen.append(f"{event} {reprlib.repr(arguments)}")
-        if event == "open":
-            paths = arguments[:1] if (arguments[2] or 0) & self.WRITING else ()
-        else:  # paths below an open folder come without it; what removes whole trees tells their root
-            relative = event != "shutil.rmtree" and arguments[-1:] not in ((-1,), (None,))
-            paths = () if relative else arguments[: self.CHANGES.get(event, 0)]
+        paths: list = []
+        if event == "open" and (arguments[2] or 0) & self.WRITING:
+            paths = [arguments[0]]
+        elif event in self.CHANGES and arguments[-1] in (-1, None):  # else below a folder that an earlier event told
+            paths = [arguments[at] for at in self.CHANGES[event]]
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)) and path != os.devnull:
                 place = Path(os.path.abspath(os.fsdecode(path)))
-                real = Path(os.path.realpath(place if event == "open" else place.parent)) / (
-                    "" if event == "open" else place.name
-                )
-                if not any(real.is_relative_to(allowed) for allowed in self.places):
-                    self.seen.append(f"{event} {str(real)!r}")
+                if event == "open":  # goes through a link; the others change the link itself
+                    place = place.resolve()
+                else:
+                    place = place.parent.resolve() / place.name
+                if not any(place.is_relative_to(allowed) for allowed in self.places):
+                    self.seen.append(f"{event} {str(place)!r}")
 
 
 def judge(reader: Reader, case: Case, around: Path, watch: Watch) -> str | tuple[str, str]:
@@ -152,6 +155,20 @@ def complaint(message: str, case: Case) -> tuple[str, str] | None:
 # -- batches of cases
 
 
+def draw(reader: Reader, each: Callable[[Any], None], size: int, seed: str) -> None:
+    """Call `each` with so many values, the same for the same seed."""
+
+    @hypothesis.seed(int(hashlib.sha256(seed.encode()).hexdigest()[:12], 16))
+    @settings(
+        max_examples=size, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=HealthCheck
+    )
+    @hypothesis.given(reader.values)
+    def drawn(values: Any) -> None:
+        each(values)
+
+    drawn()
+
+
 class _Yes(io.StringIO):
     """Somebody who says yes to every question."""
 
@@ -166,15 +183,11 @@ def _batch(reader: Reader, seed: int, number: int, size: int, skip: int, around:
     faulthandler.enable(sys.stderr)
     sys.stdin = _Yes()
     warnings.simplefilter("ignore")
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 4 * MEMORY, used + 4 * MEMORY))  # threads reserve much, use little
+    if sys.platform == "linux":
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 4 * MEMORY,) * 2)  # threads reserve much, use little
     watch, count, before = Watch(), 0, _peak()
 
-    @hypothesis.seed(int(hashlib.sha256(f"{seed} {reader.name} {number}".encode()).hexdigest()[:12], 16))
-    @settings(
-        max_examples=size, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=HealthCheck
-    )
-    @hypothesis.given(reader.values)
     def each(values) -> None:
         nonlocal count
         count += 1
@@ -191,7 +204,7 @@ def _batch(reader: Reader, seed: int, number: int, size: int, skip: int, around:
             os._exit(0)  # the peak stays: the next case wants a process of its own
 
     try:
-        each()
+        draw(reader, each, size, f"{seed} {reader.name} {number}")
         pipe.send((count, "end"))
     except BaseException:
         traceback.print_exc()
@@ -267,6 +280,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     keep = Path(tempfile.mkdtemp(prefix="kdlib-fuzz-failures-"))
     hostile.prepare()
+    for reader in hostile.READERS:  # hypothesis, too, gets its tables ready only once
+        draw(reader, lambda values: None, 2, "")
     tallies = []
     for reader in hostile.READERS:
         if reader.name not in (given.reader or names):

@@ -199,6 +199,16 @@ def gzip_bomb() -> bytes:
 
 
 @functools.cache
+def zip_bomb() -> bytes:
+    """A gigabyte and a half of one letter in a zip."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("train.txt", "w") as member:
+        for _ in range(96):
+            member.write(b"a" * (1 << 24))
+    return out.getvalue()
+
+
+@functools.cache
 def parquet_bomb() -> bytes:
     """Four gigabytes of one text in some kilobytes."""
     table, out = pa.table({"text": pa.array(["ang bata " * 110] * 50_000)}), io.BytesIO()
@@ -485,7 +495,7 @@ def evil_zip(files: dict[str, bytes], texts: list[str], rng: Random) -> bytes:
             for name in (*files, *texts):  # some twice
                 archive.writestr(clean(name).replace("\0", "") or "x", b"x\n" * 9)
         elif chance < 0.302:
-            archive.writestr("train.txt", bytes(1 << 28) * 5)
+            return zip_bomb()
         elif chance < 0.304:
             archive.writestr("train.jsonl.gz", gzip_bomb())
     return damage(out.getvalue(), rng) if rng.random() < 0.4 else out.getvalue()
@@ -855,7 +865,7 @@ def read_names(here: Path, case: Case) -> None:
 def prepare() -> None:
     """Make what takes a while once, before processes are forked."""
     logging.disable_progress_bar()
-    for make in (valid_embedded, gzip_bomb, parquet_bomb, pickles, model_files, small_model, run_files):
+    for make in (valid_embedded, gzip_bomb, zip_bomb, parquet_bomb, pickles, model_files, small_model, run_files):
         make()
 
 

@@ -14,8 +14,8 @@ from transformers import (
     DistilBertModel,
     RobertaConfig,
     RobertaModel,
-    XLMRobertaConfig,
     TrainingArguments,
+    XLMRobertaConfig,
     XLMRobertaModel,
 )
 
@@ -184,6 +184,9 @@ def test_impossible_pairs_are_refused_before_training(tmp_path):
         attempt({}, small)
     teacher.tokenizer.mask_token = None
     with pytest.raises(UserError, match="no mask token"):
+        attempt({"objectives": {"mlm": 1.0}})
+    teacher.tokenizer.mask_token = "[MASK]"
+    with pytest.raises(ValueError, match="prepared for objectives that mask nothing"):
         attempt({"objectives": {"mlm": 1.0}})
     with pytest.raises(UserError, match="no texts"):
         prepare(teacher, [], settings, None, 2)
@@ -444,12 +447,12 @@ def test_compiled_step_is_the_plain_one(tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    teacher, ends = with_head(tiny.encoder()), []
+    teacher, ends = with_head(tiny.encoder(layers=2)), []
     for compile_ in (False, True):
         objectives = {"attention": 1.0, "hidden": 1.0, "kl": 1.0}
         settings = spec(objectives=objectives, batch_tokens=700, epochs=1, compile=compile_, projection="shared")
         sets = data(teacher, settings, None)
-        outcome = distill(teacher, start(teacher, 2), *sets, settings, tmp_path / str(compile_))
+        outcome = distill(teacher, start(teacher, 1), *sets, settings, tmp_path / str(compile_))
         ends.append(outcome.curve["loss"].to_numpy())
     assert np.allclose(*ends, rtol=1e-4)
     assert counters["frames"]["ok"] == counters["frames"]["total"] > 0 and not counters["graph_break"]

@@ -97,7 +97,25 @@ def make_benchmark(rng, tasks, models):
             for metric, value in (("latency_ms", latency), ("sentences_per_second", 4000 / latency)):
                 spread = {"value": value, "low": value * 0.9, "high": value * 1.15}
                 rows.append({"model": model, "method": device, "metric": metric} | spread)
-    return rows
+        if model in ("teacher", "student"):
+            for k, (task, metric) in enumerate(list(tasks.items())[:2]):
+                for x in (16, 64, 256):
+                    common = {"model": model, "method": "fewshot", "task": task, "metric": metric, "x": x}
+                    rows.append(common | scored(rng, skill - 0.2 + 0.0005 * x, ITEMS.get(task, 100)))
+    for other in models:
+        for method in ("probe", "finetune") if other != "student" else ():
+            value = models.get("student", 0.7) - models[other]
+            common = {"model": "student", "arm": other, "method": method, "task": "average", "n": 1700}
+            rows.append(common | {"metric": "difference", "value": value, "low": value - 0.02, "high": value + 0.02})
+    return [*rows, {"model": "student", "metric": "margin", "value": 0.02}]
+
+
+def make_condition():
+    warm = [{"method": "warm-up", "x": 10.0 * i, "n": i, "value": 900 / (i + 1)} for i in range(5)]
+    train = [{"method": "train", "x": 20.0 * i, "n": i, "value": 300 / (i + 1)} for i in range(1, 6)]
+    held = [{"method": "heldout", "x": 50.0 * i, "n": i, "value": 250 - 40 * i, "low": 220 - 40 * i} for i in range(3)]
+    rows = warm + train + [row | {"high": row["value"] + 30} for row in held]
+    return [{"model": "conditioned teacher", "metric": "perplexity"} | row for row in rows]
 
 
 def make_ablations(rng, tasks):
@@ -130,6 +148,7 @@ def make_table(path, tasks=TASKS, languages=("tgl", "eng", "spa", "ind", "ceb"),
     stages = {
         "probe": make_probe(rng, tasks, languages),
         "prune": make_prune(rng),
+        "condition": make_condition(),
         "distill": make_distill(rng),
         "benchmark": make_benchmark(rng, tasks, models),
         "ablations": make_ablations(rng, tasks),
@@ -199,8 +218,9 @@ def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(shown, name):
     {
         "probe": ["fertility", "layer_probe", "retrieval", "cka"],
         "prune": ["vocabulary"],
+        "condition": ["conditioning"],
         "distill": ["learning_curve"],
-        "benchmark": ["benchmark_probe", "benchmark_finetune", "retention", "efficiency"],
+        "benchmark": ["benchmark_probe", "benchmark_finetune", "fewshot", "retention", "differences", "efficiency"],
     }.items(),
 )
 def test_a_missing_stage_is_named(table, stage, names):
@@ -224,6 +244,16 @@ def test_every_family_of_arms_is_drawn_numbers_as_a_curve_and_names_as_lines(tab
     assert names == {f"ablation_{family}" for family in ("fraction", "init", "objective", "depth", "my_own")}
     assert figures.ablation(more, "depth").axes[0].get_xlabel() == "layers of the student"
     assert figures.ablation(more, "my own").axes[0].get_ylabel() == "my own"
+
+
+def test_the_main_table_has_a_row_per_model_and_a_column_per_task(table):
+    main = figures.main_table(table)
+    assert list(main.index) == list(SKILL) and list(main.columns) == ["parameters (M)", *TASKS, "average"]
+    rows = table[(table["method"] == "finetune") & (table["task"] == "average") & table["seed"].isna()]
+    value = rows[rows["model"] == "student"]["value"].iloc[0]
+    assert main.loc["student", "average"].startswith(f"{value * 100:.1f} [")
+    with pytest.raises(UserError, match="fine-tuning score"):
+        figures.main_table(table[table["method"] != "finetune"])
 
 
 def test_draw_all_draws_what_it_can(table, tmp_path):

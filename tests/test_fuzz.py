@@ -46,7 +46,7 @@ def unpickle(here, case):
 
 
 def fill(here, case):
-    np.ones(fuzz.MEMORY // 4)
+    np.ones(fuzz.MEMORY // 7)
 
 
 def fail(here, case):
@@ -79,10 +79,10 @@ def build(values, rng):
 
 def script():
     fuzz.main(["--cases", str(CASES)])
-    fuzz.SECONDS = 1
+    fuzz.SECONDS, fuzz.MEMORY = 3, 1 << 28
     for read in READERS:
         reader = hostile.Reader(read.__name__, st.integers(), build, read)
-        tally = fuzz.fuzz(reader, 2, 0, Path(tempfile.mkdtemp()))
+        tally = fuzz.fuzz(reader, 1, 0, Path(tempfile.mkdtemp()))
         kept = [place / "here" / "profile.yaml" for _, _, place in tally.kinds.values()]
         print(read.__name__, tally.cases, tally.failed, tally.refused, [*tally.kinds], all(p.is_file() for p in kept))
 
@@ -113,7 +113,7 @@ def test_failure_is_seen_counted_and_kept(read, printed):
         rf"^{read.__name__} (\d+) (\d+) (\d+) (\[.*\]) (\w+)$", printed, re.M
     ).groups()
     expected = READERS[read]
-    assert cases == "2" and (failed, refused) == (("0", "2") if expected is None else ("2", "0"))
+    assert (cases, failed, refused) == (("1", "0", "1") if expected is None else ("1", "1", "0"))
     assert kinds == "[]" if expected is None else expected in kinds
     assert kept == "True"
 
@@ -210,12 +210,15 @@ def test_model_that_is_not_what_its_config_says(files, expected, tmp_path):
         teacher.load_encoder(folder_of(tmp_path / "m", hostile.model_files() | files), "m")
 
 
-@pytest.mark.parametrize("name, data", [("a.txt.gz", hostile.gzip_bomb), ("a.parquet", hostile.parquet_bomb)])
+@pytest.mark.parametrize(
+    "name, data",
+    [("a.txt.gz", hostile.gzip_bomb), ("a.parquet", hostile.parquet_bomb), ("a.zip", hostile.zip_bomb)],
+)
 def test_file_that_unpacks_to_gigabytes_is_refused(name, data, tmp_path):
     (tmp_path / name).write_bytes(data())
     started = time.process_time()
-    with pytest.raises(UserError, match=f"{name}.* when unpacked"):
-        sources.read_file(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}.*(when unpacked|far larger)"):
+        sources.read_rows(Source(source=str(tmp_path / name)))
     assert time.process_time() - started < 10
 
 
