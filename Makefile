@@ -8,13 +8,17 @@ BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test fuzz lab figures clean
+.PHONY: study test rehearse fuzz lab figures clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# The paper's profile, every stage, arm and objective, small, against a stand-in hub.
+rehearse: .venv/ready
+	$(BIN)/python tests/rehearse.py
 
 # Hostile input for every reader: so many cases each, slow readers a share of them.
 fuzz: .venv/ready
