@@ -5,7 +5,6 @@ same profile finds what is already there.
 """
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -30,7 +29,7 @@ from kdlib.errors import UserError
 from kdlib.objectives import check_objectives
 from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
 from kdlib.stats import paired_rows
-from kdlib.store import find_run, fingerprint, new_folder, write_json
+from kdlib.store import find_run, fingerprint, new_folder, read_json, read_table, write_json
 from kdlib.student import build_student, layer_map
 from kdlib.tasks import Task, load_tasks, origins
 from kdlib.teacher import load_encoder, load_teacher, prefix_of
@@ -58,6 +57,7 @@ READS = {  # the sections of a profile that a stage depends on, besides those of
 BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "figures": "distill"}
 
 
+CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
 SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
 
 
@@ -155,9 +155,8 @@ class Study:
 
     def _made(self, folder: Path, stage: str) -> bool:
         try:
-            made = json.loads((folder / "made.json").read_text("utf-8"))
-            return made["key"] == stage_key(self.profile, stage)
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_json(folder / "made.json").get("key") == stage_key(self.profile, stage)
+        except UserError:
             return False
 
     # -- 01
@@ -295,8 +294,7 @@ class Study:
                 write_json(folder / "facts.json", outcome.facts)
                 write_json(folder / "made.json", {"key": stage_key(self.profile, "condition")})
             shutil.rmtree(work, ignore_errors=True)
-        facts = json.loads((target / "facts.json").read_text("utf-8"))
-        return self.conditioned, pd.read_csv(target / "curve.csv"), facts
+        return self.conditioned, read_table(target / "curve.csv", CURVE), read_json(target / "facts.json")
 
     @cached_property
     def conditioned(self) -> Encoder:
@@ -396,14 +394,13 @@ class Study:
                 write_json(folder / "made.json", {"key": key})
                 write_card(folder, self.run)
             shutil.rmtree(checkpoints, ignore_errors=True)
-        return self.student, pd.read_csv(work / "curve.csv"), json.loads((work / "facts.json").read_text())
+        return self.student, read_table(work / "curve.csv", CURVE), read_json(work / "facts.json")
 
     def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None) -> Outcome:
         """Distil the profile's student on `train`; goes on from the last checkpoint under `work`."""
-        spec = self.profile.distill
-        if self.profile.student.init == "random":  # a random start has no teacher embeddings worth freezing
-            spec = spec.model_copy(update={"freeze_embeddings": False})
-        start = self.undistilled().model
+        spec, start = self.profile.distill, self.undistilled().model
+        if self.profile.student.init == "random" or start.config.hidden_size != self.source.hidden:
+            spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
         return distill(self.source, start, train, heldout, spec, work, self.profile.seed, label, on_point)
 
     @cached_property
@@ -545,10 +542,13 @@ class Study:
         name = what if kind == "reference" else None
         folder = self.run.folder("ablations") / fingerprint(kind, name, stage_key(self.profile, "distill"), judged)
         try:
-            return json.loads((folder / "rows.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            if make is None:
-                return []
+            rows = read_json(folder / "rows.json", list)
+            if all(isinstance(row, dict) and isinstance(row.get("metric"), str) for row in rows):
+                return rows
+        except UserError:
+            pass
+        if make is None:
+            return []
         rows = make(folder)
         write_json(folder / "arm.json", what)
         write_json(folder / "rows.json", rows)

@@ -202,7 +202,10 @@ def gzip_bomb() -> bytes:
 def zip_bomb() -> bytes:
     """A gigabyte and a half of one letter in a zip."""
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive, archive.open("train.txt", "w") as member:
+    with (
+        zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("train.txt", "w") as member,
+    ):
         for _ in range(96):
             member.write(b"a" * (1 << 24))
     return out.getvalue()

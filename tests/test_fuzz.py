@@ -1,6 +1,8 @@
 """A short run of the fuzzer over every reader, proof that it sees what it is to see, and what it once found."""
 
 import builtins
+import gzip
+import json
 import os
 import pickle
 import re
@@ -16,7 +18,10 @@ import fuzz
 import hostile
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import strategies as st
 
 from kdlib import ablate, figures, sources, store, teacher
@@ -191,8 +196,6 @@ def test_pickle_posing_as_weights_is_refused(name, number, tmp_path, canary):
 
 
 def bent(**changes):
-    import json
-
     return json.dumps(json.loads(hostile.model_files()["config.json"]) | changes).encode()
 
 
@@ -223,16 +226,11 @@ def test_file_that_unpacks_to_gigabytes_is_refused(name, data, tmp_path):
 
 
 def test_folded_text_is_still_read(tmp_path):
-    import gzip
-
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"ang bata\n" * 500_000))
     assert len(sources.read_rows(Source(source=str(tmp_path / "a.txt.gz")))) == 500_000
 
 
 def test_parquet_text_that_is_no_utf8_is_refused(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     wrong = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"], pa.binary()).buffers())
     pq.write_table(pa.table({"text": wrong}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="a.parquet.*UTF8"):
@@ -241,8 +239,6 @@ def test_parquet_text_that_is_no_utf8_is_refused(tmp_path):
 
 @pytest.mark.parametrize("place", ["students", "ablations.arms.a", "ablations.arms.init.last"])
 def test_aliases_where_anything_may_stand_are_not_multiplied_out(place, tmp_path):
-    import yaml
-
     tree = [1]
     for _ in range(12):
         tree = [tree] * 9
@@ -305,6 +301,30 @@ def test_error_in_a_locked_run_is_not_taken_for_one_of_the_lock(tmp_path):
     (run.path / ".lock").mkdir()
     with pytest.raises(UserError, match="cannot be locked"), run.lock():
         pass
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"null", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000)])
+def test_damaged_facts_of_a_run_are_named(content, tmp_path):
+    path = tmp_path / "facts.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: damaged"):
+        store.read_json(path)
+    path.write_bytes(b'{"texts": 3}')
+    assert store.read_json(path) == {"texts": 3}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"\n", b"\xff,\n1,2\n", b"step,lose\n1,2\n", b'step,"loss\n', b"step,loss\n1,2,3,4\n1\n5,6,7,8,9"],
+)
+def test_damaged_curve_of_a_run_is_named(content, tmp_path):
+    path = tmp_path / "curve.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: damaged"):
+        store.read_table(path, ["step", "loss"])
+    path.write_bytes(b"step,loss\n1,0.5\n")
+    assert store.read_table(path, ["step", "loss"])["loss"].tolist() == [0.5]
 
 
 @pytest.mark.parametrize("family", ["/../../x", "../x", "a/b", "a\\b", "x" * 300, "\0", "\n"])

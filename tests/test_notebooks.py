@@ -26,7 +26,7 @@ def kdlib(*arguments, **options):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=600,
+        timeout=1400,
         env=os.environ | {"COLUMNS": "80"},  # tables are laid out for the width of the terminal
         **options,
     )
