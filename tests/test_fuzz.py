@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 from kdlib import ablate, figures, sources, store, teacher
 from kdlib.config import Source, load_profile
@@ -211,6 +212,24 @@ def bent(**changes):
 def test_model_that_is_not_what_its_config_says(files, expected, tmp_path):
     with pytest.raises(UserError, match=expected):
         teacher.load_encoder(folder_of(tmp_path / "m", hostile.model_files() | files), "m")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    files = dict(hostile.model_files())
+    state = load(files["model.safetensors"])
+    state["encoder.layer.1.output.dense.weight"][3, 4] = float("nan")
+    files["model.safetensors"] = save(state, {"format": "pt"})
+    with pytest.raises(UserError, match="encoder.layer.1.output.dense.weight.*not finite"):
+        teacher.load_encoder(folder_of(tmp_path / "m", files), "m")
+
+
+def test_tokenizer_of_another_model_is_refused(tmp_path):
+    files = dict(hostile.model_files())
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["model"]["vocab"]["bata"] = 10_000
+    files["tokenizer.json"] = json.dumps(tokenizer).encode()
+    with pytest.raises(UserError, match="ids up to 10000"):
+        teacher.load_encoder(folder_of(tmp_path / "m", files), "m")
 
 
 @pytest.mark.parametrize(

@@ -217,18 +217,19 @@ def test_failed_notebook_leaves_its_part_and_names_cell_and_error(tmp_path, monk
 def test_killed_run_goes_on_from_the_last_finished_stage(tmp_path, smoke):
     out = tmp_path / "run"
     shutil.copytree(smoke[0], out)
-    for stage in STAGES[3:]:
+    finished = STAGES.index("benchmark")
+    for stage in STAGES[finished:]:
         (out / "stages" / f"{stage}.json").unlink()
     command = [sys.executable, "-m", "kdlib", "run", "--profile", "smoke", "--out", str(out)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     partial = out / "notebooks" / f"{NOTEBOOKS['benchmark']}.ipynb"
-    old, end = partial.stat().st_mtime_ns, time.time() + 60
+    old, end = partial.stat().st_mtime_ns, time.time() + 300
     while partial.stat().st_mtime_ns == old and time.time() < end:
         time.sleep(0.2)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     nbformat.read(partial, 4)
     result = kdlib("run", "--profile", "smoke", "--out", out)
-    assert result.returncode == 0 and result.stdout.count("done before") == 3
+    assert result.returncode == 0 and result.stdout.count("done before") == finished
