@@ -57,10 +57,13 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     if single.is_file() or not index.is_file():
         return read_header(single)[0]
     try:
-        shards = {Path(folder) / name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        elsewhere = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{index}: not an index of safetensors files") from None
-    return {name: tensor for shard in sorted(shards) for name, tensor in read_header(shard)[0].items()}
+    if elsewhere:
+        raise UserError(f"{index}: names a file of another folder ({elsewhere[0]})")
+    return {key: tensor for name in sorted(names) for key, tensor in read_header(Path(folder) / name)[0].items()}
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -702,7 +702,8 @@ def trap(files: dict[str, Any], rng: Random) -> None:
         )
     elif chance < 0.5:
         shard = rng.choice(("../../victim.txt", "/etc/passwd", "evil.py", "model.safetensors"))
-        files["model.safetensors.index.json"] = dumped({"metadata": {}, "weight_map": {"pooler.dense.bias": shard}})
+        index = dumped({"metadata": {}, "weight_map": {"pooler.dense.bias": shard}})
+        files["model.safetensors.index.json"] = rng.choice((index, index, b"[]", b'{"weight_map": 3}', *DEEP))
         files.pop("model.safetensors", None)
     elif chance < 0.6:
         files["chat_template.jinja"] = b"{{ cycler.__init__.__globals__.os.system('x') }}"
