@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from datasets import Features
 
 MOST_PACKED = 200  # text packs to a tenth of its size, seldom to a hundredth; what unpacks to more is a trap
+MOST_COLUMNS = 10_000
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
@@ -364,10 +365,24 @@ def _read_json_lines(text: str) -> pd.DataFrame:
         if not isinstance(row, dict):
             raise ValueError(f"line {number}: not an object of names and values")
         rows.append(row)
+    names = {name for row in rows for name in row}
+    if _sparse(len(names), len(rows), sum(map(len, rows))):
+        raise ValueError(f"{len(names):,} different names in {len(rows):,} rows, most of them in few")
     return pd.DataFrame(rows, dtype=object)
 
 
+def _sparse(columns: int, rows: int, values: int) -> bool:
+    """Whether a table of so many values would be all but empty, and immense."""
+    return columns * rows > 2**24 + 100 * values
+
+
 def _read_csv(text: str, separator: str = ",") -> pd.DataFrame:
+    columns = 1 + re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0].count(separator)
+    if columns > MOST_COLUMNS:  # pandas takes minutes to tell so many names apart
+        raise ValueError(f"its first line has {columns:,} columns")
+    lines = text.count("\n") + text.count("\r")
+    if _sparse(columns, lines, lines + text.count(separator)):
+        raise ValueError(f"its first line has {columns:,} columns, most others far fewer")
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
         return pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)

@@ -143,9 +143,13 @@ def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
         raise UserError(f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings")
     try:
-        encoder.tokenize(["a \U0001f600"])
-    except Exception as error:  # one that lacks its own unknown token finds that out only here
-        raise UserError(f"{source}: its tokenizer cannot be used ({hub.reason(error)})") from None
+        encoder.tokenize([("a", "\U0001f600")])
+        with torch.inference_mode():
+            encoder.model(torch.tensor([encoding.ids for encoding in encoder.tokenize(["a \U0001f600"])]))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as of a tokenizer without its unknown token; a panic of its Rust is no Exception
+        raise UserError(f"{source}: loaded, but cannot be used ({hub.reason(error)})") from None
 
 
 def _refuse_pickles(source: str | Path, files: list[str]) -> None:

@@ -37,6 +37,7 @@ import hypothesis
 from hostile import Case, Link, Reader
 from hypothesis import HealthCheck, Phase, settings
 
+from kdlib import progress
 from kdlib.errors import UserError
 
 SECONDS = 20
@@ -86,11 +87,10 @@ class Watch:
             paths = [arguments[at] for at in self.CHANGES[event]]
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)) and path != os.devnull:
-                place = Path(os.path.abspath(os.fsdecode(path)))
-                if event == "open":  # goes through a link; the others change the link itself
-                    place = place.resolve()
-                else:
-                    place = place.parent.resolve() / place.name
+                place = Path(os.path.realpath(os.fsdecode(path)))
+                if event != "open":  # that goes through a link; the others change the link itself
+                    folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+                    place = Path(os.path.realpath(folder), name)
                 if not any(place.is_relative_to(allowed) for allowed in self.places):
                     self.seen.append(f"{event} {str(place)!r}")
 
@@ -182,6 +182,7 @@ def _batch(reader: Reader, seed: int, number: int, size: int, skip: int, around:
     os.dup2(log, 1), os.dup2(log, 2)
     faulthandler.enable(sys.stderr)
     sys.stdin = _Yes()
+    os.environ.pop(progress.FILE, None)  # what a notebook's runner set: readers write there
     warnings.simplefilter("ignore")
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -398,7 +398,11 @@ def _parquet(names: list[str], texts: list[list[str]], rng: Random) -> bytes:
 
 
 def huge(kind: str, rng: Random) -> bytes:
-    """Ten megabytes in a line, in depth, in width, or in emptiness."""
+    """Ten megabytes in a line, in depth, in width, or in emptiness; or names that are never the same."""
+    if kind == "jsonl" and rng.random() < 0.2:
+        return "\n".join(f'{{"{i}": {i}}}' for i in range(50_000)).encode()
+    if kind in ("csv", "tsv") and rng.random() < 0.1:
+        return ({"csv": ",", "tsv": "\t"}[kind].join(map(str, range(9000))) + "\n1" * 1_000_000).encode()
     letters = rng.choice(("a", "ñ", '"', " ", "\\", "[", '{"a":', "a,", "\n", "\u200b", "9", "a\t", ". "))
     text = letters * (10_000_000 // len(letters))
     forms = {

@@ -47,6 +47,11 @@ def write(here, case):
     (here.parent / "elsewhere").write_text("x")
 
 
+def move(here, case):
+    (here / "profile.yaml").rename(here.parent / "tmp" / "x")
+    (here.parent / "victim.txt").rename(here / "profile.yaml")
+
+
 def unpickle(here, case):
     pickle.loads(hostile.pickles()[1])
 
@@ -71,6 +76,7 @@ READERS = {
     stay: "hangs",
     crash: "the process dies (-11)",
     write: "did what no reader should: open",
+    move: "did what no reader should: os.rename",
     unpickle: "code of the input ran",
     fill: "takes too much memory",
     fail: "KeyError in test_fuzz.py",
@@ -206,6 +212,7 @@ def bent(**changes):
         ({"config.json": bent(num_hidden_layers=10**12)}, "layers"),
         ({"config.json": bent(num_hidden_layers=0)}, "layers"),
         ({"config.json": bent(num_hidden_layers=3)}, "encoder.layer.2"),
+        ({"config.json": bent(num_attention_heads=-1)}, "cannot be used"),
         ({"config.json": bent(vocab_size=10**12)}, "size mismatch|mismatch"),
     ],
 )
@@ -223,12 +230,20 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
         teacher.load_encoder(folder_of(tmp_path / "m", files), "m")
 
 
-def test_tokenizer_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "spoil, expected",
+    [
+        (lambda spec: spec["model"]["vocab"].update(bata=10_000), "ids up to 10000"),
+        (lambda spec: spec["model"]["vocab"].pop("[UNK]"), "cannot be used"),
+        (lambda spec: spec["post_processor"]["special_tokens"].clear(), "cannot be used"),
+    ],
+)
+def test_tokenizer_that_does_not_work_is_refused(spoil, expected, tmp_path):
     files = dict(hostile.model_files())
     tokenizer = json.loads(files["tokenizer.json"])
-    tokenizer["model"]["vocab"]["bata"] = 10_000
+    spoil(tokenizer)
     files["tokenizer.json"] = json.dumps(tokenizer).encode()
-    with pytest.raises(UserError, match="ids up to 10000"):
+    with pytest.raises(UserError, match=expected):
         teacher.load_encoder(folder_of(tmp_path / "m", files), "m")
 
 
@@ -242,6 +257,26 @@ def test_file_that_unpacks_to_gigabytes_is_refused(name, data, tmp_path):
     with pytest.raises(UserError, match=f"{name}.*(when unpacked|far larger)"):
         sources.read_rows(Source(source=str(tmp_path / name)))
     assert time.process_time() - started < 10
+
+
+@pytest.mark.parametrize("name, line", [("a.csv", "a,"), ("a.tsv", "a\t")])
+def test_table_of_a_million_columns_is_refused(name, line, tmp_path):
+    (tmp_path / name).write_text("\n" + line * 1_000_000)
+    with pytest.raises(UserError, match="1,000,001 columns"):
+        sources.read_file(tmp_path / name)
+    (tmp_path / name).write_text(line * 5000 + "\na" * 100_000)
+    with pytest.raises(UserError, match="5,001 columns, most others far fewer"):
+        sources.read_file(tmp_path / name)
+    (tmp_path / name).write_text(line * 1000 + "\n" + line * 1000)
+    assert sources.read_file(tmp_path / name).shape == (1, 1001)
+
+
+def test_rows_that_share_no_name_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"{i}": 1}}' for i in range(50_000)))
+    with pytest.raises(UserError, match="50,000 different names"):
+        sources.read_file(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"text": "a", "{i}": 1}}' for i in range(2000)))
+    assert sources.read_file(tmp_path / "a.jsonl").shape == (2000, 2001)
 
 
 def test_folded_text_is_still_read(tmp_path):
