@@ -1,8 +1,10 @@
 """Batches by token budget: texts of like length together, so that almost no time goes into padding."""
 
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from torch.utils.data import Sampler
 
 BUCKET = 4096  # texts that are sorted by length together; larger wastes less, smaller shuffles better
@@ -34,31 +36,40 @@ class BudgetSampler(Sampler[list[int]]):
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0):
-        self.lengths, self.budget, self.seed, self.epoch = list(lengths), budget, seed, 0
-        self._batches = self._plan()
+        self.lengths, self.budget, self.seed, self.epoch = np.asarray(lengths, np.int32), budget, seed, 0
+        self.order, self.ends = self._plan()
 
-    def _plan(self) -> list[list[int]]:
-        rng = random.Random(self.seed)
-        order = list(range(len(self.lengths)))
-        rng.shuffle(order)
-        batches = []
+    def _plan(self) -> tuple[np.ndarray, np.ndarray]:
+        """The indices, batch by batch, and where each batch ends: 8 bytes a text, as lists would be ten times that."""
+        order = array("q", range(len(self.lengths)))
+        random.Random(self.seed).shuffle(order)
+        ends, done = array("q"), 0
         for start in range(0, len(order), BUCKET):
-            bucket = sorted(order[start : start + BUCKET], key=lambda i: self.lengths[i])
-            batches += budget_batches(self.lengths, self.budget, bucket)
-        return batches
+            bucket = order[start : start + BUCKET]
+            lengths = self.lengths[bucket].tolist()
+            places = sorted(range(len(bucket)), key=lengths.__getitem__)
+            for batch in budget_batches(lengths, self.budget, places):
+                done += len(batch)
+                ends.append(done)
+            order[start : start + BUCKET] = array("q", (bucket[place] for place in places))
+        return np.array(order, np.int64), np.array(ends, np.int64)
+
+    def _batch(self, number: int) -> list[int]:
+        return self.order[self.ends[number - 1] if number else 0 : self.ends[number]].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.ends)
 
     def __iter__(self) -> Iterator[list[int]]:
-        batches = list(self._batches)
-        random.Random(f"{self.seed}-{self.epoch}").shuffle(batches)
-        return iter(batches)
+        numbers = array("q", range(len(self)))
+        random.Random(f"{self.seed}-{self.epoch}").shuffle(numbers)
+        return map(self._batch, numbers)
 
     def real_share(self) -> float:
         """Share of the tokens computed on that are not padding."""
-        padded = sum(len(batch) * max(self.lengths[i] for i in batch) for batch in self._batches)
-        return sum(self.lengths) / padded
+        starts = np.append(0, self.ends[:-1])
+        longest = np.maximum.reduceat(self.lengths[self.order], starts)
+        return self.lengths.sum(dtype=np.int64) / ((self.ends - starts) @ longest)

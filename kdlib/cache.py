@@ -72,7 +72,7 @@ def teacher_states(
     anew. budget: gigabytes that the folder may take; None is returned, with a warning, where it would take more, or
     where the disk has no room: then the teacher runs live. Raises UserError where `root` cannot be written.
     """
-    lengths = np.array([len(row) for row in ids])
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     starts = np.concatenate([[0], np.cumsum(lengths)])
     shape = (int(starts[-1]), teacher.hidden)
     folder = root / _key(teacher, ids, lengths)
@@ -95,7 +95,8 @@ def _key(teacher: Encoder, ids: Sequence[np.ndarray], lengths: np.ndarray) -> st
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     digest.update(lengths.astype("<i8"))
-    digest.update(np.concatenate([np.asarray(row, "<i4") for row in ids]))
+    for row in ids:
+        digest.update(np.asarray(row, "<i4"))
     return digest.hexdigest()[:32]
 
 

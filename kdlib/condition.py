@@ -4,7 +4,7 @@ import copy
 import json
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +24,9 @@ from kdlib.batches import BudgetSampler, budget_batches
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
-from kdlib.mlm import MaskedHead, mask_id, mask_tokens, maskable_tokens, new_head, perplexity, word_numbers
+from kdlib.mlm import MaskedHead, mask_id, mask_tokens, new_head, perplexity
 from kdlib.progress import Progress
+from kdlib.tokens import tokenise
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
@@ -81,20 +82,15 @@ class MaskedTexts:
     Texts without such a token are left out: there is nothing to learn from them.
     """
 
-    def __init__(self, encoder: Encoder, texts: Sequence[str], whole_words: bool):
+    def __init__(self, encoder: Encoder, texts: Iterable[str], whole_words: bool, cache_root: Path | None = None):
         self.pad_id, self.mask_id = encoder.tokenizer.pad_token_id, mask_id(encoder.tokenizer, encoder.name)
         self.rows = len(encoder.model.get_input_embeddings().weight)
-        self.ids, self.maskable, self.words = [], [], [] if whole_words else None
-        for start in range(0, len(texts), 8192):
-            encodings = encoder.tokenize(list(texts[start : start + 8192]))
-            maskable = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
-            kept = [i for i, row in enumerate(maskable) if row.any()]
-            self.ids += [np.asarray(encodings[i].ids, np.int32) for i in kept]
-            self.maskable += [maskable[i] for i in kept]
-            if self.words is not None:
-                self.words += word_numbers([encodings[i] for i in kept])
-        self.lengths = [len(row) for row in self.ids]
-        if not self.ids:
+        found = tokenise(encoder, texts, ["maskable", *["words"] * whole_words], cache_root)
+        kept = np.array([i for i, row in enumerate(found["maskable"]) if row.any()], int)
+        self.ids, self.maskable = (found[name].part(kept) for name in ("ids", "maskable"))
+        self.words = found["words"].part(kept) if whole_words else None
+        self.lengths = self.ids.lengths
+        if not len(self.ids):
             raise UserError("conditioning: the texts have no token that could be masked")
 
     def __len__(self) -> int:
@@ -217,13 +213,14 @@ class _Curve(TrainerCallback):
 
 def condition(
     teacher: Encoder,
-    train: list[str],
-    heldout: list[str],
+    train: Iterable[str],
+    heldout: Iterable[str],
     spec: config.Condition,
     work: Path,
     seed: int = 0,
     label: str = "conditioning",
     on_point: Callable[[pd.DataFrame], None] | None = None,
+    cache_root: Path | None = None,
 ) -> Outcome:
     """Train a copy of the teacher further on `train` by BERT's masking; goes on from the last checkpoint under `work`.
 
@@ -233,10 +230,10 @@ def condition(
     have the split "warm-up" and their own steps. Held-out loss and perplexity are of the same masked tokens every time,
     with a bootstrap interval over texts, and "perplexity_unigram" is what the frequencies alone give there: a model
     above it has made no use of context. on_point: called with the curve so far after every held-out evaluation but the
-    first. All of `train` is used: spec.max_texts is for the caller.
+    first. All of `train` is used: spec.max_texts is for the caller. cache_root: where tokenised texts are kept.
     Raises UserError for a tokenizer without a mask token, texts without a maskable token, and a full disk.
     """
-    rows, held = (MaskedTexts(teacher, texts, spec.whole_words) for texts in (train, heldout))
+    rows, held = (MaskedTexts(teacher, texts, spec.whole_words, cache_root) for texts in (train, heldout))
     model = MaskedModel(
         copy.deepcopy(teacher.model), copy.deepcopy(teacher.head) or new_head(teacher.model, rows.frequencies(), seed)
     )
@@ -275,7 +272,7 @@ def condition(
     )  # fmt: skip
     targets = np.concatenate([inputs["targets"].numpy() for _, inputs in prepared])
     facts = {
-        "texts": len(rows), "tokens": sum(rows.lengths), "steps": main[-1]["step"], "seconds": main[-1]["seconds"],
+        "texts": len(rows), "tokens": int(rows.lengths.sum(dtype=np.int64)), "steps": main[-1]["step"], "seconds": main[-1]["seconds"],
         "new_head": teacher.head is None, "head_steps": warm[-1]["step"] if warm else 0,
         "head_seconds": warm[-1]["seconds"] if warm else 0.0,
         "heldout_texts": len(held), "heldout_masked": len(targets),

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdlib import config
+from kdlib import config, tokens
 from kdlib.batches import BudgetSampler
 from kdlib.cache import TeacherStates, gigabytes, teacher_states
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import Encoder, pad
 from kdlib.errors import UserError
-from kdlib.mlm import MaskedHead, mask_id, mask_tokens, maskable_tokens, new_head
+from kdlib.mlm import MaskedHead, mask_id, mask_tokens, new_head
 from kdlib.objectives import Needs, States, check_objectives, total_loss
 from kdlib.progress import Progress
 from kdlib.student import layer_map
+from kdlib.tokens import Ragged
 
 PROJECTIONS = (
     ("attention.self.query", "attention.self.key"),
@@ -116,9 +117,9 @@ class Texts:
     none is to.
     """
 
-    ids: list[np.ndarray]
+    ids: Ragged
     pad_id: int
-    maskable: list[np.ndarray] | None = None
+    maskable: Ragged | None = None
     cached: TeacherStates | None = None
 
     def __len__(self) -> int:
@@ -129,12 +130,17 @@ class Texts:
 
     @property
     def tokens(self) -> int:
-        return sum(map(len, self.ids))
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text: int32 [texts]."""
+        return self.ids.lengths
 
     def part(self, places: Sequence[int]) -> "Texts":
         """Some of the texts, sharing the cached states."""
-        maskable = self.maskable and [self.maskable[i] for i in places]
-        return Texts([self.ids[i] for i in places], self.pad_id, maskable, self.cached and self.cached.part(places))
+        ids, maskable, cached = (found and found.part(places) for found in (self.ids, self.maskable, self.cached))
+        return Texts(ids, self.pad_id, maskable, cached)
 
     def live(self) -> "Texts":
         """The same texts without cached states: the teacher runs at every step."""
@@ -240,7 +246,7 @@ class DistillTrainer(Trainer):
         return self._loader(self.eval_dataset, 0)
 
     def _loader(self, texts: Texts, seed: int) -> DataLoader:
-        sampler = BudgetSampler([len(row) for row in texts.ids], self.spec.batch_tokens, seed)
+        sampler = BudgetSampler(texts.lengths, self.spec.batch_tokens, seed)
         collate = partial(self.masking.collate, texts, sampler) if self.masking else texts.collate
         loader = DataLoader(
             texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"
@@ -307,28 +313,24 @@ class Outcome:
     head: MaskedHead | None = None
 
 
-def tokenise(encoder: Encoder, texts: list[str], masks: bool = False) -> Texts:
-    """Token ids of every text, with the prefix, as small integer arrays, without the teacher's states.
+def tokenise(encoder: Encoder, texts: Iterable[str], masks: bool = False, cache_root: Path | None = None) -> Texts:
+    """Token ids of every text, with the prefix, without the teacher's states; from the cache, where there is one.
 
     masks: also where they may be masked, which takes as long again.
     """
-    ids, maskable = [], []
-    for start in range(0, len(texts), 8192):
-        encodings = encoder.tokenize(texts[start : start + 8192])
-        ids += [np.asarray(e.ids, np.int32) for e in encodings]
-        maskable += maskable_tokens(encoder.tokenizer, encodings, encoder.prefix) if masks else []
-    return Texts(ids, encoder.tokenizer.pad_token_id, maskable or None)
+    found = tokens.tokenise(encoder, texts, ["maskable"] * masks, cache_root)
+    return Texts(found["ids"], encoder.tokenizer.pad_token_id, found.get("maskable"))
 
 
-def prepare(encoder: Encoder, texts: list[str], spec: config.Distill, cache_root: Path | None, depth: int) -> Texts:
+def prepare(encoder: Encoder, texts: Iterable[str], spec: config.Distill, cache_root: Path | None, depth: int) -> Texts:
     """Tokenise `texts` and get the teacher's states that a student of `depth` layers is compared with, from the cache.
 
     The teacher runs live, at every step, where the profile or its size budget forbids a cache, or where an objective
     needs what is not cached.
     """
-    if not texts:
+    tokenised = tokenise(encoder, texts, Needs.of(spec.objectives).masked, cache_root)
+    if not len(tokenised):
         raise UserError("distillation: no texts")
-    tokenised = tokenise(encoder, texts, Needs.of(spec.objectives).masked)
     return with_states(tokenised, encoder, spec, cache_root, depth)
 
 
@@ -394,7 +396,7 @@ def distill(
         masking = Masking(
             mask_id(teacher.tokenizer, teacher.name), len(student.get_input_embeddings().weight), spec.mask, seed
         )
-    steps = int(len(BudgetSampler([len(r) for r in train.ids], spec.batch_tokens, seed)) * spec.epochs) or 1
+    steps = int(len(BudgetSampler(train.lengths, spec.batch_tokens, seed)) * spec.epochs) or 1
     compile_ = spec.compile if spec.compile is not None else device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
@@ -441,7 +443,7 @@ def distill(
         "texts": len(train), "tokens": train.tokens, "steps": steps, "training_seconds": training,
         "tokens_per_second": train.tokens * spec.epochs / max(training, 1e-9),
         "cache_gigabytes": gigabytes(train.tokens, len(cached), teacher.hidden),
-        "real_token_share": BudgetSampler([len(r) for r in train.ids], spec.batch_tokens, seed).real_share(),
+        "real_token_share": BudgetSampler(train.lengths, spec.batch_tokens, seed).real_share(),
     }  # fmt: skip
     return Outcome(student, curve, facts, watched.head)
 

@@ -286,7 +286,8 @@ class Study:
             work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
             train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:1000]
             outcome = condition.condition(
-                self.pruned, train, held, spec, work, self.profile.seed, "conditioning the teacher", on_point
+                self.pruned, train, held, spec, work, self.profile.seed, "conditioning the teacher", on_point,
+                self.run.path / "cache",
             )
             with new_folder(target) as folder:
                 outcome.encoder.save(folder)

@@ -1,0 +1,135 @@
+"""Tokenised texts, memory-mapped: tokenised once, read by every stage, every ablation arm and every later run."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from kdlib.encoder import Encoder
+from kdlib.mlm import maskable_tokens, word_numbers
+from kdlib.store import fingerprint, new_folder
+
+log = logging.getLogger(__name__)
+TEXTS_AT_ONCE = 8192  # texts tokenised in one call, by as many threads as the machine has cores
+KINDS = {"lengths": np.int32, "ids": np.int32, "maskable": np.bool_, "words": np.int32}
+
+
+@dataclass
+class Ragged(Sequence):
+    """Rows of different lengths in one flat array, which may be a file: row i is values[starts[i] :][: lengths[i]].
+
+    In memory it takes 12 bytes a row: starts int64 [rows], lengths int32 [rows].
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, lengths: np.ndarray) -> "Ragged":
+        """Rows that follow one another in `values`."""
+        return cls(values, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = self.starts[i]
+        return self.values[start : start + self.lengths[i]]
+
+    def part(self, places: Sequence[int]) -> "Ragged":
+        """Some of the rows, of the same values."""
+        places = np.asarray(places, int)
+        return Ragged(self.values, self.starts[places], self.lengths[places])
+
+
+def tokenise(
+    encoder: Encoder, texts: Iterable[str], fields: Sequence[str] = (), root: Path | None = None
+) -> dict[str, Ragged]:
+    """Token ids of every text, with the encoder's prefix, cut at its max_length; and by the same call other `fields`.
+
+    "ids": int32, always; "maskable": bool, which tokens masked-language objectives may mask; "words": int32, which word
+    of its text a token belongs to, -1 for none. texts: gone through at most twice, and never held as a whole.
+    root: a cache folder; the arrays are then files under it, named by all they depend on, and made only where they are
+    not there. Without one they are in memory. Raises UserError where `root` cannot be written.
+    """
+    fields = ["ids", *fields]
+    if root is None:
+        parts = [part for part in _encoded(encoder, texts, fields)]
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+    else:
+        folder = Path(root) / "tokens" / _key(encoder, texts, fields)
+        if not _whole(folder, fields):
+            with new_folder(folder) as work:
+                _write(work, _encoded(encoder, texts, fields))
+        arrays = {name: _mapped(folder / name, KINDS[name]) for name in ["lengths", *fields]}
+    empty = {name: np.zeros(0, KINDS[name]) for name in ["lengths", *fields]}
+    arrays = empty | arrays
+    return {name: Ragged.of(arrays[name], arrays["lengths"]) for name in fields}
+
+
+def _encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Flat arrays of some thousand texts at a time."""
+    for some in _parts(texts):
+        encodings = encoder.tokenize(some)
+        rows = {"ids": [np.asarray(e.ids, np.int32) for e in encodings]}
+        if "maskable" in fields:
+            rows["maskable"] = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
+        if "words" in fields:
+            rows["words"] = word_numbers(encodings)
+        lengths = np.array([len(row) for row in rows["ids"]], np.int32)
+        yield {"lengths": lengths} | {name: np.concatenate(rows[name]).astype(KINDS[name]) for name in fields}
+
+
+def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
+    texts = iter(texts)
+    while some := list(islice(texts, TEXTS_AT_ONCE)):
+        yield some
+
+
+def _key(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> str:
+    """What tokens depend on: the texts, the tokenizer, the prefix and where texts are cut."""
+    backend = encoder.tokenizer.backend_tokenizer
+    backend.no_truncation()  # calls leave theirs on
+    backend.no_padding()
+    digest = hashlib.sha256(backend.to_str().encode())
+    for some in _parts(texts):
+        digest.update("\0".join([*some, ""]).encode("utf-8", "surrogatepass"))
+    return fingerprint(digest.hexdigest(), encoder.prefix, encoder.max_length, sorted(fields))
+
+
+def _write(folder: Path, parts: Iterable[dict[str, np.ndarray]]) -> None:
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for part in parts:
+            for name, values in part.items():
+                if name not in files:
+                    files[name] = stack.enter_context(open(folder / name, "wb"))
+                values.tofile(files[name])
+
+
+def _whole(folder: Path, fields: Sequence[str]) -> bool:
+    """Whether the files are there with as many tokens as their lengths say; what is wrong is said in a line."""
+    if not folder.is_dir():
+        return False
+    try:
+        tokens = int(_mapped(folder / "lengths", np.int32).sum(dtype=np.int64))
+        if all((folder / name).stat().st_size == tokens * np.dtype(KINDS[name]).itemsize for name in fields):
+            return True
+    except (OSError, ValueError):
+        pass
+    log.warning("%s: torn; the texts are tokenised again", folder)
+    return False
+
+
+def _mapped(file: Path, kind: type) -> np.ndarray:
+    """A file's values, read as they are asked for; never written to.
+
+    A plain array, since slicing a memmap costs several times as much.
+    """
+    return np.asarray(np.memmap(file, kind, "c"))
