@@ -1,4 +1,4 @@
-"""The command line: `kdlib run`, `kdlib parameters`, `kdlib figures`."""
+"""The command line: `kdlib run`, `kdlib distill`, `kdlib parameters`, `kdlib figures`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -40,6 +40,28 @@ def run(
         runner.fail(str(error), 2 if error.user else 1)
     except KeyboardInterrupt:
         runner.fail("stopped; the same command again goes on from the notebook that was running", 130)
+
+
+@app.command()
+def distill(
+    profile: Annotated[str, typer.Option(help="smoke, workshop, paper, or a YAML file")] = "workshop",
+    out: Annotated[Path | None, typer.Option(help="run folder; default runs/<profile>")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="override a parameter, such as distill.epochs=3; repeatable")
+    ] = None,
+) -> None:
+    """Make a run's student outside the notebooks, which then find it.
+
+    On several GPUs: torchrun --nproc_per_node 8 -m kdlib distill --out runs/x
+    """
+    from kdlib import runner
+
+    try:
+        runner.distill(out or Path("runs") / Path(profile).stem, profile, list(set_ or []))
+    except UserError as error:
+        runner.fail(str(error), 2)
+    except KeyboardInterrupt:
+        runner.fail("stopped; the same command again goes on from the last checkpoint", 130)
 
 
 @app.command()

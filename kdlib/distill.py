@@ -4,20 +4,20 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdlib import config, tokens
+from kdlib import config, processes, tokens
 from kdlib.batches import BudgetSampler
 from kdlib.cache import TeacherStates, gigabytes, teacher_states
 from kdlib.device import autocast, training_attention
@@ -169,9 +169,11 @@ class Masking:
     share: float
     seed: int
 
-    def collate(self, texts: Texts, sampler: BudgetSampler, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+    def collate(
+        self, texts: Texts, sampler: BudgetSampler, batch: Sequence[int], rows: slice = slice(None)
+    ) -> dict[str, torch.Tensor]:
         """As `Texts.collate`, with masked input_ids; and masked, int64 [masked tokens], their places in the flattened
-        batch, and targets, the tokens that were there."""
+        batch, and targets, the tokens that were there. rows: of the masked batch, those that are wanted."""
         features = texts.collate(batch)
         ids = features["input_ids"]
         maskable = pad([texts.maskable[i] for i in batch], 0)[0].bool()
@@ -179,8 +181,34 @@ class Masking:
         number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
         generator = torch.Generator().manual_seed(number)
         hidden, chosen = mask_tokens(ids, maskable, self.mask_id, self.rows, self.share, generator=generator)
-        places = chosen.flatten().nonzero().squeeze(1)
-        return features | {"input_ids": hidden, "masked": places, "targets": ids.flatten()[places]}
+        ids, places = ids[rows].flatten(), chosen[rows].flatten().nonzero().squeeze(1)
+        mask = features["attention_mask"][rows]
+        return {"input_ids": hidden[rows], "attention_mask": mask, "masked": places, "targets": ids[places]}
+
+
+@dataclass
+class Dealer:
+    """Gives each of several processes its rows of every batch, every n-th of them."""
+
+    texts: Texts
+    sampler: BudgetSampler
+    masking: Masking | None
+
+    def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """As `Texts.collate` or `Masking.collate`. A process for which a batch has no row gets one that counts for
+        nothing: counted, int64 [1, tokens], is the mask that losses then go by, all 0."""
+        rows = slice(processes.place(), None, processes.count())
+        spare = not batch[rows]
+        if spare:
+            rows = slice(0, 1)
+        if self.masking is None:
+            features = self.texts.collate(batch[rows])
+        else:
+            features = self.masking.collate(self.texts, self.sampler, batch, rows)
+        if spare:
+            features["counted"] = torch.zeros_like(features["attention_mask"])
+            features |= {name: features[name][:0] for name in ("masked", "targets") if name in features}
+        return features
 
 
 class DistillTrainer(Trainer):
@@ -209,7 +237,7 @@ class DistillTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
-        student.targets = inputs.get("targets")
+        student.targets, student.mask = inputs.get("targets"), inputs.get("counted", student.mask)
         loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)
@@ -234,8 +262,8 @@ class DistillTrainer(Trainer):
         return loss.detach(), None, None
 
     def take_means(self) -> dict[str, float]:
-        """Means of the losses since the last call."""
-        means = {name: float(torch.stack(values).mean()) for name, values in self.sums.items()}
+        """Means of the losses since the last call, of all processes."""
+        means = {name: float(processes.mean(torch.stack(values).mean())) for name, values in self.sums.items()}
         self.sums = {}
         return means
 
@@ -247,11 +275,12 @@ class DistillTrainer(Trainer):
 
     def _loader(self, texts: Texts, seed: int) -> DataLoader:
         sampler = BudgetSampler(texts.lengths, self.spec.batch_tokens, seed)
-        collate = partial(self.masking.collate, texts, sampler) if self.masking else texts.collate
+        collate = Dealer(texts, sampler, self.masking).collate
         loader = DataLoader(
             texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"
         )
-        return self.accelerator.prepare(loader)
+        # As if alone: accelerate would deal out whole batches, and they are of different sizes.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
 
 class _History(TrainerCallback):
@@ -364,6 +393,8 @@ def distill(
 ) -> Outcome:
     """Distil `teacher` (in the student's vocabulary) into `student`; goes on from the last checkpoint under `work`.
 
+    Several processes (`processes.join`) share every batch: the student is, but for rounding, the one that one makes.
+
     train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached: attention,
     or anything of a masked text. A student of another width is compared through a learned projection, which starts as
     the least-squares fit of the teacher's states (spec.projection "auto") or at random, as TinyBERT's ("shared": at
@@ -405,6 +436,7 @@ def distill(
         eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no",
         save_strategy="steps", save_steps=-(-steps // 4), save_total_limit=1,
         report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
+        ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
     history = _History(label, on_point)

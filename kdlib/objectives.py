@@ -1,7 +1,8 @@
 """Distillation objectives: what the student is asked to have in common with the teacher.
 
 Each objective is a function of student and teacher `States` and gives one number per batch; a profile names
-objectives and their weights, and `total_loss` adds them up. Padding never counts. A student that is narrower than its
+objectives and their weights, and `total_loss` adds them up. Padding never counts. Where several processes share a
+batch, the mean of their losses is the loss of the whole batch. A student that is narrower than its
 teacher is compared through a learned projection: its `States` hold what came out of it.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from kdlib import processes
 from kdlib.encoder import mean_pool
 from kdlib.errors import UserError
 
@@ -43,8 +45,7 @@ def hidden_loss(student: States, teacher: States) -> torch.Tensor:
     keep = student.mask.bool()
     losses = []
     for mine, theirs in zip(student.hidden, teacher.hidden, strict=True):
-        variance = theirs[keep].float().var().clamp(min=1e-6)
-        losses.append(_mean_square(mine, theirs, keep) / variance)
+        losses.append(_mean_square(mine, theirs, keep) / _variance(theirs[keep].float()))
     return torch.stack(losses).mean()
 
 
@@ -52,7 +53,26 @@ def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -
     """MSE over real tokens of [batch, tokens, hidden]."""
     # Padding is zeroed rather than cut out: the gradient of a cut is a slow scatter.
     difference = (mine.float() - theirs.float()).masked_fill(~keep.unsqueeze(-1), 0)
-    return difference.square().sum() / (keep.sum() * mine.shape[-1])
+    return _over(difference.square().sum(), keep.sum() * mine.shape[-1])
+
+
+def _over(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
+    """A sum over how many it is of. Processes that share a batch divide by the mean of their counts: then the mean of
+    what they get, as of their gradients, is that of the whole batch, however unequal their shares."""
+    if processes.count() > 1:
+        count = processes.mean(torch.as_tensor(count, dtype=torch.float32, device=total.device))
+    return total / count
+
+
+def _variance(values: torch.Tensor) -> torch.Tensor:
+    """The variance over the whole batch, kept from being 0."""
+    if processes.count() == 1:
+        return values.var().clamp(min=1e-6)
+    values = values.double()
+    count = torch.tensor(values.numel(), dtype=torch.double, device=values.device)
+    count, total, squares = processes.mean(torch.stack([count, values.sum(), values.square().sum()]))
+    unbiased = count - 1 / processes.count()
+    return ((squares - total.square() / count) / unbiased).float().clamp(min=1e-6)
 
 
 def tinybert_hidden_loss(student: States, teacher: States) -> torch.Tensor:
@@ -74,7 +94,7 @@ def attention_loss(student: States, teacher: States) -> torch.Tensor:
     heads in the student as in the teacher.
     """
     scores = _scores(student, teacher)
-    losses = [F.mse_loss(mine, theirs) / theirs.var().clamp(min=1e-6) for mine, theirs in scores]
+    losses = [_mean_square_scores(mine, theirs) / _variance(theirs) for mine, theirs in scores]
     return torch.stack(losses).mean()
 
 
@@ -84,7 +104,11 @@ def tinybert_attention_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT (Jiao et al. 2020, eq. 7) as its script adds it up. Needs as many heads in the student as in the teacher.
     Of DeBERTa's scores the content's part is compared; that of relative positions is left out.
     """
-    return torch.stack([F.mse_loss(mine, theirs) for mine, theirs in _scores(student, teacher)]).sum()
+    return torch.stack([_mean_square_scores(mine, theirs) for mine, theirs in _scores(student, teacher)]).sum()
+
+
+def _mean_square_scores(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return _over(F.mse_loss(mine, theirs, reduction="sum"), mine.numel())
 
 
 def _scores(student: States, teacher: States) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -111,13 +135,14 @@ def sentence_loss(student: States, teacher: States) -> torch.Tensor:
     """1 - cosine of the mean-pooled last states: what a sentence encoder is used for, asked for directly."""
     mine = mean_pool(student.hidden[-1].float(), student.mask)
     theirs = mean_pool(teacher.hidden[-1].float(), teacher.mask)
-    return (1 - F.cosine_similarity(mine, theirs)).mean()
+    real = student.mask.any(1)
+    return _over(((1 - F.cosine_similarity(mine, theirs)) * real).sum(), real.sum())
 
 
 def cosine_loss(student: States, teacher: States) -> torch.Tensor:
     """Mean over real tokens of 1 - cosine of the last states: DistilBERT's (Sanh et al. 2019) third loss."""
     cosine = F.cosine_similarity(student.hidden[-1].float(), teacher.hidden[-1].float(), dim=-1)
-    return ((1 - cosine) * student.mask).sum() / student.mask.sum()
+    return _over(((1 - cosine) * student.mask).sum(), student.mask.sum())
 
 
 def kl_loss(student: States, teacher: States, temperature: float = 2.0) -> torch.Tensor:
@@ -127,12 +152,12 @@ def kl_loss(student: States, teacher: States, temperature: float = 2.0) -> torch
     """
     mine = F.log_softmax(student.logits.float() / temperature, -1)
     theirs = F.log_softmax(teacher.logits.float() / temperature, -1)
-    return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
+    return _over(F.kl_div(mine, theirs, reduction="sum", log_target=True), len(mine)) * temperature**2
 
 
 def mlm_loss(student: States, teacher: States | None = None) -> torch.Tensor:
     """Cross-entropy of the masked tokens (Devlin et al. 2019); asks nothing of the teacher."""
-    return F.cross_entropy(student.logits.float(), student.targets)
+    return _over(F.cross_entropy(student.logits.float(), student.targets, reduction="sum"), len(student.targets))
 
 
 OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from kdlib import processes
+
 Item = TypeVar("Item")
 FILE = "KDLIB_PROGRESS"  # set by the runner: where the kernel writes how far it is
 INTERVAL = 0.5  # seconds between two reports
@@ -20,7 +22,9 @@ class Progress:
     def __init__(self, label: str, total: int):
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
-        self.bar = None if self.file else tqdm(total=total, desc=label, leave=False, delay=1)
+        self.bar = None if self.file else tqdm(
+            total=total, desc=label, leave=False, delay=1, disable=processes.place() > 0
+        )
 
     def update(self, done: int, note: str = "") -> None:
         if self.bar is not None:

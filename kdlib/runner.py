@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kdlib import ablate, figures, progress
+from kdlib import ablate, figures, processes, progress
 from kdlib.errors import UserError
 from kdlib.store import Run
 from kdlib.study import NOTEBOOKS, STAGES, Study, stage_key
@@ -103,6 +103,24 @@ def run_study(
             console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
     if not only:
         summary(study.run, time.time() - begun, console)
+
+
+def distill(out: Path, profile: str, overrides: list[str], console: Console | None = None) -> None:
+    """Make the student of the run in `out` outside the notebooks, which then find it.
+
+    Under torchrun or `accelerate launch` their processes do it together; the run folder has to be one that all of them
+    see. Raises UserError for bad input.
+    """
+    study = Study(out, profile, overrides)
+    processes.join(study.device)
+    study.bf16 = processes.agreed(study.bf16)  # may have been measured
+    with study.run.lock() if processes.place() == 0 else nullcontext():
+        _, curve, facts = study.distill()
+    if processes.place() == 0:
+        loss = curve.query("split == 'heldout'")["loss"].iloc[-1]
+        seconds = clock(facts["training_seconds"])
+        console = console or Console()
+        console.print(f"{study.run.path / 'student'}: held-out loss {loss:.4f}, trained {seconds}", soft_wrap=True)
 
 
 def execute(source: Path, target: Path, parameters: dict[str, Any], console: Console) -> None:

@@ -16,7 +16,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from kdlib import ablate, condition, config, device, embedded, sources, vocabulary
+from kdlib import ablate, condition, config, device, embedded, processes, sources, vocabulary
 from kdlib.benchmark import Trial, average_row, probe_runs, rows_of
 from kdlib.benchmark import run as run_trials
 from kdlib.card import write_card
@@ -282,6 +282,8 @@ class Study:
         """
         target = self._place("conditioned", "condition")
         if not self._made(target, "condition"):
+            if processes.count() > 1:
+                raise UserError("condition.use: the teacher is conditioned in one process; first: kdlib run --only condition")
             spec = self.profile.condition
             work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
             train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:1000]
@@ -386,15 +388,19 @@ class Study:
         key = stage_key(self.profile, "distill")
         if not self._made(target, "distill"):
             checkpoints = work / f"checkpoints-{key}"
-            outcome = self._train("distilling the student", *self.texts, checkpoints, on_point)
-            work.mkdir(parents=True, exist_ok=True)
-            outcome.curve.to_csv(work / "curve.csv", index=False)
-            write_json(work / "facts.json", outcome.facts)
-            with new_folder(target) as folder:
-                self._encoder(outcome.student, "student").save(folder)
-                write_json(folder / "made.json", {"key": key})
-                write_card(folder, self.run)
-            shutil.rmtree(checkpoints, ignore_errors=True)
+            with processes.in_turn():
+                texts = self.texts
+            outcome = self._train("distilling the student", *texts, checkpoints, on_point)
+            if processes.place() == 0:
+                work.mkdir(parents=True, exist_ok=True)
+                outcome.curve.to_csv(work / "curve.csv", index=False)
+                write_json(work / "facts.json", outcome.facts)
+                with new_folder(target) as folder:
+                    self._encoder(outcome.student, "student").save(folder)
+                    write_json(folder / "made.json", {"key": key})
+                    write_card(folder, self.run)
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            processes.wait()
         return self.student, read_table(work / "curve.csv", CURVE), read_json(work / "facts.json")
 
     def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None) -> Outcome:
