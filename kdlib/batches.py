@@ -40,8 +40,8 @@ class BudgetSampler(Sampler[list[int]]):
         self.order, self.ends = self._plan()
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
-        """The indices, batch by batch, and where each batch ends: 8 bytes a text, as lists would be ten times that."""
-        order = array("q", range(len(self.lengths)))
+        """The indices, batch by batch, and where each batch ends: 4 bytes a text, lists would be twenty times that."""
+        order = array("i", range(len(self.lengths)))
         random.Random(self.seed).shuffle(order)
         ends, done = array("q"), 0
         for start in range(0, len(order), BUCKET):
@@ -51,8 +51,8 @@ class BudgetSampler(Sampler[list[int]]):
             for batch in budget_batches(lengths, self.budget, places):
                 done += len(batch)
                 ends.append(done)
-            order[start : start + BUCKET] = array("q", (bucket[place] for place in places))
-        return np.array(order, np.int64), np.array(ends, np.int64)
+            order[start : start + BUCKET] = array("i", (bucket[place] for place in places))
+        return np.frombuffer(order, np.int32), np.frombuffer(ends, np.int64)
 
     def _batch(self, number: int) -> list[int]:
         return self.order[self.ends[number - 1] if number else 0 : self.ends[number]].tolist()
@@ -70,6 +70,5 @@ class BudgetSampler(Sampler[list[int]]):
 
     def real_share(self) -> float:
         """Share of the tokens computed on that are not padding."""
-        starts = np.append(0, self.ends[:-1])
-        longest = np.maximum.reduceat(self.lengths[self.order], starts)
-        return self.lengths.sum(dtype=np.int64) / ((self.ends - starts) @ longest)
+        padded = sum(len(batch) * int(self.lengths[batch].max()) for batch in map(self._batch, range(len(self))))
+        return int(self.lengths.sum(dtype=np.int64)) / padded

@@ -272,7 +272,8 @@ def condition(
     )  # fmt: skip
     targets = np.concatenate([inputs["targets"].numpy() for _, inputs in prepared])
     facts = {
-        "texts": len(rows), "tokens": int(rows.lengths.sum(dtype=np.int64)), "steps": main[-1]["step"], "seconds": main[-1]["seconds"],
+        "texts": len(rows), "tokens": int(rows.lengths.sum(dtype=np.int64)),
+        "steps": main[-1]["step"], "seconds": main[-1]["seconds"],
         "new_head": teacher.head is None, "head_steps": warm[-1]["step"] if warm else 0,
         "head_seconds": warm[-1]["seconds"] if warm else 0.0,
         "heldout_texts": len(held), "heldout_masked": len(targets),

@@ -1,15 +1,23 @@
 """The distillation corpus: documents of sentences, split by document so that nothing leaks into a test."""
 
 import hashlib
+import itertools
 import random
 import re
+import tempfile
 import textwrap
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdlib import config, sources
+from kdlib.documents import Document, Lazy, picked, read, write
 from kdlib.errors import UserError
+from kdlib.store import fingerprint, new_folder, read_json, write_json
 
 ENDS = ".!?…؟۔።፧।॥။។៕༎།։᱾"  # followed by space; Arabic, Ethiopic, Indic, Burmese, Khmer, Tibetan, Armenian, Ol Chiki
 WIDE = "。！？｡።။"  # also without
@@ -22,15 +30,7 @@ LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
 TEST_REGISTERS = ("everyday", "story")
 TEST_PER_CELL = 18  # documents of each topic and test register that the tasks are tested on
 HELDOUT_PER_CELL = 2  # documents of each topic and register that watch the distillation
-
-
-@dataclass
-class Document:
-    """A text as sentences, in order; `meta` holds what else is known of it (topic, register)."""
-
-    id: str
-    sentences: list[str]
-    meta: dict = field(default_factory=dict)
+IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger one lies in files
 
 
 @dataclass
@@ -38,21 +38,24 @@ class Corpus:
     """train: what students are distilled on; heldout: what watches them; test: what embedded tasks test on; origin:
     what was read."""
 
-    train: list[Document]
-    heldout: list[Document]
-    test: list[Document]
+    train: Sequence[Document]
+    heldout: Sequence[Document]
+    test: Sequence[Document]
     origin: sources.Origin | None = field(default=None, compare=False)
+    temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
 
 
-def load_corpus(profile: config.Profile) -> Corpus:
+def load_corpus(profile: config.Profile, cache_root: Path | None = None) -> Corpus:
     """The profile's corpus, split by document. The split depends on the text alone, not on order or seed.
 
     It is read from the first of the corpus's source and its fallbacks that can be. With corpus.streaming it is the
     first max_documents documents, in the source's order; without, max_documents drawn with the profile's seed.
+
+    One of more than IN_MEMORY characters lies in files, and its parts are `Lazy`: under `cache_root`, where it is found
+    again as long as what it was read from stays as it is, or without one in a temporary folder.
     Raises UserError for sources that cannot be read, an empty text, or too few documents to hold any out.
     """
     spec = profile.corpus
-    place, commit, passed_over = spec.source, None, ()
     if spec.source == "embedded":
         if profile.language != "tgl":
             raise UserError(
@@ -60,16 +63,19 @@ def load_corpus(profile: config.Profile) -> Corpus:
             )
         documents = _embedded()
         corpus = _split_embedded(documents)
+        if spec.max_documents and len(corpus.train) > spec.max_documents:
+            corpus.train = random.Random(profile.seed).sample(corpus.train, spec.max_documents)
+        corpus.origin = _origin(corpus, spec.source, None, sources.digest(d.sentences for d in documents))
+        check_leaks(corpus)
     else:
-        (documents, place, commit), passed_over = sources.first_of(spec, _read, "corpus")
-        corpus = _split(documents, spec.heldout)
-    if spec.max_documents and len(corpus.train) > spec.max_documents:
-        corpus.train = random.Random(profile.seed).sample(corpus.train, spec.max_documents)
-    check_leaks(corpus)
-    sizes = {"train": len(corpus.train), "heldout": len(corpus.heldout), "test": len(corpus.test)}
-    content = sources.digest(document.sentences for document in documents)
-    corpus.origin = sources.Origin(place, commit, content, sizes, passed_over=passed_over)
+        corpus, passed_over = sources.first_of(spec, lambda place: _load(place, profile.seed, cache_root), "corpus")
+        corpus.origin = replace(corpus.origin, passed_over=passed_over)
     return corpus
+
+
+def _origin(corpus: Corpus, place: str, commit: str | None, content: str) -> sources.Origin:
+    sizes = {"train": len(corpus.train), "heldout": len(corpus.heldout), "test": len(corpus.test)}
+    return sources.Origin(place, commit, content, sizes)
 
 
 def _embedded() -> list[Document]:
@@ -77,49 +83,79 @@ def _embedded() -> list[Document]:
     return [Document(r.id, list(r.sentences), {"topic": r.topic, "register": r.register}) for r in rows.itertuples()]
 
 
-def _read(spec: config.Corpus) -> tuple[list[Document], str, str | None]:
-    """The documents of one place, its name, and the commit where a hub gives one."""
+def _load(spec: config.Corpus, seed: int, cache_root: Path | None) -> Corpus:
+    """The corpus of one place."""
     columns = [spec.text, *([spec.document] if spec.document else [])]
-    if spec.streaming:
-        rows, commit = sources.stream_rows(spec, columns)
-        grouped = _take(rows, spec)
-    else:
-        table, commit = sources.read_table(spec, columns)
-        table = table[table[spec.text].map(_has_text)]
-        groups = None
-        if spec.document or "document" in table:
-            groups = table[spec.document or "document"].astype(object).map(str)  # an empty column keeps its type in map
-        grouped = (
-            table.groupby(groups, sort=False)[spec.text]
-            if groups is not None and (spec.document or groups.nunique() > 1)
-            else ((i, [t]) for i, t in zip(table.index, table[spec.text]))
-        )
-    documents = []
-    for name, texts in grouped:
+    rows, commit = sources.stream_rows(spec, columns, whole=not spec.streaming)
+    state = commit or sources.local_state(spec)
+    temporary = None if cache_root else tempfile.TemporaryDirectory(prefix="kdlib-")
+    folder = Path(cache_root or temporary.name) / "corpus" / fingerprint(spec.model_dump(), seed, state)
+    if state and (kept := _kept(folder, spec.source, commit)):
+        return kept
+    documents = itertools.islice(_documents(rows, spec), spec.max_documents if spec.streaming else None)
+    small, size = [], 0
+    for document in documents:
+        small.append(document)
+        size += sum(map(len, document.sentences))
+        if size > IN_MEMORY:
+            _split_in_files(itertools.chain(small, documents), spec, seed, folder)
+            corpus = _kept(folder, spec.source, commit)
+            corpus.temporary = temporary
+            return corpus
+    small = _joined(small)
+    if len(small) < 10:
+        raise UserError(f"{spec.source}: {len(small)} documents with text; at least 10 are needed, some are held out")
+    corpus = _split(small, spec.heldout)
+    if spec.max_documents and len(corpus.train) > spec.max_documents:
+        corpus.train = random.Random(seed).sample(corpus.train, spec.max_documents)
+    corpus.origin = _origin(corpus, spec.source, commit, sources.digest(d.sentences for d in small))
+    check_leaks(corpus)
+    return corpus
+
+
+def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[Document]:
+    """Rows as documents: neighbours of one name together.
+
+    A column `document` that the profile does not name, and that has one value throughout, says nothing: then, as where
+    there is none, every row is a document.
+    """
+    column, several = spec.document or "document", bool(spec.document)
+    name, waiting, size = None, [], 0  # of the document that is being read: its name, and number and text of its rows
+    for number, row in enumerate(rows):
+        text = row.get(spec.text)
+        if not _has_text(text):
+            continue
+        own = str(row[column]) if column in row else None
+        if own is None or own != name or (not several and size > IN_MEMORY):
+            several = several or None not in (own, name) and own != name
+            yield from _together(name, waiting, several)
+            name, waiting, size = own, [], 0
+        waiting.append((number, text))
+        size += len(text)
+        if own is None:
+            yield from _together(name, waiting, several)
+            waiting = []
+    yield from _together(name, waiting, several)
+
+
+def _together(name: str | None, rows: list[tuple[int, str]], several: bool) -> Iterator[Document]:
+    """The document of some rows; one for each, where they have no name, or all documents would have this one."""
+    grouped = several and name is not None
+    for number, texts in [(name, [text for _, text in rows])] if grouped else [(n, [text]) for n, text in rows]:
         sentences = [s for text in texts for s in split_sentences(text)]
         if sentences:
-            documents.append(Document(str(name), sentences))
-    if len(documents) < 10:
-        raise UserError(
-            f"{spec.source}: {len(documents)} documents with text; at least 10 are needed, some are held out"
-        )
-    return documents, spec.source, commit
+            yield Document(str(number), sentences)
 
 
-def _take(rows: Iterator[dict[str, Any]], spec: config.Corpus) -> Iterable[tuple[str, list[str]]]:
-    """The texts of the first max_documents documents; of the rows behind them the first at most is asked for."""
-    column = spec.document or "document"
-    texts: dict[str, list[str]] = {}
-    for number, row in enumerate(rows):
-        if not _has_text(row[spec.text]):
-            continue
-        name = str(row.get(column, number))
-        if name not in texts and len(texts) == spec.max_documents:
-            break
-        texts.setdefault(name, []).append(row[spec.text])
-        if column not in row and len(texts) == spec.max_documents:
-            break
-    return texts.items()
+def _joined(documents: list[Document]) -> list[Document]:
+    """The documents with those of one name, which need not have been neighbours, made one."""
+    found: dict[str, Document] = {}
+    for document in documents:
+        if document.id in found:
+            found[document.id].sentences += document.sentences
+        else:
+            found[document.id] = document
+    return list(found.values())
 
 
 def _has_text(value: Any) -> bool:
@@ -167,6 +203,74 @@ def _split(documents: list[Document], heldout: float) -> Corpus:
     return Corpus(train, ranked[:count], [])
 
 
+def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
+    """`_split`, and the draw of max_documents, for more documents than memory has room for: `train` and `heldout` in
+    `folder`. Of each document 17 bytes are held, and 8 of each sentence that is held out."""
+    ranks, names, content = array("Q"), array("Q"), hashlib.sha256()
+
+    def noted() -> Iterator[Document]:
+        for document in documents:
+            ranks.append(int(_rank(document)[:16], 16))
+            names.append(_mark(document.id))
+            content.update(sources.line(document.sentences))
+            yield document
+
+    with new_folder(folder) as work:
+        everything = work / "everything"
+        write(everything, noted())
+        if len(np.unique(np.frombuffer(names, np.uint64))) < len(names):
+            raise UserError(
+                f"{spec.source}: rows of one document do not follow one another, which in a corpus of this size they "
+                f"have to; sort it by {spec.document or 'document'}"
+            )
+        order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
+        count = max(1, round(len(order) * spec.heldout))
+        order, heldout = order[count:], order[:count]
+        held = _marks(s for document in picked(everything, heldout) for s in document.sentences)
+
+        def left(document: Document) -> Document:
+            known = _among(document.sentences, held)
+            return Document(document.id, [s for s, k in zip(document.sentences, known) if not k])
+
+        alive = np.fromiter((bool(left(d).sentences) for d in read(everything)), bool)
+        order = order[alive[order]]
+        if not len(order):
+            raise UserError("corpus: every document repeats the same sentences; nothing is left to train on")
+        if spec.max_documents and len(order) > spec.max_documents:
+            order = order[random.Random(seed).sample(range(len(order)), spec.max_documents)]
+        write(work / "train", map(left, picked(everything, order)))
+        write(work / "heldout", picked(everything, heldout))
+        everything.unlink()
+        write_json(work / "corpus.json", {"sha256": content.hexdigest()})
+
+
+def _kept(folder: Path, place: str, commit: str | None) -> Corpus | None:
+    """The corpus that `_split_in_files` left, if it did."""
+    try:
+        content = read_json(folder / "corpus.json")["sha256"]
+        corpus = Corpus(read(folder / "train"), read(folder / "heldout"), [])
+    except (UserError, KeyError, OSError, ValueError):
+        return None
+    corpus.origin = _origin(corpus, place, commit, content)
+    return corpus
+
+
+def _mark(text: str) -> int:
+    """A text's hash, in 8 bytes: that two of a thousand million have the same is not to be expected to matter."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _marks(texts: Iterable[str]) -> np.ndarray:
+    """The marks of texts, each once, sorted: uint64."""
+    return np.unique(np.frombuffer(array("Q", map(_mark, texts)), np.uint64))
+
+
+def _among(texts: Sequence[str], marks: np.ndarray) -> np.ndarray:
+    """Which of the texts are among those of `marks`: bool [texts]."""
+    mine = np.fromiter(map(_mark, texts), np.uint64, len(texts))
+    return marks[np.searchsorted(marks, mine).clip(max=len(marks) - 1)] == mine
+
+
 def check_leaks(corpus: Corpus) -> None:
     """Raises UserError if a held-out or test sentence stands in the training documents."""
     train = {sentence for document in corpus.train for sentence in document.sentences}
@@ -178,22 +282,32 @@ def check_leaks(corpus: Corpus) -> None:
             )
 
 
-def sentences(documents: list[Document]) -> list[str]:
-    """All sentences, in order."""
-    return [sentence for document in documents for sentence in document.sentences]
+def sentences(documents: Sequence[Document]) -> Sequence[str]:
+    """All sentences, in order; `Lazy` where the documents are."""
+    return windows(documents, [1])
 
 
-def windows(documents: list[Document], lengths: list[int]) -> list[str]:
-    """Texts to distil on: for each length n every document cut into runs of n sentences, joined by a space."""
-    return [
-        " ".join(document.sentences[i : i + n])
-        for n in lengths
-        for document in documents
-        for i in range(0, len(document.sentences), n)
-    ]
+def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
+    """Texts to distil on: for each length n every document cut into runs of n sentences, joined by a space. `Lazy`
+    where the documents are."""
+
+    def cut() -> Iterator[str]:
+        for n in lengths:
+            for document in documents:
+                for i in range(0, len(document.sentences), n):
+                    yield " ".join(document.sentences[i : i + n])
+
+    return Lazy(cut) if isinstance(documents, Lazy) else list(cut())
 
 
-def without(documents: list[Document], texts: set[str]) -> list[Document]:
-    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task)."""
-    kept = [Document(d.id, [s for s in d.sentences if s not in texts], d.meta) for d in documents]
-    return [document for document in kept if document.sentences]
+def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document]:
+    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task). `Lazy` where
+    the documents are."""
+
+    def left() -> Iterator[Document]:
+        for document in documents:
+            kept = [s for s in document.sentences if s not in texts]
+            if kept:
+                yield Document(document.id, kept, document.meta)
+
+    return Lazy(left) if isinstance(documents, Lazy) else list(left())

@@ -10,6 +10,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedTokenizerFast
 
+from kdlib.documents import parts
 from kdlib.encoder import Encoder, text_vectors, word_vectors
 from kdlib.metrics import Metric, interval, score
 from kdlib.tasks import Task
@@ -23,16 +24,20 @@ def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> di
     fertility: tokens per word (words are runs of non-space); tokens_per_character; unknown_rate: share of tokens that
     are the unknown token; split_words: share of words cut into several tokens. Source: Rust et al. 2021, section 3.
     """
-    words = [word for text in texts for word in text.split()]
-    encoded = tokenizer(words, add_special_tokens=False, verbose=False).input_ids if words else []
-    ids = tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids if len(texts) else []
-    tokens = sum(map(len, ids))
-    unknown = sum(row.count(tokenizer.unk_token_id) for row in ids)
+    words = characters = tokens = unknown = split = 0
+    for some in parts(texts):
+        told = [word for text in some for word in text.split()]
+        words, characters = words + len(told), characters + sum(map(len, some))
+        if told:
+            encoded = tokenizer(told, add_special_tokens=False, verbose=False).input_ids
+            split += sum(len(row) > 1 for row in encoded)
+        for row in tokenizer(some, add_special_tokens=False, verbose=False).input_ids:
+            tokens, unknown = tokens + len(row), unknown + row.count(tokenizer.unk_token_id)
     return {
-        "fertility": tokens / max(1, len(words)),
-        "tokens_per_character": tokens / max(1, sum(map(len, texts))),
+        "fertility": tokens / max(1, words),
+        "tokens_per_character": tokens / max(1, characters),
         "unknown_rate": unknown / max(1, tokens),
-        "split_words": float(np.mean([len(row) > 1 for row in encoded])) if encoded else 0.0,
+        "split_words": split / max(1, words),
     }
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MOST_PACKED = 200  # text packs to a tenth of its size, seldom to a hundredth; what unpacks to more is a trap
 MOST_COLUMNS = 10_000
+PIECE = 2**23  # bytes of a file that are read at once
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
@@ -40,7 +41,7 @@ ADDRESS = re.compile(r"https?://\S+")
 
 T = TypeVar("T")
 Spec = TypeVar("Spec", Corpus, Task)
-Files = dict[str, Callable[[], pd.DataFrame]]  # what reads each file of a place, by its path there
+Files = dict[str, Callable[[], Iterable[pd.DataFrame]]]  # what reads each file of a place in pieces, by its path there
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,13 @@ def digest(rows: Iterable[Any]) -> str:
     """sha256 of JSON-like rows, in order."""
     total = hashlib.sha256()
     for row in rows:
-        total.update(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        total.update(line(row))
     return total.hexdigest()
+
+
+def line(row: Any) -> bytes:
+    """A row as `digest` takes it in."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple[str, ...]]:
@@ -127,25 +133,38 @@ def read_table(source: Source, columns: list[str] = (), split: str | None = None
     return rows, commit
 
 
-def stream_rows(source: Source, columns: list[str] = ()) -> tuple[Iterator[dict[str, Any]], str | None]:
+def stream_rows(
+    source: Source, columns: list[str] = (), whole: bool = False
+) -> tuple[Iterator[dict[str, Any]], str | None]:
     """The rows of a source one by one, as `read_table` has them, fetched as they are asked for; and their commit.
 
-    A file is read whole, but no file before its rows are asked for. Txt rows of different files have different
-    documents.
+    Files are read in pieces, none before its rows are asked for. Txt rows of different files have different documents.
+    whole: all rows will be asked for. Then a hub data set is loaded first, into the hub's cache, and of several files a
+    column has to be in one, as in `read_table`; else in each.
     """
     files, commit = _files(source)
     if files is None:
-        rows, commit = hub.dataset(source.source, source.subset, source.split, source.revision, streaming=True)
+        rows, commit = hub.dataset(source.source, source.subset, source.split, source.revision, streaming=not whole)
         return _checked(source, columns, rows), commit
     chosen = _chosen(source, files, None)
-    return _checked(source, columns, (row for table in _apart(chosen) for row in table.to_dict("records"))), commit
+    rows = (row for table in _apart(chosen) for row in table.to_dict("records"))
+    return _checked(source, columns, rows, apart=whole and len(chosen) > 1), commit
 
 
-def _checked(source: Source, columns: list[str], rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _checked(
+    source: Source, columns: list[str], rows: Iterable[dict[str, Any]], apart: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The rows, which have to have the columns, each row or (apart) one of them."""
+    there: dict[str, None] = {}
     try:
         for row in rows:
-            _check_columns(source, columns, row)
+            if not apart:
+                _check_columns(source, columns, row)
+            elif not row.keys() <= there.keys():
+                there |= dict.fromkeys(row)
             yield row
+        if apart:
+            _check_columns(source, columns, there)
     except UserError:
         raise
     except Exception as error:  # a stream can break anywhere, in a dozen ways
@@ -167,7 +186,7 @@ def _files(source: Source) -> tuple[Files | None, str | None]:
     if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
         found = [file.relative_to(path) for file in sorted(path.rglob("*")) if suffix(file) and file.is_file()]
         found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
-        return {str(file): lambda file=file: read_file(path / file) for file in found}, None
+        return {str(file): lambda file=file: pieces(path / file) for file in found}, None
     if match := HUB_FILE.fullmatch(name):
         path, commit = hub.file(*match.groups(), source.revision)
     elif ADDRESS.fullmatch(name):
@@ -178,7 +197,17 @@ def _files(source: Source) -> tuple[Files | None, str | None]:
         raise UserError(f"{name!r}: no such file or folder, and not a hub id (owner/name)")
     if path.name.lower().endswith(".zip"):
         return _zip_files(path, name), commit
-    return {"": lambda: read_file(path, name)}, commit
+    return {"": lambda: pieces(path, name)}, commit
+
+
+def local_state(source: Source) -> list[tuple[str, int, int]] | None:
+    """What tells whether a local file, or those of a folder, are still what they were: names, sizes, times of change.
+    None for what is not here."""
+    path = Path(os.path.expanduser(source.source))
+    if not os.path.exists(path):
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _zip_files(path: Path, name: str) -> Files:
@@ -210,7 +239,7 @@ def _zip_files(path: Path, name: str) -> Files:
             raise UserError(f"{where}: cannot be unpacked ({hub.reason(error)})") from None
         return parse(member.filename, data, where, hub.LARGEST)
 
-    return {m.filename: lambda member=m: read(member) for m in sorted(members, key=lambda m: m.filename)}
+    return {m.filename: lambda member=m: [read(member)] for m in sorted(members, key=lambda m: m.filename)}
 
 
 def _chosen(source: Source, files: Files, split: str | None) -> Files:
@@ -234,11 +263,12 @@ def _apart(files: Files) -> Iterator[pd.DataFrame]:
     """The tables of files, each read when its turn comes; documents of txt files stay apart."""
     documents = 0
     for name, read in files.items():
-        rows = read()
-        if suffix(Path(name)) == ".txt" and len(rows):
-            rows["document"] += documents
-            documents = rows["document"].max() + 1
-        yield rows
+        before = documents
+        for rows in read():
+            if suffix(Path(name)) == ".txt" and len(rows):
+                rows["document"] += before
+                documents = rows["document"].max() + 1
+            yield rows
 
 
 def _join(files: Files) -> pd.DataFrame:
@@ -270,6 +300,104 @@ def read_file(path: Path, name: str | None = None) -> pd.DataFrame:
         return parse(path.name, path.read_bytes() if suffix(path) else b"", where)
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def pieces(path: Path, name: str | None = None) -> Iterator[pd.DataFrame]:
+    """`read_file` for files of any size: a table for each PIECE of bytes or so.
+
+    Txt files of more than that are cut at empty lines, where they have any.
+    """
+    path = Path(os.path.expanduser(path))
+    packed, kind, where = path.name.lower().endswith(".gz"), suffix(path), name or str(path)
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    if size * (8 if packed else 1) <= PIECE or (packed and kind == ".parquet"):
+        yield read_file(path, name)
+        return
+    most = _most(size) if packed else sys.maxsize
+    try:
+        if kind == ".parquet":
+            yield from _parquet_pieces(path, _most(size))
+            return
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            file = _Limited(file, most, where)
+            if kind in (".csv", ".tsv"):
+                yield from _csv_pieces(file, "," if kind == ".csv" else "\t")
+            else:
+                yield from _line_pieces(file, kind, where)
+    except UserError:
+        raise
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
+    except Exception as error:
+        raise UserError(f"{where}: not a readable {kind} file ({hub.reason(error)})") from None
+
+
+class _Limited(io.RawIOBase):
+    """A binary file that is read up to `most` bytes; more is refused, as NUL bytes are."""
+
+    def __init__(self, file: Any, most: int, where: str):
+        self.file, self.most, self.where, self.done = file, most, where, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self.file.readinto(buffer)
+        self.done += count
+        if self.done > self.most:
+            raise UserError(f"{self.where}: has more than {self.most:,} bytes when unpacked; not read")
+        if b"\0" in bytes(buffer[:count]):
+            raise UserError(f"{self.where}: holds NUL bytes: not a text file")
+        return count
+
+
+def _line_pieces(file: io.RawIOBase, kind: str, where: str) -> Iterator[pd.DataFrame]:
+    line, documents = 1, 0
+    for data in _cut(file, kind):
+        rows = parse(kind, data, f"{where}, from line {line:,} on")
+        if kind == ".txt" and len(rows):
+            rows["document"] += documents
+            documents = rows["document"].max() + 1
+        yield rows
+        line += data.count(b"\n")
+
+
+def _cut(file: io.RawIOBase, kind: str) -> Iterator[bytes]:
+    """The bytes of a file in pieces that end with a line; in a txt file before an empty one, if there is any."""
+    stream, rest = io.BufferedReader(file, 2**20), b""
+    while data := stream.read(PIECE):
+        data = rest + data
+        breaks = [data.rfind(b"\n\n"), data.rfind(b"\n\r\n")] if kind == ".txt" else [-1]
+        end = 1 + (max(breaks) if max(breaks) >= 0 else data.rfind(b"\n"))
+        rest = data[end:]
+        if end:
+            yield data[:end]
+    if rest:
+        yield rest
+
+
+def _csv_pieces(file: io.RawIOBase, separator: str) -> Iterator[pd.DataFrame]:
+    stream = io.BufferedReader(file, 2**20)
+    columns = 1 + re.split(rb"[\r\n]", stream.peek().lstrip(b"\r\n"), maxsplit=1)[0].count(separator.encode())
+    if columns > MOST_COLUMNS:
+        raise ValueError(f"its first line has {columns:,} columns")
+    rows = max(1, min(20_000, 2**20 // columns))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header would be cut
+        yield from pd.read_csv(
+            io.TextIOWrapper(stream, "utf-8-sig"), sep=separator, dtype=str, keep_default_na=False, index_col=False,
+            chunksize=rows,
+        )  # fmt: skip
+
+
+def _parquet_pieces(path: Path, most: int) -> Iterator[pd.DataFrame]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        size = 0
+        for batch in _batches(file, 8192):
+            size += batch.nbytes
+            if size > most:
+                raise ValueError(f"has more than {most:,} bytes when unpacked")
+            yield _frame(pyarrow.Table.from_batches([batch], file.schema_arrow))
 
 
 def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.DataFrame:
@@ -311,20 +439,29 @@ def _most(packed: int) -> int:
 
 def _read_parquet(data: bytes) -> pd.DataFrame:
     file, batches, size = pyarrow.parquet.ParquetFile(io.BytesIO(data)), [], 0
-    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
-        raise ValueError("two of its columns have the same name")
-    for batch in file.iter_batches(1024):
-        batch.validate(full=True)  # text that is no UTF-8 would fail later, wherever it is first looked at
+    for batch in _batches(file, 1024):
         batches.append(batch)
         size += batch.nbytes
         if size > _most(len(data)):
             raise ValueError(f"has more than {_most(len(data)):,} bytes when unpacked")
-    rows = pyarrow.Table.from_batches(batches, file.schema_arrow).to_pandas(ignore_metadata=True)
-    if b"huggingface" not in (file.schema_arrow.metadata or {}):
+    return _frame(pyarrow.Table.from_batches(batches, file.schema_arrow))
+
+
+def _batches(file: pyarrow.parquet.ParquetFile, rows: int) -> Iterator[pyarrow.RecordBatch]:
+    if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
+        raise ValueError("two of its columns have the same name")
+    for batch in file.iter_batches(rows):
+        batch.validate(full=True)  # text that is no UTF-8 would fail later, wherever it is first looked at
+        yield batch
+
+
+def _frame(table: pyarrow.Table) -> pd.DataFrame:
+    rows = table.to_pandas(ignore_metadata=True)
+    if b"huggingface" not in (table.schema.metadata or {}):
         return rows
     from datasets import Features
 
-    return _named(rows, Features.from_arrow_schema(file.schema_arrow))
+    return _named(rows, Features.from_arrow_schema(table.schema))
 
 
 def _named(rows: pd.DataFrame, features: "Features") -> pd.DataFrame:

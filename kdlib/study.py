@@ -5,6 +5,7 @@ same profile finds what is already there.
 """
 
 import copy
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -23,6 +24,7 @@ from kdlib.card import write_card
 from kdlib.cloze import mlm_rows
 from kdlib.corpus import Corpus, load_corpus, sentences, windows, without
 from kdlib.distill import Outcome, Texts, distill, prepare
+from kdlib.documents import Lazy
 from kdlib.efficiency import size_rows, speed_rows
 from kdlib.encoder import Encoder, text_vectors
 from kdlib.errors import UserError
@@ -94,7 +96,7 @@ class Study:
 
     @cached_property
     def corpus(self) -> Corpus:
-        return load_corpus(self.profile)
+        return load_corpus(self.profile, self.run.path / "cache")
 
     @cached_property
     def tasks(self) -> list[Task]:
@@ -283,7 +285,7 @@ class Study:
         target = self._place("conditioned", "condition")
         if not self._made(target, "condition"):
             if processes.count() > 1:
-                raise UserError("condition.use: the teacher is conditioned in one process; first: kdlib run --only condition")
+                raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
             spec = self.profile.condition
             work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
             train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:1000]
@@ -328,16 +330,21 @@ class Study:
     # -- 03
 
     @cached_property
-    def _train_texts(self) -> list[str]:
+    def _train_texts(self) -> Sequence[str]:
         """Windows of the training documents, without what the tasks are tested on."""
         tested = {part for task in self.tasks for text in task.test.texts for part in _parts(text)}
         return windows(without(self.corpus.train, tested), self.profile.distill.windows)
 
-    def _some(self, texts: list[str], count: int | None, share: float = 1.0) -> list[str]:
+    def _some(self, texts: Sequence[str], count: int | None, share: float = 1.0) -> Sequence[str]:
         """At most `count` of the texts, and of those a share; smaller choices are parts of the larger ones."""
+        if share == 1 and (count is None or count >= len(texts)):
+            return texts
         chosen = np.random.default_rng(self.profile.seed).permutation(len(texts))[:count]
         chosen = chosen[: max(1, round(len(chosen) * share))]
-        return [texts[i] for i in sorted(chosen)]
+        wanted = np.zeros(len(texts), bool)
+        wanted[chosen] = True
+        some = Lazy(lambda: itertools.compress(texts, wanted), len(chosen))
+        return some if isinstance(texts, Lazy) else list(some)
 
     @cached_property
     def texts(self) -> tuple[Texts, Texts]:
@@ -345,7 +352,7 @@ class Study:
         spec = self.profile.distill
         return self._prepared(self._some(self._train_texts, spec.max_texts, spec.fraction), 1000)
 
-    def _prepared(self, train: list[str], heldout: int) -> tuple[Texts, Texts]:
+    def _prepared(self, train: Sequence[str], heldout: int) -> tuple[Texts, Texts]:
         held = sentences(self.corpus.heldout)[:heldout]
         cache, depth = self.run.path / "cache", self.profile.student.layers
         return tuple(prepare(self.source, texts, self.profile.distill, cache, depth) for texts in (train, held))

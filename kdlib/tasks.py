@@ -92,13 +92,14 @@ class Task:
 def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:
     """The profile's tasks, each checked for test rows that also stand in train, and the embedded ones for test
     sentences in the embedded corpus. (From a corpus of the user's own, `Study.texts` takes test sentences out.)"""
-    distilled = {sentence for document in corpus.train for sentence in document.sentences}
+    own = corpus.train if profile.corpus.source == "embedded" else []
+    distilled = {sentence for document in own for sentence in document.sentences}
     loaded = [load_task(spec, corpus) for spec in profile.tasks]
     names = [task.name for task in loaded]
     if len(set(names)) < len(names):
         raise UserError(f"two tasks have the same name: {', '.join(names)}")
     for task in loaded:
-        check(task, distilled if profile.corpus.source == "embedded" else set())
+        check(task, distilled)
     return loaded
 
 

@@ -5,35 +5,29 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
+from kdlib.documents import parts
 from kdlib.encoder import Encoder
 from kdlib.mlm import maskable_tokens, word_numbers
 from kdlib.store import fingerprint, new_folder
 
 log = logging.getLogger(__name__)
-TEXTS_AT_ONCE = 8192  # texts tokenised in one call, by as many threads as the machine has cores
-KINDS = {"lengths": np.int32, "ids": np.int32, "maskable": np.bool_, "words": np.int32}
+KINDS = {"lengths": np.int32, "starts": np.int64, "ids": np.int32, "maskable": np.bool_, "words": np.int32}
 
 
 @dataclass
 class Ragged(Sequence):
     """Rows of different lengths in one flat array, which may be a file: row i is values[starts[i] :][: lengths[i]].
 
-    In memory it takes 12 bytes a row: starts int64 [rows], lengths int32 [rows].
+    starts: int64 [rows], lengths: int32 [rows].
     """
 
     values: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
-
-    @classmethod
-    def of(cls, values: np.ndarray, lengths: np.ndarray) -> "Ragged":
-        """Rows that follow one another in `values`."""
-        return cls(values, np.cumsum(lengths, dtype=np.int64) - lengths, lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -59,37 +53,36 @@ def tokenise(
     not there. Without one they are in memory. Raises UserError where `root` cannot be written.
     """
     fields = ["ids", *fields]
+    names = ["starts", "lengths", *fields]
     if root is None:
-        parts = [part for part in _encoded(encoder, texts, fields)]
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        found = list(_encoded(encoder, texts, fields))
+        arrays = {
+            n: np.concatenate([np.zeros(0, KINDS[n]), *(part[n] for part in found)], dtype=KINDS[n]) for n in names
+        }
     else:
         folder = Path(root) / "tokens" / _key(encoder, texts, fields)
         if not _whole(folder, fields):
             with new_folder(folder) as work:
-                _write(work, _encoded(encoder, texts, fields))
-        arrays = {name: _mapped(folder / name, KINDS[name]) for name in ["lengths", *fields]}
-    empty = {name: np.zeros(0, KINDS[name]) for name in ["lengths", *fields]}
-    arrays = empty | arrays
-    return {name: Ragged.of(arrays[name], arrays["lengths"]) for name in fields}
+                _write(work, _encoded(encoder, texts, fields), names)
+        arrays = {name: _mapped(folder / name, KINDS[name]) for name in names}
+    return {name: Ragged(arrays[name], arrays["starts"], arrays["lengths"]) for name in fields}
 
 
 def _encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Flat arrays of some thousand texts at a time."""
-    for some in _parts(texts):
-        encodings = encoder.tokenize(some)
+    """Flat arrays of some thousand texts at a time, and where each text starts in all of them."""
+    done = 0
+    for some in parts(texts):
+        encodings = encoder.tokenize(some)  # by as many threads as the machine has cores
         rows = {"ids": [np.asarray(e.ids, np.int32) for e in encodings]}
         if "maskable" in fields:
             rows["maskable"] = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
         if "words" in fields:
             rows["words"] = word_numbers(encodings)
         lengths = np.array([len(row) for row in rows["ids"]], np.int32)
-        yield {"lengths": lengths} | {name: np.concatenate(rows[name]).astype(KINDS[name]) for name in fields}
-
-
-def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
-    texts = iter(texts)
-    while some := list(islice(texts, TEXTS_AT_ONCE)):
-        yield some
+        ends = done + np.cumsum(lengths, dtype=np.int64)
+        found = {name: np.concatenate(rows[name]).astype(KINDS[name]) for name in fields}
+        yield {"starts": ends - lengths, "lengths": lengths} | found
+        done = ends[-1]
 
 
 def _key(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> str:
@@ -98,19 +91,17 @@ def _key(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> str:
     backend.no_truncation()  # calls leave theirs on
     backend.no_padding()
     digest = hashlib.sha256(backend.to_str().encode())
-    for some in _parts(texts):
+    for some in parts(texts):
         digest.update("\0".join([*some, ""]).encode("utf-8", "surrogatepass"))
     return fingerprint(digest.hexdigest(), encoder.prefix, encoder.max_length, sorted(fields))
 
 
-def _write(folder: Path, parts: Iterable[dict[str, np.ndarray]]) -> None:
+def _write(folder: Path, found: Iterable[dict[str, np.ndarray]], names: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
-        files = {}
-        for part in parts:
-            for name, values in part.items():
-                if name not in files:
-                    files[name] = stack.enter_context(open(folder / name, "wb"))
-                values.tofile(files[name])
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        for part in found:
+            for name, file in files.items():
+                part[name].tofile(file)
 
 
 def _whole(folder: Path, fields: Sequence[str]) -> bool:
@@ -118,8 +109,9 @@ def _whole(folder: Path, fields: Sequence[str]) -> bool:
     if not folder.is_dir():
         return False
     try:
-        tokens = int(_mapped(folder / "lengths", np.int32).sum(dtype=np.int64))
-        if all((folder / name).stat().st_size == tokens * np.dtype(KINDS[name]).itemsize for name in fields):
+        lengths = _mapped(folder / "lengths", np.int32)
+        sizes = {"starts": len(lengths)} | dict.fromkeys(fields, int(lengths.sum(dtype=np.int64)))
+        if all((folder / n).stat().st_size == size * np.dtype(KINDS[n]).itemsize for n, size in sizes.items()):
             return True
     except (OSError, ValueError):
         pass
@@ -132,4 +124,6 @@ def _mapped(file: Path, kind: type) -> np.ndarray:
 
     A plain array, since slicing a memmap costs several times as much.
     """
+    if not file.stat().st_size:  # which cannot be mapped
+        return np.zeros(0, kind)
     return np.asarray(np.memmap(file, kind, "c"))

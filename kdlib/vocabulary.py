@@ -8,7 +8,6 @@ any unseen word can be spelled with; tokenizer and embeddings are renumbered tog
 import copy
 import functools
 import gc
-import itertools
 import json
 import re
 import shutil
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
+from kdlib.documents import parts
 from kdlib.encoder import Encoder, save_tokenizer
 from kdlib.errors import UserError
 from kdlib.mlm import HEAD_FILE, prune_head, save_head
@@ -90,8 +90,8 @@ def _count(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int, 
 
 def _token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> Iterator[list[int]]:
     """The token ids of each text, special tokens not added; texts are taken `batch` at a time as they are needed."""
-    backend, texts = tokenizer.backend_tokenizer, iter(texts)
-    while part := list(itertools.islice(texts, batch)):
+    backend = tokenizer.backend_tokenizer
+    for part in parts(texts, batch):
         backend.no_padding()  # an earlier call may have left it on
         backend.no_truncation()
         for encoding in backend.encode_batch_fast(part, add_special_tokens=False):
@@ -513,7 +513,7 @@ def coverage_curve(selection: Selection, counts: np.ndarray, points: int = 40) -
     return [(int(size), float(covered[size - 1])) for size in sizes]
 
 
-def prove(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: list[str], states_of: int = 100) -> pd.DataFrame:
+def prove(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: Sequence[str], states_of: int = 100) -> pd.DataFrame:
     """The proof that pruning changed nothing, as a table of claim, checked, holds.
 
     Ids: on every text the pruned ids, mapped back, are the full tokenizer's. Weights: every weight is the full model's,
@@ -521,8 +521,7 @@ def prove(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: list[str], sta
     `states_of` texts, seen to be so: every hidden state is equal bit for bit, in fp32.
     """
     same = 0
-    for start in range(0, len(texts), 8192):
-        part = texts[start : start + 8192]
+    for part in parts(texts):
         before, after = (encoder.tokenize(part) for encoder in (full, pruned))
         same += sum(np.array_equal(ids[b.ids], a.ids) for a, b in zip(before, after))
     small, rows = pruned.model.state_dict(), torch.as_tensor(np.asarray(ids).copy())

@@ -7,7 +7,9 @@ import pytest
 
 from kdlib import corpus as module
 from kdlib.config import load_profile
-from kdlib.corpus import Corpus, Document, check_leaks, load_corpus, sentences, split_sentences, windows
+from kdlib.corpus import Corpus, Document, check_leaks, load_corpus, sentences, split_sentences, windows, without
+from kdlib.documents import Lazy
+from kdlib.documents import read as documents_of
 from kdlib.errors import UserError
 
 
@@ -257,6 +259,70 @@ def test_documents_named_by_lists_are_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     corpus = own(tmp_path / "a.jsonl")
     assert len(corpus.train) + len(corpus.heldout) == 20
+
+
+# -- larger than memory
+
+
+def mixed(txt):
+    """Documents of which some repeat each other's sentences, and some are all repetition."""
+    rng = random.Random(3)
+    blocks = ["\n".join(f"Pangungusap {rng.randrange(150)} ito." for _ in range(rng.randint(1, 5))) for _ in range(120)]
+    return txt("\n\n".join(blocks))
+
+
+@pytest.mark.parametrize("changes", [{}, {"corpus.max_documents": 30}, {"corpus.heldout": 0.3}], ids=str)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_corpus_in_files_is_the_one_in_memory(txt, tmp_path, monkeypatch, changes, cached):
+    profile = load_profile("workshop", {"corpus.source": str(mixed(txt)), "language": "xx"} | changes)
+    small = load_corpus(profile)
+    monkeypatch.setattr(module, "IN_MEMORY", 500)
+    large = load_corpus(profile, tmp_path / "cache" if cached else None)
+    assert isinstance(large.train, Lazy) and isinstance(small.train, list) and len(small.train) > 20
+    assert large == small and large.origin == small.origin
+    check_leaks(large)
+    assert windows(large.train, [1, 2]) == windows(small.train, [1, 2])
+    taken = set(sentences(small.train)[::3])
+    assert without(large.train, taken) == without(small.train, taken) != small.train
+    assert sentences(large.heldout)[:3] == sentences(small.heldout)[:3]
+
+
+def test_a_corpus_in_files_is_split_once(txt, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "IN_MEMORY", 500)
+    file, made, split = mixed(txt), [], module._split_in_files
+    monkeypatch.setattr(module, "_split_in_files", lambda *a: made.append(1) or split(*a))
+
+    def load(**changes):
+        profile = load_profile("workshop", {"corpus.source": str(file), "language": "xx"} | changes)
+        return load_corpus(profile, tmp_path / "cache")
+
+    first = load()
+    assert load() == first and load().origin == first.origin and len(made) == 1
+    load(**{"corpus.heldout": 0.2})
+    assert len(made) == 2
+    file.write_text(text_of(60))
+    assert load() != first and len(made) == 3
+    (damaged,) = [path for path in tmp_path.rglob("train") if len(documents_of(path)) == 58]
+    damaged.write_bytes(b"")
+    assert len(load().train) == 58 and len(made) == 4
+
+
+def test_documents_that_lie_scattered_are_refused_where_they_cannot_be_joined(tmp_path, monkeypatch):
+    rows = [{"text": f"Una {i}.", "page": f"p{i % 20}"} for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert all(len(d.sentences) == 5 for d in own(tmp_path / "a.jsonl", **{"corpus.document": "page"}).train)
+    monkeypatch.setattr(module, "IN_MEMORY", 50)
+    with pytest.raises(UserError, match="do not follow one another.*sort it by page"):
+        own(tmp_path / "a.jsonl", **{"corpus.document": "page"})
+
+
+@pytest.mark.parametrize("memory", [20, 10**6])
+def test_one_name_for_all_rows_makes_no_document_of_them(tmp_path, monkeypatch, memory):
+    monkeypatch.setattr(module, "IN_MEMORY", memory)
+    rows = [{"text": f"Una {i}.", "document": "x"} for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = own(tmp_path / "a.jsonl")
+    assert len(corpus.train) + len(corpus.heldout) == 40
 
 
 # -- sentences and windows

@@ -263,7 +263,7 @@ def test_masked_objectives_train_a_head(objectives, hidden, tmp_path):
     settings = spec(objectives=objectives, epochs=6, freeze_embeddings=False)
     student = start(teacher, 2, hidden=hidden)
     sets = data(teacher, settings, tmp_path / "c")
-    assert sets[0].cached is None and not list((tmp_path / "c").rglob("layer-*"))  # cached states would be of the whole text
+    assert sets[0].cached is None and not list((tmp_path / "c").rglob("layer-*"))  # they would be of the whole text
     outcome = distill(teacher, student, *sets, settings, tmp_path / "w")
     held = outcome.curve.query("split == 'heldout'")["kl"]
     assert held.iloc[-1] < 0.9 * held.iloc[0] and set(objectives) <= set(outcome.curve.columns)

@@ -48,7 +48,8 @@ def study(folder: Path) -> dict:
     (folder / "labels.csv").write_text("text,label\n" + "\n".join(rows))
     return {
         "language": "ceb", "parallel": None, "teacher.source": str(folder / "teacher"), "teacher.max_length": 32,
-        "corpus.source": str(folder / "corpus.txt"), "tasks": [{"name": "length", "source": str(folder / "labels.csv")}],
+        "corpus.source": str(folder / "corpus.txt"),
+        "tasks": [{"name": "length", "source": str(folder / "labels.csv")}],
         "vocabulary.prune": False, "student.layers": 2, "distill.batch_tokens": 128, "distill.precision": "fp32",
         "ablations.arms": {},
     }  # fmt: skip

@@ -12,10 +12,10 @@ import datasets
 import pandas as pd
 import pytest
 
-from kdlib import hub
+from kdlib import hub, sources
 from kdlib.config import Source
 from kdlib.errors import UserError
-from kdlib.sources import digest, embedded_rows, looks_local, read_file, read_rows, stream_rows, suffix
+from kdlib.sources import digest, embedded_rows, looks_local, pieces, read_file, read_rows, stream_rows, suffix
 
 ROWS = [
     {"text": "Unang pangungusap.", "label": "a"},
@@ -502,3 +502,67 @@ def test_embedded_files(name, count):
 def test_file_that_vanished_is_told(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_file(tmp_path / "a.txt")
+
+
+# -- files of any size
+
+
+LINES = [f"Linya {i} ng teksto 😀" for i in range(200)]
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.txt", "\n".join(LINES)),
+        ("b.txt", "\n\n".join("\n".join(LINES[i : i + 1 + i % 3]) for i in range(0, 198, 3))),
+        ("c.txt", "\r\n\r\n".join(LINES)),
+        ("a.jsonl", "\n".join(json.dumps({"text": line, "n": i}) for i, line in enumerate(LINES))),
+        ("a.csv", "text,label\n" + "".join(f'"{line}\n""oo"", sige",{len(line)}\n' for line in LINES)),
+        ("a.tsv", "text\tlabel\n" + "".join(f"{line}\t\n" for line in LINES)),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_of_a_file_are_the_file(name, text, packed, tmp_path, monkeypatch):
+    path = tmp_path / (name + ".gz" * packed)
+    path.write_bytes(gzip.compress(("\ufeff" + text).encode()) if packed else ("\ufeff" + text).encode())
+    whole = read_file(path)
+    monkeypatch.setattr(sources, "PIECE", 600)
+    found = list(pieces(path))
+    assert pd.concat(found, ignore_index=True).equals(whole)
+    assert len(found) > 3 or name.endswith("sv")
+    assert read_rows(Source(source=str(path))).equals(whole)
+
+
+def test_pieces_of_a_parquet_file_are_the_file(tmp_path, monkeypatch):
+    table = pd.DataFrame({"text": LINES, "n": range(200)})
+    table.to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr(sources, "PIECE", 100)
+    assert pd.concat(pieces(tmp_path / "a.parquet"), ignore_index=True).equals(table)
+
+
+@pytest.mark.parametrize(
+    "name, data, told",
+    [
+        ("a.jsonl", b'{"text": "a"}\n' * 200 + b"{broken\n", "from line .* on: not a readable .jsonl file .line"),
+        ("a.txt", b"linya\n" * 200 + b"\0", "holds NUL bytes"),
+        ("a.csv", b"text\n" + b"linya\n" * 200 + b"\0\n", "holds NUL bytes"),
+        ("a.csv", b"text\n" + b"linya\n" * 200 + b"\xff\n", "not UTF-8 text"),
+        ("a.txt", b"linya\n" * 200 + b"\xff\n", "not UTF-8 text"),
+        ("a.csv", b"text\n" + b"linya\n" * 200 + b"a,b,c\n", "not a readable .csv file"),
+        ("a.parquet", b"PAR1" * 300, "not a readable .parquet file"),
+        ("a.txt.gz", gzip.compress(b"linya\n" * 200)[:-5], "not a readable .txt file"),
+    ],
+)
+def test_what_is_wrong_in_a_later_piece_is_told(name, data, told, tmp_path, monkeypatch):
+    (tmp_path / name).write_bytes(data)
+    monkeypatch.setattr(sources, "PIECE", 64)
+    with pytest.raises(UserError, match=rf"{name}.*{told}"):
+        list(pieces(tmp_path / name))
+
+
+def test_gz_file_that_unpacks_to_far_more_is_refused_on_the_way(tmp_path, monkeypatch):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"linya\n" * 10_000))
+    monkeypatch.setattr(sources, "PIECE", 64)
+    monkeypatch.setattr(sources, "_most", lambda packed: 10 * packed)
+    with pytest.raises(UserError, match="when unpacked; not read"):
+        list(pieces(tmp_path / "a.txt.gz"))

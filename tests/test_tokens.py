@@ -5,6 +5,7 @@ import pytest
 import tiny
 
 from kdlib import tokens
+from kdlib.documents import parts
 from kdlib.mlm import maskable_tokens, word_numbers
 from kdlib.tokens import Ragged, tokenise
 
@@ -30,10 +31,12 @@ def equal(one, other):
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_ids_and_fields_are_the_tokenizers(cached, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "TEXTS_AT_ONCE", 7)
+    monkeypatch.setattr(tokens, "parts", lambda texts: parts(texts, 7))
     encoder = tiny.encoder(prefix="ang ")
     for _ in range(2):  # the second time from the files
-        found = tokenise(encoder, iter(TEXTS) if not cached else TEXTS, ["maskable", "words"], tmp_path if cached else None)
+        found = tokenise(
+            encoder, iter(TEXTS) if not cached else TEXTS, ["maskable", "words"], tmp_path if cached else None
+        )
         own = encoder.tokenize(TEXTS)
         assert equal(found["ids"], [e.ids for e in own]) and found["ids"].values.dtype == np.int32
         assert equal(found["maskable"], maskable_tokens(encoder.tokenizer, own, encoder.prefix))
@@ -57,15 +60,15 @@ def test_whatever_tokens_depend_on_names_them(tmp_path, made):
     short = tiny.encoder()
     short.max_length = 16
     changes = [
-        {}, {"texts": TEXTS[:-1]}, {"texts": TEXTS[::-1]}, {"texts": [" ".join(TEXTS[:2]), *TEXTS[2:]]}, {"encoder": other},
-        {"encoder": tiny.encoder(prefix="ang ")}, {"encoder": short}, {"fields": ["maskable"]},
+        {}, {"texts": TEXTS[:-1]}, {"texts": TEXTS[::-1]}, {"texts": [" ".join(TEXTS[:2]), *TEXTS[2:]]},
+        {"encoder": other}, {"encoder": tiny.encoder(prefix="ang ")}, {"encoder": short}, {"fields": ["maskable"]},
     ]  # fmt: skip
     for change in changes:
         tokenise(**(base | change), root=tmp_path)
     assert len(made) == len(changes) == len(list((tmp_path / "tokens").iterdir()))
 
 
-@pytest.mark.parametrize("name", ["ids", "lengths"])
+@pytest.mark.parametrize("name", ["ids", "lengths", "starts"])
 def test_torn_files_are_made_anew(name, tmp_path, made, caplog):
     encoder = tiny.encoder()
     whole = [row.copy() for row in tokenise(encoder, TEXTS, root=tmp_path)["ids"]]
@@ -86,11 +89,11 @@ def test_stopped_on_the_way_leaves_nothing(tmp_path):
 
 
 def test_no_texts_give_no_rows(tmp_path):
-    assert len(tokenise(tiny.encoder(), [])["ids"]) == 0
+    assert len(tokenise(tiny.encoder(), [])["ids"]) == len(tokenise(tiny.encoder(), [], root=tmp_path)["ids"]) == 0
 
 
 def test_part_of_the_rows_shares_their_values():
-    rows = Ragged.of(np.arange(10, dtype=np.int32), np.array([3, 0, 5, 2], np.int32))
+    rows = Ragged(np.arange(10), np.array([0, 3, 3, 8]), np.array([3, 0, 5, 2]))
     assert [list(row) for row in rows] == [[0, 1, 2], [], [3, 4, 5, 6, 7], [8, 9]]
     some = rows.part([3, 0]).part([1])
     assert [list(row) for row in some] == [[0, 1, 2]] and some.values is rows.values
