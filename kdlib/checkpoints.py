@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model
+from torch import distributed
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -39,17 +40,28 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.begun = time.monotonic()
-        due = state.global_step % self.every == 0 and self.begun - self.saved >= self.wait
+        due = state.global_step % self.every == 0 and _agreed(self.begun - self.saved >= self.wait)
         if due or (self.at_end and state.global_step == state.max_steps):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
-        work = Path(args.output_dir)
-        seal(work / f"checkpoint-{state.global_step}")
-        for old in _found(work)[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        if distributed.is_initialized():
+            distributed.barrier()  # each process writes a part
+        if state.is_world_process_zero:
+            work = Path(args.output_dir)
+            seal(work / f"checkpoint-{state.global_step}")
+            for old in _found(work)[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
         self.saved = time.monotonic()
         self.wait = max(SECONDS, (self.saved - self.begun) / SHARE)
+
+
+def _agreed(due: bool) -> bool:
+    """What the first of several processes says: their clocks differ."""
+    answer = [due]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(answer)
+    return answer[0]
 
 
 def _found(work: str | Path) -> list[Path]:

@@ -287,7 +287,7 @@ def _train(
     """One training run, from its last checkpoint where there is one; the points of its curve."""
     trainer = ConditionTrainer(
         model=model, args=arguments, train_dataset=rows, share=spec.mask, batch_tokens=spec.batch_tokens,
-        bf16=arguments.bf16, callbacks=[curve, checkpoints.Checkpoints(max(1, arguments.max_steps // LOGS))],
+        bf16=arguments.bf16, callbacks=[checkpoints.Checkpoints(max(1, arguments.max_steps // LOGS)), curve],
     )  # fmt: skip
     curve.trainer = trainer
     trainer.remove_callback(PrinterCallback)

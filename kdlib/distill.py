@@ -405,7 +405,7 @@ def distill(
     history, every = _History(label, on_point), max(1, steps // LOGS)
     trainer = DistillTrainer(
         model=watched, args=arguments, train_dataset=train, eval_dataset=heldout,
-        callbacks=[history, checkpoints.Checkpoints(every)],
+        callbacks=[checkpoints.Checkpoints(every), history],
         teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
         bf16=teacher.bf16,
     )  # fmt: skip

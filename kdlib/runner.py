@@ -140,14 +140,14 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], console: Con
         mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
     else:
         return
-    where = f"notebook {source.stem}, cell {_Engine.report.cell}"
+    where = f"notebook {source.stem}, cell {_Engine.report.cell if _Engine.report else 0}"
     raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command goes on from here)", mendable)
 
 
 class _Engine(NBClientEngine):
     """papermill's own engine, telling the report which cell runs."""
 
-    report: "_Report"
+    report: "_Report | None" = None
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,13 +58,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     An older folder at `target` is replaced. Raises UserError when the place cannot be written or the disk is full.
     """
     target = Path(target)
+    work = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        for left in target.parent.glob(f".{glob.escape(target.name)}-*-*"):  # by a process that was killed
-            process = left.name.split("-")[-2]
-            if process.isdigit() and not alive(int(process)):
-                shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-{os.getpid()}-", dir=target.parent))
+        _clear(target.parent, target.name, "")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
     except OSError as error:
         raise UserError(f"{target.parent}: cannot write there ({error.strerror})") from None
     try:
@@ -89,6 +87,7 @@ def new_file(target: Path) -> Iterator[Path]:
     work = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target.parent, target.stem, target.suffix)
         yield work
         work.replace(target)
     except (OSError, SafetensorError) as error:
@@ -96,6 +95,18 @@ def new_file(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             work.unlink()
+
+
+def _clear(folder: Path, stem: str, suffix: str) -> None:
+    """Remove what processes that are no more had begun to write in place of a file or folder."""
+    for left in folder.glob(f".{glob.escape(stem)}-*{glob.escape(suffix)}"):
+        process = left.name[len(stem) + 2 : len(left.name) - len(suffix)]
+        if not process.isdigit() or alive(int(process)):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def alive(process: int) -> bool:
