@@ -31,9 +31,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and a process that has threads had better not fork
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and a process that has threads had better not fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pandas as pd

@@ -125,10 +125,12 @@ def test_written_by_the_clock_and_seldom_where_that_takes_long(tmp_path, monkeyp
         def on_step_end(self, args, state, control, **kwargs):
             clock[0] += 10.0  # a step takes 10 s
             super().on_step_end(args, state, control, **kwargs)
-            steps.append(state.global_step) if control.should_save else None
+            if control.should_save:
+                steps.append(state.global_step)
 
     found = trainer(tmp_path, steps=40)
-    found.callback_handler.callbacks[-1] = Slow(at_end=False)
+    found.remove_callback(Checkpoints)
+    found.add_callback(Slow(at_end=False))
     train(found, None)
     assert steps == [6, 16, 26, 36]  # after a minute; then every 100 s, as 2 s are 2% of it
 
