@@ -4,11 +4,12 @@ PROFILE ?= workshop
 OUT ?= runs/$(PROFILE)
 SET ?=
 CASES ?= 10000
+KILLS ?= 100
 BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test rehearse fuzz lab figures clean
+.PHONY: study test rehearse fuzz soak lab figures clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -23,6 +24,10 @@ rehearse: .venv/ready
 # Hostile input for every reader: so many cases each, slow readers a share of them.
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz.py --cases $(CASES)
+
+# A small study killed at so many random moments, each time to the same end; SEED=n for the same moments again.
+soak: .venv/ready
+	$(BIN)/python tests/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) notebooks

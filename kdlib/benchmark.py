@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ from kdlib.probe import linear_probe, task_vectors, train_targets
 from kdlib.store import fingerprint, new_file
 from kdlib.tasks import Task
 
-Attempt = Callable[[int, int | None], list[Metric]]  # seed, examples per class -> the task's metrics
+log = logging.getLogger(__name__)
+# seed, examples per class, a folder for checkpoints -> the task's metrics
+Attempt = Callable[[int, int | None, Path | None], list[Metric]]
 
 
 @dataclass
@@ -40,18 +44,18 @@ def _probing(encoder: Encoder, task: Task, spec: config.Benchmark) -> Attempt:
     task = task.small(spec.probe_rows, spec.probe_test_rows)
     train, test, places = task_vectors(encoder, task)
     targets = train_targets(encoder, task)
-    return lambda seed, _: linear_probe(task, train[:, 0], targets, test[:, 0], places, seed, spec.probe_share)
+    return lambda seed, *_: linear_probe(task, train[:, 0], targets, test[:, 0], places, seed, spec.probe_share)
 
 
 def _finetuning(encoder: Encoder, task: Task, spec: config.Benchmark) -> Attempt:
     tokens = Tokens(encoder, spec.finetune_max_length)
 
-    def attempt(seed: int, count: int | None) -> list[Metric]:
+    def attempt(seed: int, count: int | None, work: Path | None) -> list[Metric]:
         if count is None:
             drawn, steps = task.small(spec.finetune_rows, spec.finetune_test_rows, seed), 0
         else:
             drawn, steps = task.few(count, spec.finetune_test_rows, seed), spec.fewshot_steps
-        return finetune(encoder, drawn, spec, seed, tokens, steps)
+        return finetune(encoder, drawn, spec, seed, tokens, steps, work)
 
     return attempt
 
@@ -94,13 +98,15 @@ def run(
             for x, seed in itertools.product(sizes(task, spec) if method == "fewshot" else [None], spec.seeds):
                 about = dict(model=name, task=task.name, method=method, x=x, seed=seed)
                 key = folder and fingerprint(keys[name], contents[task.name], method, settings, x, seed)
-                file = folder and folder / f"{key}.npz"
+                file, work = (folder / f"{key}.npz", folder / f"{key}-checkpoints") if folder else (None, None)
                 metrics = load_metrics(file) if file else None
                 if metrics is None:
                     attempt = attempt or METHODS[method](load(), task, spec)
-                    metrics = attempt(seed, x)
+                    metrics = attempt(seed, x, work)
                     if file:
                         save_metrics(file, metrics, about)
+                if work:
+                    shutil.rmtree(work, ignore_errors=True)
                 trials.append(Trial(metrics=metrics, **about))
     return trials
 
@@ -128,7 +134,9 @@ def load_metrics(file: Path) -> list[Metric] | None:
     try:
         with np.load(file, allow_pickle=False) as kept:
             return [Metric(name, kept[name]) for name in kept.files if name != "about"]
-    except Exception:  # a dozen kinds, and for all of them the trial is run again
+    except Exception as error:  # a dozen kinds, and for all of them the trial is run again
+        if file.exists():
+            log.warning("%s: damaged (%s); the trial is run again", file, type(error).__name__)
         return None
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,10 @@ from kdlib.device import autocast
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
 from kdlib.progress import track
-from kdlib.store import new_file, write_json
+from kdlib.store import alive, checksum, new_file, write_json
 
 log = logging.getLogger(__name__)
-CHUNK = 1 << 24  # bytes that are checked at once
 SPARE = 0.9  # share of the free disk that a cache may take
-_checked: dict[Path, tuple[int, int]] = {}  # files that this process has found whole: size and time of change
 
 
 @dataclass
@@ -101,34 +98,17 @@ def _key(teacher: Encoder, ids: Sequence[np.ndarray], lengths: np.ndarray) -> st
 
 
 def _whole(file: Path, size: int) -> bool:
-    """Whether a layer's file is there and has the size and the checksum it was written with.
-
-    Read through once a process; what is wrong is said in a line.
-    """
+    """Whether a layer's file is there and has the size and the checksum it was written with; if not, that is said."""
     if not file.is_file():
         return False
-    found = file.stat()
-    if _checked.get(file) == (found.st_size, found.st_mtime_ns) and found.st_size == size:
-        return True
     try:
         kept = json.loads(file.with_suffix(".json").read_text("utf-8"))
-        sound = found.st_size == size == kept["bytes"] and _checksum(file) == kept["crc32"]
+        sound = file.stat().st_size == size == kept["bytes"] and checksum(file) == kept["crc32"]
     except (OSError, ValueError, KeyError, TypeError):
         sound = False
-    if sound:
-        _checked[file] = (found.st_size, found.st_mtime_ns)
-    else:
+    if not sound:
         log.warning("%s: torn or corrupted; the teacher's states are computed again", file)
     return sound
-
-
-def _checksum(file: Path) -> int:
-    value = 0
-    with open(file, "rb", buffering=0) as stream:
-        buffer = bytearray(CHUNK)
-        while count := stream.readinto(buffer):
-            value = zlib.crc32(memoryview(buffer)[:count], value)
-    return value
 
 
 def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget: float) -> bool:
@@ -163,18 +143,8 @@ def _sweep(folder: Path) -> None:
     for file in folder.glob(".layer-*"):
         process = file.stem.rpartition("-")[2]
         with contextlib.suppress(OSError):
-            if process.isdigit() and not _alive(int(process)):
+            if process.isdigit() and not alive(int(process)):
                 file.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> bool:
@@ -183,11 +153,9 @@ def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, sha
         with contextlib.ExitStack() as stack:
             work = {layer: stack.enter_context(new_file(file)) for layer, file in files.items()}
             _compute(work, teacher, ids, starts, shape)
-            kept = {layer: {"bytes": path.stat().st_size, "crc32": _checksum(path)} for layer, path in work.items()}
+            kept = {layer: {"bytes": path.stat().st_size, "crc32": checksum(path)} for layer, path in work.items()}
         for layer, file in files.items():
             write_json(file.with_suffix(".json"), kept[layer])
-            found = file.stat()
-            _checked[file] = (found.st_size, found.st_mtime_ns)
     except UserError as error:
         if getattr(error.__cause__, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -1,7 +1,6 @@
 """Conditioning: the teacher trained further by masked language modelling on the target language (Cruz and Aji 2025)."""
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -12,14 +11,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_model
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from kdlib import config
+from kdlib import checkpoints, config
 from kdlib.batches import BudgetSampler, budget_batches
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
@@ -31,7 +27,6 @@ from kdlib.tokens import tokenise
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 WEIGHT_DECAY = 0.01
 EVALUATIONS = 2  # held-out evaluations after the first, evenly spaced
-SAVES = 4
 LOGS = 50  # points of the training curve
 STATES = 2**30  # bytes of the frozen encoder's states that are kept, so that a new head's later passes cost little
 UNSEEN = 0.1  # added to the count of every token, so that no frequency is 0
@@ -245,9 +240,8 @@ def condition(
             output_dir=str(Path(work) / part), max_steps=steps, learning_rate=rate, weight_decay=WEIGHT_DECAY,
             warmup_steps=round(steps * WARMUP), lr_scheduler_type="linear", optim="adamw_torch_fused",
             max_grad_norm=1.0, bf16=teacher.bf16, use_cpu=teacher.model.device.type == "cpu", seed=seed, data_seed=seed,
-            eval_steps=-(-steps // EVALUATIONS), eval_strategy="no", logging_strategy="no", save_strategy="steps",
-            save_steps=-(-steps // SAVES), save_total_limit=1, report_to=[], disable_tqdm=True,
-            remove_unused_columns=False, label_names=[],
+            eval_steps=-(-steps // EVALUATIONS), eval_strategy="no", logging_strategy="no", save_strategy="no",
+            report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
         )  # fmt: skip
         return _train(model, rows, arguments, spec, curve)
 
@@ -289,29 +283,14 @@ def _train(
     model: MaskedModel, rows: MaskedTexts, arguments: TrainingArguments, spec: config.Condition, curve: _Curve
 ) -> list[dict]:
     """One training run, from its last checkpoint where there is one; the points of its curve."""
-    work = Path(arguments.output_dir)
-    last = get_last_checkpoint(str(work)) if work.is_dir() else None
-    if last is not None:
-        state = json.loads((Path(last) / "trainer_state.json").read_text("utf-8"))
-        if state["global_step"] >= arguments.max_steps:  # the Trainer would go one step further
-            load_model(model, Path(last) / "model.safetensors")
-            return [point for point in state["log_history"] if "split" in point]
     trainer = ConditionTrainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[curve], share=spec.mask,
-        batch_tokens=spec.batch_tokens, bf16=arguments.bf16,
+        model=model, args=arguments, train_dataset=rows, share=spec.mask, batch_tokens=spec.batch_tokens,
+        bf16=arguments.bf16, callbacks=[checkpoints.Checkpoints(max(1, arguments.max_steps // LOGS)), curve],
     )  # fmt: skip
     curve.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    try:
-        with training_attention(model.encoder):
-            trainer.train(resume_from_checkpoint=last)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        writing = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos"))
-        if isinstance(error, RuntimeError) and not writing:
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{work}: a checkpoint could not be read or written ({reason})") from error
-    return curve.points
+    with training_attention(model.encoder):
+        return checkpoints.train(trainer, checkpoints.newest(arguments.output_dir))
 
 
 def _masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:

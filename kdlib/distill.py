@@ -11,13 +11,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from kdlib import config, processes, tokens
+from kdlib import checkpoints, config, processes, tokens
 from kdlib.batches import BudgetSampler
 from kdlib.cache import TeacherStates, gigabytes, teacher_states
 from kdlib.device import autocast, training_attention
@@ -433,42 +431,32 @@ def distill(
         output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
         warmup_steps=int(steps * spec.warmup), lr_scheduler_type="linear", optim="adamw_torch_fused", max_grad_norm=1.0,
         bf16=teacher.bf16, use_cpu=device.type == "cpu", torch_compile=compile_, seed=seed, data_seed=seed,
-        eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no",
-        save_strategy="steps", save_steps=-(-steps // 4), save_total_limit=1,
+        eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no", save_strategy="no",
         report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
         ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
-    history = _History(label, on_point)
+    history, every = _History(label, on_point), max(1, steps // LOGS)
     trainer = DistillTrainer(
-        model=watched, args=arguments, train_dataset=train, eval_dataset=heldout, callbacks=[history],
+        model=watched, args=arguments, train_dataset=train, eval_dataset=heldout,
+        callbacks=[checkpoints.Checkpoints(every), history],
         teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
         bf16=teacher.bf16,
     )  # fmt: skip
     history.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    last = get_last_checkpoint(str(work)) if Path(work).is_dir() else None
+    last = checkpoints.newest(work)
     if watched.projection is not None and spec.projection == "auto" and last is None:
         _fit_projection(watched, trainer, train)
     try:
         with training_attention(student):
-            trainer.train(resume_from_checkpoint=last)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if (
-            isinstance(error, RuntimeError)
-            and "PytorchStreamWriter" not in str(error)
-            and "unexpected pos" not in str(error)
-        ):
-            raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UserError(f"{work}: a checkpoint could not be written ({reason})") from error
+            curve = pd.DataFrame(checkpoints.train(trainer, last))
     finally:
         for watcher in (watched, target):
             watcher.release().eval()
         for module, p in dropouts.items():
             module.p = p
         student.requires_grad_(True)
-    curve = history.curve()
     training = float(curve["seconds"].iloc[-1])
     cached = train.cached.layers if train.cached else {}
     facts = {

@@ -11,6 +11,7 @@ normalisation map; an i32 number of tensors, each with name, type (0 f32, 1 Q4_0
 import hashlib
 import importlib.util
 import json
+import logging
 import re
 import struct
 import unicodedata
@@ -24,8 +25,9 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from kdlib.encoder import save_tokenizer
 from kdlib.errors import UserError
-from kdlib.store import cache_folder, new_folder
+from kdlib.store import cache_folder, flaw, new_folder, seal
 
+log = logging.getLogger(__name__)
 SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
 NAME = "intfloat/multilingual-e5-small"
 PREFIX = "query: "
@@ -34,7 +36,7 @@ BLOCK = 32
 BLOCK_BYTES = 18
 MAX_PIECES = 4_000_000
 MAX_ROWS = 4_000_000
-CONVERSION = 2  # raise when the converted folder changes, so that an old one is not taken for it
+CONVERSION = 3  # raise when the converted folder changes, so that an old one is not taken for it
 
 LAYER_PARTS = {
     "q": "attention.self.query",
@@ -350,6 +352,7 @@ def convert(path: Path, target: Path) -> Path:
         build_model(contents).save_pretrained(folder)
         save_tokenizer(build_tokenizer(contents), folder)
         (folder / "source.json").write_text(json.dumps({"file": path.name, "model": NAME, "conversion": CONVERSION}))
+        seal(folder)
     return target
 
 
@@ -359,7 +362,10 @@ def folder() -> Path:
     Raises UserError when the package is missing or its file is not the one this kit was checked with.
     """
     target = cache_folder() / f"teacher-{SHA256[:12]}-{CONVERSION}"
-    if not target.is_dir():
+    wrong = flaw(target) if target.is_dir() else "not there"
+    if wrong:
+        if target.is_dir():
+            log.warning("%s: %s; the teacher is converted again", target, wrong)
         source = data_file()
         digest = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else None
         if digest != SHA256:

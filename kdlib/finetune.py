@@ -5,6 +5,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from kdlib import config
+from kdlib import checkpoints, config
 from kdlib.batches import BudgetSampler, budget_batches
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, first_tokens, mean_pool, model_inputs, positions
@@ -147,12 +148,14 @@ def finetune(
     seed: int = 0,
     tokens: Tokens | None = None,
     min_steps: int = 0,
+    work: Path | None = None,
 ) -> list[Metric]:
     """Train a copy of the encoder and a new head on the task's training rows; its metrics on the test rows.
 
     Settings: Cruz and Aji 2025 (learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says otherwise.
     seed: draws the head, dropout and the order of the rows. tokens: keeps tokenised texts for the next run of the same
-    encoder. min_steps: more epochs where those of the profile come to fewer steps.
+    encoder. min_steps: more epochs where those of the profile come to fewer steps. work: a folder for checkpoints, which
+    a training of minutes writes and goes on from; whoever names it removes it.
     """
     set_seed(seed)
     tokens = tokens or Tokens(encoder, spec.finetune_max_length)
@@ -163,9 +166,10 @@ def finetune(
     rows = _Rows(tokens, task.kind, task.train)
     sampler = rows.sampler(spec.finetune_batch, seed)
     fp16 = spec.finetune_fp16 and device.type == "cuda"
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=work, max_steps=max(min_steps, math.ceil(spec.finetune_epochs * len(sampler))),
+            output_dir=str(work or scratch),
+            max_steps=max(min_steps, math.ceil(spec.finetune_epochs * len(sampler))),
             learning_rate=spec.finetune_rate, weight_decay=0.01, warmup_steps=0.1, optim="adamw_torch_fused",
             fp16=fp16, bf16=encoder.bf16 and not fp16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no",
             logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
@@ -175,12 +179,15 @@ def finetune(
             args=arguments,
             train_dataset=rows,
             data_collator=rows.collate,
-            callbacks=[_Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}")],
+            callbacks=[
+                _Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}"),
+                *([checkpoints.Checkpoints(at_end=False)] if work else []),
+            ],
         )
         trainer.sampler = sampler
         trainer.remove_callback(PrinterCallback)
         with training_attention(model.encoder):
-            trainer.train()
+            checkpoints.train(trainer, checkpoints.newest(work) if work else None)
     return score(task, predict(model.eval(), _Rows(tokens, task.kind, task.test), task, encoder.bf16))
 
 

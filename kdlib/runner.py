@@ -30,6 +30,8 @@ from kdlib.errors import UserError
 from kdlib.store import Run
 from kdlib.study import NOTEBOOKS, STAGES, Study, stage_key
 
+START_SECONDS = 300  # that a kernel may take to start: a laptop may be busy with others
+MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that a user can mend, such as a full disk
 PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
 
 
@@ -89,7 +91,7 @@ def run_study(
     with study.run.lock():
         for stage in stages:
             key = stage_key(study.profile, stage)
-            if not only and not start and study.run.done(stage, key):
+            if not only and not start and study.run.done(stage, key) and study.intact(stage):
                 console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
                 continue
             started = time.time()
@@ -128,12 +130,11 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], console: Con
 
     Raises NotebookError naming notebook, cell and error.
     """
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _report(source.stem, Path(folder) / "progress.json", console) as report,
-    ):
-        _Engine.report = report
-        try:
+    try:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            _report(source.stem, Path(folder) / "progress.json", console) as _Engine.report,
+        ):
             papermill.execute_notebook(
                 source,
                 target,
@@ -141,29 +142,30 @@ def execute(source: Path, target: Path, parameters: dict[str, Any], console: Con
                 engine_name="kdlib",
                 kernel_name="python3",
                 progress_bar=False,
+                start_timeout=START_SECONDS,
                 extra_arguments=["--IPKernelApp.log_level=40"],
             )
-        except PapermillExecutionError as error:
-            mendable = error.ename == "UserError"
-            reason = error.evalue if mendable else f"{error.ename}: {error.evalue}"
-        except DeadKernelError:
-            mendable, reason = False, "its kernel died (killed, or out of memory)"
-        except CellTimeoutError:
-            mendable, reason = False, "a cell took too long"
-        except OSError as error:
-            mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
-        else:
-            return
-        where = f"notebook {source.stem}, cell {report.cell}"
-        raise NotebookError(
-            f"{where}: {reason} (partial notebook: {target}; the same command goes on from here)", mendable
-        )
+    except PapermillExecutionError as error:
+        mendable = error.ename in MENDABLE
+        reason = error.evalue if mendable else f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        mendable, reason = False, "its kernel died (killed, or out of memory)"
+    except CellTimeoutError:
+        mendable, reason = False, "a cell took too long"
+    except RuntimeError as error:  # what the kernel's client raises
+        mendable, reason = False, f"its kernel did not start ({error})"
+    except OSError as error:
+        mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
+    else:
+        return
+    where = f"notebook {source.stem}, cell {_Engine.report.cell if _Engine.report else 0}"
+    raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command goes on from here)", mendable)
 
 
 class _Engine(NBClientEngine):
     """papermill's own engine, telling the report which cell runs."""
 
-    report: "_Report"
+    report: "_Report | None" = None
 
     @classmethod
     def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):

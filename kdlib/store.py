@@ -1,11 +1,12 @@
 """Files that are whole or absent: atomic writes, the cache folder, and a run's folder with its table of results."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ COLUMNS = [
 ]
 TEXT_COLUMNS = ["stage", "model", "language", "task", "metric", "method", "arm"]
 WHOLE_COLUMNS = ["seed", "layer", "n"]
+SEAL = "made.json"  # in a folder: what its files should be
+CHUNK = 1 << 24  # bytes that are summed up at once
+_sums: dict[tuple[int, ...], int] = {}  # files that this process has read through, by identity, size and time of change
 KINDS = {c: str if c in TEXT_COLUMNS else "Int64" if c in WHOLE_COLUMNS else float for c in COLUMNS}
 
 
@@ -54,9 +58,12 @@ def new_folder(target: Path) -> Iterator[Path]:
     An older folder at `target` is replaced. Raises UserError when the place cannot be written or the disk is full.
     """
     target = Path(target)
+    work = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        _clear(target.parent, target.name, "")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
     except OSError as error:
         raise UserError(f"{target.parent}: cannot write there ({error.strerror})") from None
     try:
@@ -80,6 +87,7 @@ def new_file(target: Path) -> Iterator[Path]:
     work = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear(target.parent, target.stem, target.suffix)
         yield work
         work.replace(target)
     except (OSError, SafetensorError) as error:
@@ -87,6 +95,78 @@ def new_file(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             work.unlink()
+
+
+def _clear(folder: Path, stem: str, suffix: str) -> None:
+    """Remove what processes that are no more had begun to write in place of a file or folder."""
+    for left in folder.glob(f".{glob.escape(stem)}-*{glob.escape(suffix)}"):
+        process = left.name[len(stem) + 2 : len(left.name) - len(suffix)]
+        if not process.isdigit() or alive(int(process)):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def seal(folder: Path, **about: Any) -> None:
+    """Write down size and checksum of every file that is in the folder now, and `about`: what has a seal was whole."""
+    files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    files.pop(SEAL, None)
+    sums = {name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for name, file in files.items()}
+    write_json(folder / SEAL, about | {"files": sums})
+
+
+def flaw(folder: Path) -> str:
+    """What is wrong with a sealed folder, in words: no seal, or the first file that is not as it was; "" if nothing.
+
+    Files that came later are nobody's business here.
+    """
+    try:
+        files = read_json(folder / SEAL).get("files", {})  # seals of older versions name none
+        kept = {str(name): (facts["bytes"], facts["crc32"]) for name, facts in files.items()}
+    except (UserError, AttributeError, KeyError, TypeError):
+        return "unfinished, or its seal is damaged"
+    for name, (size, crc32) in kept.items():
+        file = folder / name
+        try:
+            found = file.stat().st_size
+            if found != size:
+                return f"{name} is torn ({found:,} of {size:,} bytes)"
+            if checksum(file) != crc32:
+                return f"{name} is corrupted (its checksum is wrong)"
+        except (OSError, ValueError, TypeError):
+            return f"{name} cannot be read"
+    return ""
+
+
+def checksum(file: Path) -> int:
+    """A file's CRC-32. Read through once a process, unless it changes; moving it is no change."""
+    found = os.stat(file)
+    key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    if key not in _sums:
+        _sums[key] = _crc32(file)
+    return _sums[key]
+
+
+def _crc32(file: Path) -> int:
+    value = 0
+    with open(file, "rb", buffering=0) as stream:
+        buffer = bytearray(CHUNK)
+        while count := stream.readinto(buffer):
+            value = zlib.crc32(memoryview(buffer)[:count], value)
+    return value
 
 
 def write_json(target: Path, value: Any) -> None:

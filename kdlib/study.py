@@ -6,6 +6,7 @@ same profile finds what is already there.
 
 import copy
 import itertools
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from kdlib import ablate, condition, config, device, embedded, processes, sources, vocabulary
 from kdlib.benchmark import Trial, average_row, probe_runs, rows_of
@@ -31,12 +32,13 @@ from kdlib.errors import UserError
 from kdlib.objectives import check_objectives
 from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
 from kdlib.stats import paired_rows
-from kdlib.store import find_run, fingerprint, new_folder, read_json, read_table, write_json
+from kdlib.store import SEAL, find_run, fingerprint, flaw, new_file, new_folder, read_json, read_table, seal, write_json
 from kdlib.student import build_student, layer_map
 from kdlib.tasks import Task, load_tasks, origins
 from kdlib.teacher import load_encoder, load_teacher, prefix_of
 from kdlib.weights import weights_folder
 
+log = logging.getLogger(__name__)
 STAGES = ["probe", "prune", "condition", "distill", "benchmark", "ablations", "figures"]
 NOTEBOOKS = {
     "probe": "01_probe_the_teacher",
@@ -83,7 +85,7 @@ class Study:
     """A run's artefacts: corpus, tasks, teacher, pruned teacher, student, and the rows of each stage."""
 
     def __init__(self, run_dir: str | Path | None = None, profile: str = "workshop", overrides: Any = ()):
-        logging.disable_progress_bar()  # of loading and saving, which take a second; long work shows its own
+        disable_progress_bar()  # of loading and saving, which take a second; long work shows its own
         self.run = find_run(run_dir, profile, overrides)
         self.profile = self.run.profile
         arms = [arm.profile for arm in ablate.arms(self.profile)]
@@ -156,10 +158,19 @@ class Study:
         return self.profile.teacher.max_length
 
     def _made(self, folder: Path, stage: str) -> bool:
-        try:
-            return read_json(folder / "made.json").get("key") == stage_key(self.profile, stage)
-        except UserError:
+        """Whether an artefact is there, whole, and made with this profile's parameters; what is damaged is named."""
+        if not folder.is_dir():
             return False
+        wrong = flaw(folder)
+        if wrong:
+            log.warning("%s: %s; it is made again", folder, wrong)
+            return False
+        return read_json(folder / SEAL).get("key") == stage_key(self.profile, stage)
+
+    def intact(self, stage: str) -> bool:
+        """Whether the model that a stage makes, if it makes one, is there and whole."""
+        name = {"prune": "vocabulary", "condition": "conditioned", "distill": "student"}.get(stage)
+        return name is None or self._made(self._place(name, stage), stage)
 
     # -- 01
 
@@ -225,7 +236,7 @@ class Study:
             with new_folder(target) as folder:
                 vocabulary.prune_encoder(self.teacher, ids, folder, stored)
                 np.save(folder / "kept_ids.npy", np.array(ids))
-                write_json(folder / "made.json", {"key": stage_key(self.profile, "prune")})
+                seal(folder, key=stage_key(self.profile, "prune"))
         return self._load(target, "pruned teacher")
 
     def prune_rows(self) -> list[dict]:
@@ -283,11 +294,11 @@ class Study:
         They come from `conditioned/` or are made there. A run that was cut off goes on from its last checkpoint.
         """
         target = self._place("conditioned", "condition")
+        work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
         if not self._made(target, "condition"):
             if processes.count() > 1:
                 raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
             spec = self.profile.condition
-            work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
             train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:1000]
             outcome = condition.condition(
                 self.pruned, train, held, spec, work, self.profile.seed, "conditioning the teacher", on_point,
@@ -297,8 +308,8 @@ class Study:
                 outcome.encoder.save(folder)
                 outcome.curve.to_csv(folder / "curve.csv", index=False)
                 write_json(folder / "facts.json", outcome.facts)
-                write_json(folder / "made.json", {"key": stage_key(self.profile, "condition")})
-            shutil.rmtree(work, ignore_errors=True)
+                seal(folder, key=stage_key(self.profile, "condition"))
+        shutil.rmtree(work, ignore_errors=True)
         return self.conditioned, read_table(target / "curve.csv", CURVE), read_json(target / "facts.json")
 
     @cached_property
@@ -393,21 +404,22 @@ class Study:
         """
         work, target = self._place("distill", "distill"), self._place("student", "distill")
         key = stage_key(self.profile, "distill")
+        checkpoints = work / f"checkpoints-{key}"
         if not self._made(target, "distill"):
-            checkpoints = work / f"checkpoints-{key}"
             with processes.in_turn():
                 texts = self.texts
             outcome = self._train("distilling the student", *texts, checkpoints, on_point)
             if processes.place() == 0:
-                work.mkdir(parents=True, exist_ok=True)
-                outcome.curve.to_csv(work / "curve.csv", index=False)
+                with new_file(work / "curve.csv") as file:
+                    outcome.curve.to_csv(file, index=False)
                 write_json(work / "facts.json", outcome.facts)
                 with new_folder(target) as folder:
                     self._encoder(outcome.student, "student").save(folder)
-                    write_json(folder / "made.json", {"key": key})
+                    seal(folder, key=key)
                     write_card(folder, self.run)
-                shutil.rmtree(checkpoints, ignore_errors=True)
             processes.wait()
+        if processes.place() == 0:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         return self.student, read_table(work / "curve.csv", CURVE), read_json(work / "facts.json")
 
     def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None) -> Outcome:
@@ -558,6 +570,7 @@ class Study:
         try:
             rows = read_json(folder / "rows.json", list)
             if all(isinstance(row, dict) and isinstance(row.get("metric"), str) for row in rows):
+                shutil.rmtree(folder / "work", ignore_errors=True)
                 return rows
         except UserError:
             pass
@@ -566,6 +579,7 @@ class Study:
         rows = make(folder)
         write_json(folder / "arm.json", what)
         write_json(folder / "rows.json", rows)
+        shutil.rmtree(folder / "work", ignore_errors=True)
         return rows
 
     def _run_arm(self, label: str, folder: Path) -> list[dict]:
@@ -575,8 +589,8 @@ class Study:
         order = np.random.default_rng(self.profile.seed).permutation(len(train))
         train = train.part(order[: max(1, round(len(train) * spec.fraction))])
         outcome = self._train(label, train, held, folder / "work")
-        outcome.curve.to_csv(folder / "curve.csv", index=False)
-        shutil.rmtree(folder / "work", ignore_errors=True)
+        with new_file(folder / "curve.csv") as file:
+            outcome.curve.to_csv(file, index=False)
         last = outcome.curve.query("split == 'heldout'").iloc[-1]
         scores = self._arm_scores(self._encoder(outcome.student, label))
         return [dict(metric="heldout_loss", value=float(last["loss"])), *scores]

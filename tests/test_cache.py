@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 
-from kdlib import cache
+from kdlib import cache, store
 from kdlib.cache import gigabytes, teacher_states
 from kdlib.errors import UserError
 
@@ -24,7 +24,7 @@ TOKENS = sum(map(len, IDS))
 @pytest.fixture(autouse=True)
 def fresh_process(monkeypatch):
     """Every test as if it were a process of its own, which has checked no file yet."""
-    monkeypatch.setattr(cache, "_checked", {})
+    monkeypatch.setattr(store, "_sums", {})
 
 
 @pytest.fixture
@@ -115,26 +115,26 @@ def test_a_broken_file_is_named_and_made_again(how, tmp_path, passes, caplog, mo
         path.with_suffix(".json").unlink()
     else:
         path.with_suffix(".json").write_text('{"crc32": ')
-    monkeypatch.setattr(cache, "_checked", {})
+    monkeypatch.setattr(store, "_sums", {})
     with caplog.at_level(logging.WARNING):
         again = states(tmp_path)
     assert passes == [[2, 4], [2]]
     assert [str(path) in line and "\n" not in line for line in caplog.messages] == [True]
     assert all(np.array_equal(again.layers[n], good[n]) for n in good)
     caplog.clear()
-    monkeypatch.setattr(cache, "_checked", {})
+    monkeypatch.setattr(store, "_sums", {})
     states(tmp_path)
     assert len(passes) == 2 and not caplog.messages
 
 
 def test_files_are_read_through_once_a_process(tmp_path, monkeypatch):
     read = []
-    checksum = cache._checksum
-    monkeypatch.setattr(cache, "_checksum", lambda path: read.append(path) or checksum(path))
+    crc32 = store._crc32
+    monkeypatch.setattr(store, "_crc32", lambda path: read.append(path) or crc32(path))
     states(tmp_path)
     states(tmp_path)
     assert len(read) == 2  # what was written is summed up once
-    monkeypatch.setattr(cache, "_checked", {})
+    monkeypatch.setattr(store, "_sums", {})
     states(tmp_path)
     states(tmp_path)
     assert len(read) == 4
@@ -177,7 +177,7 @@ def test_a_place_that_cannot_be_written_is_an_error_unless_all_is_there(tmp_path
         states(tmp_path / "file" / "cache")
     root = tmp_path / "cache"
     states(root)
-    monkeypatch.setattr(cache, "_checked", {})
+    monkeypatch.setattr(store, "_sums", {})
     monkeypatch.setattr(cache, "new_file", None)  # nothing is written any more
     assert states(root) is not None
 
@@ -196,7 +196,7 @@ def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     code = (
         "import os, sys, test_cache, kdlib.cache as c\n"
         "from pathlib import Path\n"
-        "c._checksum = lambda path: os.kill(os.getpid(), 9)\n"
+        "c.checksum = lambda path: os.kill(os.getpid(), 9)\n"
         "test_cache.states(Path(sys.argv[1]))\n"
     )
     here = os.path.dirname(__file__)

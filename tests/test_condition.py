@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
+from kdlib import checkpoints, config
 from kdlib import condition as module
-from kdlib import config
 from kdlib.condition import MaskedModel, MaskedTexts, condition, heldout_perplexity
 from kdlib.errors import UserError
 from kdlib.mlm import new_head
@@ -120,6 +120,8 @@ def test_a_new_head_starts_from_the_frequencies_of_tokens(tmp_path):
 
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, whole_words):
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)  # a checkpoint at every point of the curve
+    monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
     texts, held, settings = tiny.texts(70), tiny.texts(10, 1), spec(whole_words=whole_words)
     full = condition(tiny.encoder(layers=2), texts, held, settings, tmp_path / "whole")
     assert full.facts["head_steps"] == full.facts["steps"] == 8

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import kdlib.distill
-from kdlib import config
+from kdlib import checkpoints, config
 from kdlib.batches import BudgetSampler
 from kdlib.distill import DistillTrainer, Masking, Watched, distill, prepare, tokenise, with_states
 from kdlib.encoder import Encoder
@@ -33,6 +33,13 @@ from kdlib.student import build_student
 def spec(**changes):
     base = dict(epochs=2.0, learning_rate=2e-3, batch_tokens=128, evaluations=2, precision="fp32", compile=False)
     return config.Distill(**(base | changes))
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """A checkpoint at every point of the curve, not every minute."""
+    monkeypatch.setattr(checkpoints, "SECONDS", 0.0)
+    monkeypatch.setattr(checkpoints, "SHARE", float("inf"))
 
 
 def start(teacher, layers, sample=None, **sizes):
@@ -132,8 +139,9 @@ def test_same_seed_gives_the_same_student(tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
-    teacher, settings = tiny.encoder(), spec(epochs=3)
+@pytest.mark.parametrize("epochs", [3, 1.5])
+def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, often, epochs):
+    teacher, settings = tiny.encoder(), spec(epochs=epochs)
     sets = data(teacher, settings, tmp_path / "c")
     whole, broken = start(teacher, 2), start(teacher, 2)
     full = distill(teacher, whole, *sets, settings, tmp_path / "whole")
@@ -351,7 +359,7 @@ def test_teacher_noise_is_the_teachers_dropout(tmp_path):
     ],
     ids=["projection", "masks, head and projection", "teacher noise"],
 )
-def test_stopped_runs_go_on_to_the_same_weights(changes, sizes, tmp_path):
+def test_stopped_runs_go_on_to_the_same_weights(changes, sizes, tmp_path, often):
     teacher, settings = with_head(tiny.encoder()), spec(epochs=3, **changes)
     sets = data(teacher, settings, tmp_path / "c")
     whole, broken, fresh = (start(teacher, 2, **sizes) for _ in range(3))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,51 @@ def full_disk(*_, **__):
 @pytest.fixture
 def run(tmp_path):
     return Run(tmp_path / "run", load_profile("smoke"))
+
+
+# -- seals
+
+
+def test_a_sealed_folder_is_whole_until_something_in_it_changes(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_bytes(bytes(1000))
+    (folder / "sub" / "config").write_text("{}")
+    assert "unfinished" in store.flaw(folder)
+    store.seal(folder, key="k")
+    assert store.flaw(folder) == "" and json.loads((folder / store.SEAL).read_text())["key"] == "k"
+    (folder / "card").write_text("came later")
+    assert store.flaw(folder) == ""
+    (folder / "weights").write_bytes(bytes(500) + b"1" + bytes(499))
+    assert store.flaw(folder) == "weights is corrupted (its checksum is wrong)"
+    (folder / "weights").write_bytes(bytes(10))
+    assert store.flaw(folder) == "weights is torn (10 of 1,000 bytes)"
+    (folder / "weights").unlink()
+    assert store.flaw(folder) == "weights cannot be read"
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"files": [1]}', b'{"files": {"a": 3}}', b'{"files": {"a": {}}}'])
+def test_a_damaged_seal(tmp_path, content):
+    (tmp_path / store.SEAL).write_bytes(content)
+    assert "seal is damaged" in store.flaw(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x", "a\u0000b", "x" * 300])
+def test_a_seal_that_names_files_that_cannot_be(tmp_path, name):
+    (tmp_path / store.SEAL).write_text(json.dumps({"files": {name: {"bytes": 1, "crc32": 1}}}))
+    assert "cannot be read" in store.flaw(tmp_path)
+
+
+def test_what_a_killed_process_had_begun_is_cleared_away(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for name in (f".a-{gone.pid}", f".a-{gone.pid}.txt", f".b-{gone.pid}", ".a-b", f".a-{os.getppid()}"):
+        (tmp_path / name).mkdir()
+    with new_folder(tmp_path / "a"):
+        pass
+    with new_file(tmp_path / "a.txt") as path:
+        path.write_text("")
+    assert listing(tmp_path) == sorted([f".b-{gone.pid}", ".a-b", f".a-{os.getppid()}", "a", "a.txt"])
 
 
 # -- atomic writes

@@ -147,6 +147,24 @@ def test_student_folder_says_what_it_was_made_of(study):
     )
 
 
+@pytest.mark.parametrize("name, stage", [("vocabulary", "prune"), ("conditioned", "condition"), ("student", "distill")])
+def test_a_damaged_model_is_named_and_made_again(study, sources, name, stage, caplog):
+    file = study.run.path / name / "model.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-2] + bytes([good[-2] ^ 1, good[-1]]))
+    again = Study(study.run.path, "smoke", overrides(sources))
+    assert not again.intact(stage)
+    assert f"{name}: model.safetensors is corrupted" in caplog.messages[0] and "made again" in caplog.messages[0]
+    {"prune": lambda: again.pruned, "condition": again.condition, "distill": again.distill}[stage]()
+    assert file.read_bytes() == good and Study(study.run.path, "smoke", overrides(sources)).intact(stage)
+
+
+def test_what_comes_beside_a_model_later_is_no_damage(study):
+    (study.run.path / "student" / "onnx").mkdir()
+    (study.run.path / "student" / "README.md").write_text("another card")
+    assert study.intact("distill") and study.intact("benchmark")
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
