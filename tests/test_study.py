@@ -156,11 +156,11 @@ def test_other_data_under_the_same_name_makes_what_was_made_of_it_stale(sources,
 
 
 def test_a_test_row_that_stands_in_the_corpus_changes_what_is_distilled(sources, tmp_path):
-    sentence = (sources / "corpus.txt").read_text().split("\n")[0]
-    rows = (sources / "labels.csv").read_text().splitlines()
+    labelled = (sources / "labels.csv").read_text()
+    sentence = next(s for s in (sources / "corpus.txt").read_text().split("\n") if s and s not in labelled)
     data = []
-    for name, more in (("one", "xyzzy"), ("two", sentence)):
-        (tmp_path / f"{name}.csv").write_text("\n".join([*rows[:1], *rows[-6:], f"{more},mubo"]))
+    for name, row in (("one", "xyzzy"), ("two", sentence)):
+        (tmp_path / f"{name}.csv").write_text(f"sentence,gitas-on\nxyzzy xyzzy,taas\n{row},mubo")
         task = {"name": "length", "source": str(sources / "labels.csv"), "test": str(tmp_path / f"{name}.csv")}
         task |= {"text": "sentence", "label": "gitas-on"}
         data.append(Study(tmp_path / name, "smoke", overrides(sources, tasks=[task])).data)
