@@ -7,6 +7,7 @@ import pandas as pd
 
 from kdlib import embedded
 from kdlib.metrics import headline
+from kdlib.mlm import HEAD_FILE
 from kdlib.store import Run, new_file, write_json
 from kdlib.teacher import prefix_of
 
@@ -28,6 +29,11 @@ def write_card(folder: Path, run: Run) -> None:
         else profile.corpus.source
     )
     use = f'texts = ["{prefix}" + text for text in ["..."]]' if prefix else 'texts = ["..."]'
+    head = f"""
+Its masked-language head, trained with it, is `{HEAD_FILE}`. `kdlib.teacher.load_encoder(".", "student").head` reads it;
+plain transformers leaves it aside.
+"""
+    head = head if (folder / HEAD_FILE).is_file() else ""
     scripts = " (characters: scripts)" if profile.vocabulary.characters == "scripts" else ""
     text = f"""---
 language: "{profile.language}"
@@ -61,7 +67,7 @@ vectors = (states * mask).sum(1) / mask.sum(1)
 ```
 
 With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the prefix" if prefix else ""} are set.
-
+{head}
 ## Numbers
 
 {_numbers(run.results())}

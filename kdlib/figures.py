@@ -8,6 +8,8 @@ import functools
 import io
 import re
 import textwrap
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +18,7 @@ import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from fontTools.unicodedata import script as script_of
 from fontTools.unicodedata import script_name
 from matplotlib import font_manager
 from matplotlib.axes import Axes
@@ -243,7 +246,35 @@ def _panels(title: str, count: int, most: int, height: float, **share: bool) -> 
 
 
 def _wrap(label: str, width: int = 18) -> str:
-    return textwrap.fill(str(label), width)
+    return textwrap.fill(legible(str(label)), width)
+
+
+def legible(label: str) -> str:
+    """The label with a dot for every letter that no font of this machine has, where a box would be drawn.
+
+    The first time a script is met so, a warning says which font to install.
+    """
+    found = _letters()
+    lacking = {c for c in label if ord(c) not in found and not c.isspace() and unicodedata.category(c)[0] != "C"}
+    for script in sorted({script_name(script_of(c), "its") for c in lacking}):
+        _tell(script)
+    return "".join("·" if c in lacking else c for c in label)
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """The code points that the fonts of figures have, on this machine."""
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in STYLE["font.family"]]
+    return frozenset(code for font in fonts for code in font.get_charmap())
+
+
+@functools.cache
+def _tell(script: str) -> None:
+    warnings.warn(
+        f"Glyph of {script} script missing: figures have dots in their place, until a font such as Noto Sans {script} "
+        "is installed",
+        stacklevel=2,
+    )
 
 
 def _count(values: Iterable[float]) -> str:

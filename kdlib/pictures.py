@@ -414,7 +414,7 @@ def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Fi
         image = ax.imshow(matrix, cmap="Blues", norm=PowerNorm(0.5, 0, most))
         named = range(0, len(pieces), -(-len(pieces) // 18))
         ax.set_xticks(named, [str(i + 1) for i in named], fontsize=10)
-        ax.set_yticks(named, [f"{pieces[i]} {i + 1}" for i in named], fontsize=10)
+        ax.set_yticks(named, [f"{figures.legible(pieces[i])} {i + 1}" for i in named], fontsize=10)
         ax.grid(False)
         ax.set(title=title, xlabel="token that is looked at")
     axes[0].set_ylabel("token that looks")

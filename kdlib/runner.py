@@ -28,7 +28,7 @@ from rich.table import Table
 from kdlib import ablate, figures, processes, progress
 from kdlib.errors import UserError
 from kdlib.store import Run
-from kdlib.study import NOTEBOOKS, STAGES, Study, stage_key
+from kdlib.study import NOTEBOOKS, STAGES, Study
 
 START_SECONDS = 300  # that a kernel may take to start: a laptop may be busy with others
 MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that a user can mend, such as a full disk
@@ -90,10 +90,12 @@ def run_study(
     begun = time.time()
     with study.run.lock():
         for stage in stages:
-            key = stage_key(study.profile, stage)
+            key, data = study.key(stage), study.data_of(stage)
             if not only and not start and study.run.done(stage, key) and study.intact(stage):
                 console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
                 continue
+            if changed := study.run.changed(stage, data):
+                console.print(f"{NOTEBOOKS[stage]}: once more, the data changed ({', '.join(changed)})")
             started = time.time()
             name = f"{NOTEBOOKS[stage]}.ipynb"
             parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
@@ -101,7 +103,7 @@ def run_study(
             execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console)
             seconds = time.time() - started
             if not some:
-                study.run.mark(stage, key, seconds)
+                study.run.mark(stage, key, seconds, data)
             console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
     if not only:
         summary(study.run, time.time() - begun, console)

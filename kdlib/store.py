@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -300,8 +301,18 @@ class Run:
         except UserError:
             return False
 
-    def mark(self, stage: str, key: str, seconds: float) -> None:
-        write_json(self.folder("stages") / f"{stage}.json", {"key": key, "seconds": round(seconds, 1)})
+    def mark(self, stage: str, key: str, seconds: float, data: Mapping[str, str]) -> None:
+        """Note that `stage` finished; data: fingerprints of what it read, by kind."""
+        kept = {"key": key, "seconds": round(seconds, 1), "data": dict(data)}
+        write_json(self.folder("stages") / f"{stage}.json", kept)
+
+    def changed(self, stage: str, data: Mapping[str, str]) -> list[str]:
+        """The kinds of data that are not what they were when `stage` finished last; none where it never did."""
+        try:
+            before = read_json(self.path / "stages" / f"{stage}.json").get("data")
+        except UserError:
+            return []
+        return [name for name in data if data[name] != before.get(name)] if isinstance(before, dict) else []
 
 
 def _refuse_links_out(folder: Path) -> None:

@@ -8,7 +8,7 @@ import copy
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from kdlib.benchmark import Trial, average_row, probe_runs, rows_of
 from kdlib.benchmark import run as run_trials
 from kdlib.card import write_card
 from kdlib.cloze import mlm_rows
-from kdlib.corpus import Corpus, load_corpus, sentences, windows, without
+from kdlib.corpus import Corpus, Document, load_corpus, sentences, windows, without
 from kdlib.distill import Outcome, Texts, distill, prepare
 from kdlib.documents import Lazy
 from kdlib.efficiency import size_rows, speed_rows
@@ -49,13 +49,13 @@ NOTEBOOKS = {
     "ablations": "05_ablations",
     "figures": "06_figures",
 }
-READS = {  # the sections of a profile that a stage depends on, besides those of the stages before it
+READS = {  # what a stage depends on, besides the stages before it: sections of the profile, and `Study.data` by name
     "probe": ["language", "seed", "teacher", "corpus", "parallel", "tasks", "probe"],
     "prune": ["language", "seed", "teacher", "corpus", "vocabulary"],
-    "condition": ["device", "condition"],
-    "distill": ["device", "student", "distill"],
+    "condition": ["device", "condition", "training"],
+    "distill": ["device", "student", "distill", "training"],
     "benchmark": ["tasks", "students", "baselines", "benchmark"],
-    "ablations": ["tasks", "benchmark", "condition", "student", "distill", "ablations"],
+    "ablations": ["tasks", "benchmark", "condition", "student", "distill", "ablations", "training"],
     "figures": ["probe", "tasks", "parallel", "condition", "students", "baselines", "benchmark", "ablations"],
 }
 BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "figures": "distill"}
@@ -65,15 +65,21 @@ CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
 SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
 
 
-def stage_key(profile: config.Profile, stage: str) -> str:
-    """A fingerprint of all that a stage's result depends on."""
-    sections = {name: profile.model_dump()[name] for name in READS[stage]}
-    before = BEFORE.get(stage)
+def stage_key(profile: config.Profile, stage: str, data: Mapping[str, str]) -> str:
+    """A fingerprint of all that a stage's result depends on. data: of the run, as `Study.data` has it."""
+    full = profile.model_dump()
+    sections = {name: [full.get(name), data.get(name)] for name in READS[stage]}
     if stage == "condition":
-        del sections["condition"]["use"]  # says who is distilled, not how conditioning is done
+        del full["condition"]["use"]  # says who is distilled, not how conditioning is done
+    before = _before(profile, stage)
+    return fingerprint(sections, stage_key(profile, before, data) if before else None)
+
+
+def _before(profile: config.Profile, stage: str) -> str | None:
+    """The stage whose result another starts from."""
     if stage == "distill":
-        before = "condition" if profile.condition.use else "prune"
-    return fingerprint(sections, stage_key(profile, before) if before else None)
+        return "condition" if profile.condition.use else "prune"
+    return BEFORE.get(stage)
 
 
 def _parts(text: str | tuple[str, str] | list[str]) -> tuple[str, ...]:
@@ -123,13 +129,38 @@ class Study:
         return {code: list(rows[code]) for code in spec.languages}
 
     @cached_property
+    def data(self) -> dict[str, str]:
+        """Fingerprints of the texts and labels that are read, by kind; of what they are, not of where they lie.
+
+        corpus, tasks, parallel; training: the corpus without what the tasks are tested on.
+        """
+        return {
+            "corpus": self.corpus.origin.sha256,
+            "tasks": fingerprint({task.name: task.origin.sha256 for task in self.tasks}),
+            "parallel": sources.digest(self.parallel.items()),
+            "training": sources.digest(document.sentences for document in self._train_documents),
+        }
+
+    def key(self, stage: str) -> str:
+        """A fingerprint of all that a stage's result depends on: parameters and data."""
+        return stage_key(self.profile, stage, self.data)
+
+    def data_of(self, stage: str) -> dict[str, str]:
+        """`data`, as far as a stage and those before it read it."""
+        names: set[str] = set()
+        while stage:
+            names |= set(READS[stage])
+            stage = _before(self.profile, stage)
+        return {name: value for name, value in self.data.items() if name in names}
+
+    @cached_property
     def teacher(self) -> Encoder:
         return load_teacher(self.profile.teacher, self.device, self.bf16)
 
     def _place(self, name: str, stage: str) -> Path:
         """The folder of an artefact: `name` in the run folder; for an arm that makes it otherwise, one of its own."""
-        key = stage_key(self.profile, stage)
-        ours = key == stage_key(self.run.profile, stage)
+        key = self.key(stage)
+        ours = key == stage_key(self.run.profile, stage, self.data)
         return self.run.path / name if ours else self.run.folder("others") / f"{name}-{key}"
 
     def _load(self, folder: Path, name: str) -> Encoder:
@@ -140,10 +171,11 @@ class Study:
 
     def as_arm(self, profile: config.Profile) -> "Study":
         """The same study under the profile of an arm; what the arm leaves as it is is shared."""
+        self.data  # is the same for all arms: made before they part
         arm = copy.copy(self)
         arm.profile = profile
         for name, stage in (("selection", "prune"), ("pruned", "prune"), ("conditioned", "condition")):
-            if stage_key(profile, stage) != stage_key(self.profile, stage):
+            if arm.key(stage) != self.key(stage):
                 arm.__dict__.pop(name, None)
         for name in ("texts", "student", "contestants", "_train_texts"):
             arm.__dict__.pop(name, None)
@@ -165,7 +197,7 @@ class Study:
         if wrong:
             log.warning("%s: %s; it is made again", folder, wrong)
             return False
-        return read_json(folder / SEAL).get("key") == stage_key(self.profile, stage)
+        return read_json(folder / SEAL).get("key") == self.key(stage)
 
     def intact(self, stage: str) -> bool:
         """Whether the model that a stage makes, if it makes one, is there and whole."""
@@ -236,7 +268,7 @@ class Study:
             with new_folder(target) as folder:
                 vocabulary.prune_encoder(self.teacher, ids, folder, stored)
                 np.save(folder / "kept_ids.npy", np.array(ids))
-                seal(folder, key=stage_key(self.profile, "prune"))
+                seal(folder, key=self.key("prune"))
         return self._load(target, "pruned teacher")
 
     def prune_rows(self) -> list[dict]:
@@ -294,7 +326,7 @@ class Study:
         They come from `conditioned/` or are made there. A run that was cut off goes on from its last checkpoint.
         """
         target = self._place("conditioned", "condition")
-        work = target.with_name(f"{target.name}-checkpoints-{stage_key(self.profile, 'condition')}")
+        work = target.with_name(f"{target.name}-checkpoints-{self.key('condition')}")
         if not self._made(target, "condition"):
             if processes.count() > 1:
                 raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
@@ -308,7 +340,7 @@ class Study:
                 outcome.encoder.save(folder)
                 outcome.curve.to_csv(folder / "curve.csv", index=False)
                 write_json(folder / "facts.json", outcome.facts)
-                seal(folder, key=stage_key(self.profile, "condition"))
+                seal(folder, key=self.key("condition"))
         shutil.rmtree(work, ignore_errors=True)
         return self.conditioned, read_table(target / "curve.csv", CURVE), read_json(target / "facts.json")
 
@@ -340,11 +372,16 @@ class Study:
 
     # -- 03
 
+    @property
+    def _train_documents(self) -> list[Document]:
+        """The training documents, without what the tasks are tested on."""
+        tested = {part for task in self.tasks for text in task.test.texts for part in _parts(text)}
+        return without(self.corpus.train, tested)
+
     @cached_property
     def _train_texts(self) -> Sequence[str]:
         """Windows of the training documents, without what the tasks are tested on."""
-        tested = {part for task in self.tasks for text in task.test.texts for part in _parts(text)}
-        return windows(without(self.corpus.train, tested), self.profile.distill.windows)
+        return windows(self._train_documents, self.profile.distill.windows)
 
     def _some(self, texts: Sequence[str], count: int | None, share: float = 1.0) -> Sequence[str]:
         """At most `count` of the texts, and of those a share; smaller choices are parts of the larger ones."""
@@ -403,7 +440,7 @@ class Study:
         A run that was cut off goes on from its last checkpoint.
         """
         work, target = self._place("distill", "distill"), self._place("student", "distill")
-        key = stage_key(self.profile, "distill")
+        key = self.key("distill")
         checkpoints = work / f"checkpoints-{key}"
         if not self._made(target, "distill"):
             with processes.in_turn():
@@ -414,7 +451,9 @@ class Study:
                     outcome.curve.to_csv(file, index=False)
                 write_json(work / "facts.json", outcome.facts)
                 with new_folder(target) as folder:
-                    self._encoder(outcome.student, "student").save(folder)
+                    student = self._encoder(outcome.student, "student")
+                    student.head = outcome.head
+                    student.save(folder)
                     seal(folder, key=key)
                     write_card(folder, self.run)
             processes.wait()
@@ -489,10 +528,10 @@ class Study:
 
     def _contestant_keys(self) -> dict[str, str]:
         """For every contestant a fingerprint of all that its vectors depend on."""
-        student, shared = stage_key(self.profile, "distill"), [self.bf16, self._prefix, self._max_length]
-        made_of = {"teacher": self.profile.teacher.model_dump(), "pruned teacher": stage_key(self.profile, "prune")}
-        made_of |= {"conditioned teacher": stage_key(self.profile, "condition")}
-        made_of |= {name: stage_key(study.profile, "distill") for name, study in self._other_students.items()}
+        student, shared = self.key("distill"), [self.bf16, self._prefix, self._max_length]
+        made_of = {"teacher": self.profile.teacher.model_dump(), "pruned teacher": self.key("prune")}
+        made_of |= {"conditioned teacher": self.key("condition")}
+        made_of |= {name: study.key("distill") for name, study in self._other_students.items()}
         made_of |= {name: spec.model_dump() for name, spec in self.profile.baselines.items()}
         return {name: fingerprint(name, made_of.get(name, student), shared) for name in self.contestants}
 
@@ -564,9 +603,9 @@ class Study:
         """
         probes = ("seeds", "probe_share", "probe_rows", "probe_test_rows", "bootstrap")
         full = self.profile.model_dump()
-        judged = [full["tasks"], full["ablations"]["max_texts"], *(full["benchmark"][key] for key in probes)]
+        judged = [full["tasks"], self.data["tasks"], full["ablations"]["max_texts"], *(full["benchmark"][key] for key in probes)]
         name = what if kind == "reference" else None
-        folder = self.run.folder("ablations") / fingerprint(kind, name, stage_key(self.profile, "distill"), judged)
+        folder = self.run.folder("ablations") / fingerprint(kind, name, self.key("distill"), judged)
         try:
             rows = read_json(folder / "rows.json", list)
             if all(isinstance(row, dict) and isinstance(row.get("metric"), str) for row in rows):

@@ -624,7 +624,7 @@ def read_profile(here: Path, case: Case) -> None:
     check_objectives(profile.distill.objectives)
     run = store.Run(here / "run", profile)
     assert store.Run(run.path).profile == profile
-    stage_key(profile, "ablations")
+    stage_key(profile, "ablations", {})
 
 
 # -- model folders and tokenizers
@@ -749,14 +749,15 @@ def run_files() -> dict[str, bytes | None]:
         models = [score | dict(model=model, method="probe", seed=0) for model in ("teacher", "student")]
         run.record("benchmark", models)
         run.record("ablations", [score | dict(model="student", method=name, arm="a") for name in ("fraction", "init")])
+        study = Study(run.path, "smoke")
         for stage, name in STAGE_FOLDERS.items():
-            key = stage_key(run.profile, stage)
+            key = study.key(stage)
             store.write_json(run.folder(name) / "made.json", {"key": key})
-            run.mark(stage, key, 1.0)
+            run.mark(stage, key, 1.0, study.data_of(stage))
         for name in ("conditioned", "distill"):
             (run.folder(name) / "curve.csv").write_text("split,step,seconds,loss\nheldout,1,0.5,2.0\n")
             store.write_json(run.path / name / "facts.json", {"texts": 3})
-        Study(run.path, "smoke")._kept("arm", ARM, lambda folder: [dict(metric="score", value=0.5)])
+        study._kept("arm", ARM, lambda folder: [dict(metric="score", value=0.5)])
         for name in ("figures", "notebooks", "cache", "vocabulary"):
             run.folder(name)
         files = sorted(run.path.rglob("*"))
@@ -806,7 +807,7 @@ def read_run(here: Path, case: Case) -> None:
     if run is None:
         run = store.Run(here / "run", config.load_profile("smoke"))
     table = attempt(run.results)
-    attempt(lambda: run.done("distill", "x") or run.mark("distill", "x", 1.0))
+    attempt(lambda: run.done("distill", "x") or run.mark("distill", "x", 1.0, {}))
     attempt(lambda: run.record("probe", [dict(model="a", metric="m", value=1)]))
     attempt(lambda: run.lock().__enter__())
     if table is not None and len(table):

@@ -1,10 +1,11 @@
 """The paper's profile rehearsed: every stage, arm and objective, small, on a CPU, against a stand-in hub on loopback.
 
-    python tests/rehearse.py [--out FOLDER]
+    python tests/rehearse.py [--out FOLDER] [--teacher mBERT]
 
 Teachers in the shape of mBERT, XLM-R and mDeBERTa (two random layers each), the baselines, a Wikipedia and the four
 tasks are written in the hub's formats, under the names that the profile asks for; the profile is scaled down by
-overrides alone. Scores mean nothing here. Ends with the line "N passed, N failed".
+overrides alone. The first teacher runs all of it, the others all stages and objectives, without the baselines and the
+arms that are no other for another teacher. Scores mean nothing here. Ends with the line "N passed, N failed".
 """
 
 import argparse
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_DISABLE_PROGRESS_BARS="1")
@@ -58,7 +60,7 @@ def student(sizes: dict, **more) -> dict:
     return {f"student.{name}": value for name, value in sizes.items()} | more
 
 
-OVERRIDES = {  # all that is changed of the profile: sizes and counts, never what is done
+OVERRIDES = {  # all that is changed of the profile for the first teacher: sizes and counts, never what is done
     "student": {"init": "alternate", **SMALL},
     "students": {"tiny": student(NARROW), "base, not conditioned": {"condition.use": False}},
     "corpus.max_documents": 120,
@@ -93,6 +95,12 @@ OVERRIDES = {  # all that is changed of the profile: sizes and counts, never wha
         "1,000 rows": {"vocabulary.prune": True, "vocabulary.max_rows": 1000},
     },
 }  # fmt: skip
+FEWER = {  # besides, for the others
+    "students": {"tiny": student(NARROW)},
+    "baselines": {},
+    "benchmark.fewshot": [2],
+}
+FAMILIES = ("conditioning", "objective", "start", "vocabulary")  # of the arms that the others run
 TEACHERS = {
     "mBERT": "google-bert/bert-base-multilingual-cased",
     "XLM-R": "FacebookAI/xlm-roberta-base",
@@ -254,25 +262,42 @@ def write_data(root: Path) -> list[str]:
 
 
 class Checks:
+    """What was looked at, a line each; shown when all of it was, so that runs side by side do not mix."""
+
     def __init__(self):
-        self.passed, self.failed = 0, 0
+        self.passed, self.failed, self.lines = 0, 0, []
 
     def __call__(self, what: str, holds: bool, why: str = "") -> None:
         self.passed, self.failed = self.passed + bool(holds), self.failed + (not holds)
-        print(f"  {'ok    ' if holds else 'FAILED'} {what}{'' if holds or not why else ': ' + why}", flush=True)
+        self.lines.append(f"  {'ok    ' if holds else 'FAILED'} {what}{'' if holds or not why else ': ' + why}")
 
 
-def kdlib(out: Path, teacher: str, environment: dict, *more: str) -> subprocess.CompletedProcess:
+def overrides_for(teacher: str) -> dict:
     overrides = OVERRIDES | {"teacher.source": TEACHERS[teacher]}
+    if teacher == next(iter(TEACHERS)):
+        return overrides
+    arms = load_profile("paper", overrides).ablations.arms
+    kept = {key: value for key, value in overrides.items() if not key.startswith("ablations.arms")}
+    return kept | FEWER | {"ablations.arms": {family: arms[family] for family in FAMILIES}}
+
+
+def kdlib(out: Path, teacher: str, environment: dict) -> subprocess.CompletedProcess:
+    overrides = overrides_for(teacher)
     settings = [part for key, value in overrides.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-    command = [sys.executable, "-m", "kdlib", "run", "--profile", "paper", "--out", str(out), *settings, *more]
+    command = [sys.executable, "-m", "kdlib", "run", "--profile", "paper", "--out", str(out), *settings]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment)
 
 
-def rehearse(teacher: str, out: Path, environment: dict, check: Checks) -> None:
-    started = time.time()
+def rehearse(teacher: str, out: Path, environment: dict) -> Checks:
+    started, check = time.time(), Checks()
     result = kdlib(out, teacher, environment)
-    print(f"{teacher}: {time.time() - started:.0f} s", flush=True)
+    inspect(teacher, out, result, check)
+    print("\n".join([f"{teacher}: {time.time() - started:.0f} s", *check.lines]), flush=True)
+    return check
+
+
+def inspect(teacher: str, out: Path, result: subprocess.CompletedProcess, check: Checks) -> None:
+    """Is everything there that a run is to leave?"""
     check("the run ends well", result.returncode == 0, (result.stderr or result.stdout)[-600:])
     table = read_results(out / "results.csv") if (out / "results.csv").is_file() else pd.DataFrame({"stage": []})
     for stage in STAGES:
@@ -300,7 +325,7 @@ def rehearse(teacher: str, out: Path, environment: dict, check: Checks) -> None:
         check(f"objective {objective}", objective in used)
     bench = table[table["stage"] == "benchmark"]
     for method in ("probe", "finetune", "fewshot"):
-        models = {"teacher", "student", "tiny", "DistilmBERT", "RoBERTa-tagalog"}
+        models = {"teacher", "student", *profile.students, *profile.baselines}
         mine = bench[(bench["method"] == method) & (bench["metric"] == "score")]
         check(f"{method} of {len(set(mine['model']))} models", models <= set(mine["model"]))
     check("paired tests", {"difference", "p_holm", "tost_p_holm"} <= set(bench["metric"]))
@@ -323,28 +348,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the runs lie; default a temporary folder")
     parser.add_argument("--teacher", choices=TEACHERS, action="append", help="only this one; repeatable")
     arguments = parser.parse_args()
-    check = Checks()
     with tempfile.TemporaryDirectory() as temporary:
         temporary = Path(temporary)
         hub, out = temporary / "hub", (arguments.out or temporary / "runs").resolve()
         write_models(hub, write_data(hub))
         teachers = arguments.teacher or list(TEACHERS)
-        with HubServer(hub) as server:
-            environment = server.environment(temporary / "home") | {"COLUMNS": "100"}
-            for teacher in teachers:
-                shutil.rmtree(out / teacher, ignore_errors=True)  # models of another rehearsal
-                rehearse(teacher, out / teacher, environment, check)
-        offline = server.environment(temporary / "home", offline=True)
-        again = kdlib(out / teachers[0], teachers[0], offline)
+        for teacher in teachers:
+            shutil.rmtree(out / teacher, ignore_errors=True)  # models of another rehearsal
+        with HubServer(hub) as server, ThreadPoolExecutor(os.cpu_count()) as pool:
+            one = {"OMP_NUM_THREADS": "1"}  # models so small run no faster on more; teachers side by side do
+            environment = server.environment(temporary / "home") | one
+            runs = [pool.submit(rehearse, teacher, out / teacher, environment) for teacher in teachers]
+            missing = pool.submit(kdlib, out / "missing", teachers[0], server.environment(temporary / "empty", True))
+            checks = [run.result() for run in runs]
+        again = kdlib(out / teachers[0], teachers[0], server.environment(temporary / "home", offline=True) | one)
+        lines = missing.result().stderr.strip().splitlines()
+        check = Checks()
         check("offline, from the cache: nothing is done again", again.stdout.count("done before") == len(STAGES))
-        missing = kdlib(out / "missing", teachers[0], server.environment(temporary / "empty", offline=True))
-        lines = missing.stderr.strip().splitlines()
-        check(
-            "no hub: one line that says how to go on",
-            missing.returncode == 2 and len(lines) == 1 and "embedded" in lines[0],
-        )
-    print(f"{check.passed} passed, {check.failed} failed")
-    raise SystemExit(bool(check.failed))
+        refused = missing.result().returncode == 2 and len(lines) == 1 and "embedded" in lines[0]
+        check("no hub: one line that says how to go on", refused)
+        print("\n".join(check.lines))
+    checks.append(check)
+    passed, failed = sum(c.passed for c in checks), sum(c.failed for c in checks)
+    print(f"{passed} passed, {failed} failed")
+    raise SystemExit(bool(failed))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_what_an_arm_leaves_alone_keeps_its_key(profile):
     )
 
     def same(other, stage):
-        return stage_key(other, stage) == stage_key(profile, stage)
+        return stage_key(other, stage, {}) == stage_key(profile, stage, {})
 
     assert same(depth, "prune") and same(depth, "condition") and not same(depth, "distill")
     assert not same(rows, "prune") and not same(rows, "condition") and not same(rows, "distill")

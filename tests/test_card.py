@@ -10,6 +10,7 @@ import yaml
 from kdlib.card import write_card
 from kdlib.config import load_profile
 from kdlib.errors import UserError
+from kdlib.mlm import HEAD_FILE
 from kdlib.store import Run
 
 
@@ -61,6 +62,13 @@ def test_front_matter_parses(make, language):
 def test_without_results_it_says_so(make):
     text = card(make())
     assert "Not measured yet" in text and "| how |" not in text
+
+
+def test_a_kept_head_is_told_of(make):
+    student = make()
+    assert "head" not in card(student)
+    (student / HEAD_FILE).write_bytes(b"")
+    assert HEAD_FILE in card(make())
 
 
 def test_numbers_stand_with_their_intervals(make):

@@ -1,5 +1,7 @@
 """Figures: each draws from a tidy table, with labels, twice the same bytes; a table with gaps says what is missing."""
 
+import warnings
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -271,7 +273,17 @@ def test_an_empty_table_is_refused(tmp_path):
             use(empty)
 
 
-@pytest.mark.filterwarnings("ignore:Glyph")
+def test_letters_that_no_font_has_are_dots_and_the_font_to_install_is_told(monkeypatch):
+    monkeypatch.setattr(figures, "_letters", lambda: frozenset(range(0x250)))
+    figures._tell.cache_clear()
+    with pytest.warns(UserWarning, match="Noto Sans Thai"):
+        assert figures.legible("task กข 1") == "task ·· 1"
+    with warnings.catch_warnings(action="error"):
+        assert figures.legible("ก") == "·"  # told once
+
+
+@pytest.mark.filterwarnings("error:Glyph .* missing from")
+@pytest.mark.filterwarnings("ignore:Glyph of")
 def test_any_language_task_and_model_can_be_drawn(tmp_path):
     tasks = {"ปัญหา": "accuracy", "主题 分类": "macro_f1", "$x$ and $y": "f1"}
     models = {"teacher": 0.8, "student": 0.75, "somebody/else-base": 0.7}
@@ -282,7 +294,7 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     figure = figures.benchmark_probe(table)
     figures.save(figure, tmp_path, "benchmark_probe")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
-    assert "主题 分类\nmacro F1, n = 100" in texts(figure)
+    assert figures.legible("主题 分类") + "\nmacro F1, n = 100" in texts(figure)
 
 
 def test_a_model_looks_the_same_in_every_table(table):

@@ -337,7 +337,7 @@ def test_run_folder_may_be_a_link_and_hold_links_of_its_own(tmp_path):
     (tmp_path / "run").symlink_to("disk")
     (tmp_path / "disk" / "stages").mkdir()
     (tmp_path / "disk" / "also").symlink_to("stages")
-    store.Run(tmp_path / "run", load_profile("smoke")).mark("probe", "k", 1.0)
+    store.Run(tmp_path / "run", load_profile("smoke")).mark("probe", "k", 1.0, {})
     assert store.Run(tmp_path / "run").done("probe", "k")
 
 

@@ -262,7 +262,7 @@ def test_folder_where_a_file_is(run):
     assert run.folder("a/b").is_dir() and run.folder("a/b").is_dir()
     (run.path / "stages").write_text("x")
     with pytest.raises(UserError, match="stages"):
-        run.mark("probe", "k", 1.0)
+        run.mark("probe", "k", 1.0, {})
 
 
 def test_results_before_the_first_stage(run):
@@ -359,14 +359,21 @@ def test_full_disk_keeps_the_older_results(run, monkeypatch):
 
 def test_stage_is_done_with_the_key_it_was_marked_with(run):
     assert not run.done("probe", "k")
-    run.mark("probe", "k", 1.234)
+    run.mark("probe", "k", 1.234, {})
     assert run.done("probe", "k") and not run.done("probe", "other") and not run.done("distill", "k")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"{}", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"{}", b'{"data": 3}', b"\xff"])
 def test_broken_mark_counts_as_not_done(run, content):
     (run.folder("stages") / "probe.json").write_bytes(content)
-    assert not run.done("probe", "k")
+    assert not run.done("probe", "k") and run.changed("probe", {"corpus": "a"}) == []
+
+
+def test_a_finished_stage_tells_which_data_changed(run):
+    assert run.changed("probe", {"corpus": "a"}) == []
+    run.mark("probe", "k", 1.0, {"corpus": "a", "tasks": "b"})
+    assert run.changed("probe", {"corpus": "a", "tasks": "b"}) == []
+    assert run.changed("probe", {"corpus": "a", "tasks": "c"}) == ["tasks"]
 
 
 def test_two_commands_cannot_work_in_one_folder(tmp_path):

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import tiny
+from transformers import AutoModel
 
 from kdlib import benchmark
 from kdlib import distill as distillation
 from kdlib.config import load_profile
 from kdlib.errors import UserError
-from kdlib.study import Study, stage_key
+from kdlib.study import STAGES, Study, stage_key
 
 OVERRIDES = {
     "language": "ceb", "parallel": None, "teacher.max_length": 32,
@@ -113,19 +114,65 @@ def test_only_the_new_arm_is_run(study, sources, monkeypatch):
     assert {row["arm"] for row in rows if "arm" in row} >= {"half", "all", "last"} and "first" not in str(rows)
 
 
+def stale(before, after):
+    """The stages that two overrides of a profile give different keys."""
+    keys = [{s: stage_key(load_profile("smoke", o), s, {}) for s in STAGES} for o in (before, after)]
+    return {stage for stage in STAGES if keys[0][stage] != keys[1][stage]}
+
+
 def test_a_changed_parameter_makes_its_stage_and_those_after_stale():
-    base, deeper = load_profile("smoke"), load_profile("smoke", "student.layers=3")
-    changed = {
-        stage
-        for stage in ("probe", "prune", "distill", "benchmark", "ablations")
-        if stage_key(base, stage) != stage_key(deeper, stage)
-    }
-    assert changed == {"distill", "benchmark", "ablations"}
-    base, longer = load_profile("smoke"), load_profile("smoke", "condition.epochs=2")
-    assert stage_key(base, "distill") == stage_key(longer, "distill")  # nobody is distilled from the conditioned one
-    use = "condition.use=true"
-    base, longer = load_profile("smoke", use), load_profile("smoke", f"condition.epochs=2 {use}")
-    assert stage_key(base, "distill") != stage_key(longer, "distill")
+    assert stale("", "student.layers=3") == {"distill", "benchmark", "ablations", "figures"}
+    assert "distill" not in stale("", "condition.epochs=2")  # nobody is distilled from the conditioned one
+    assert "distill" in stale("condition.use=true", "condition.epochs=2 condition.use=true")
+
+
+def test_other_data_under_the_same_name_makes_what_was_made_of_it_stale(sources, tmp_path):
+    def keys():
+        study = Study(tmp_path / "run", "smoke", overrides(sources, **files))
+        for stage in STAGES:
+            study.run.mark(stage, study.key(stage), 1.0, study.data_of(stage))
+        return {stage: study.key(stage) for stage in STAGES}, study.data
+
+    def changed(stage):
+        study = Study(tmp_path / "run", "smoke", overrides(sources, **files))
+        return study.run.changed(stage, study.data_of(stage))
+
+    corpus, labels = tmp_path / "corpus.txt", tmp_path / "labels.csv"
+    corpus.write_bytes((sources / "corpus.txt").read_bytes())
+    labels.write_bytes((sources / "labels.csv").read_bytes())
+    task = {"name": "length", "source": str(labels), "text": "sentence", "label": "gitas-on"}
+    files = {"corpus.source": str(corpus), "tasks": [task]}
+    first, _ = keys()
+    corpus.touch()
+    assert keys()[0] == first
+    labels.write_text(labels.read_text() + "\nxyzzy xyzzy,mubo")  # stands nowhere in the corpus
+    assert changed("probe") == ["tasks"] and changed("distill") == []
+    second, _ = keys()
+    assert {stage for stage in STAGES if first[stage] != second[stage]} == {"probe", "benchmark", "ablations", "figures"}
+    corpus.write_text(corpus.read_text().replace("ang", "ng"))
+    assert changed("distill") == ["corpus", "training"]
+    third, _ = keys()
+    assert all(second[stage] != third[stage] for stage in STAGES)
+
+
+def test_a_test_row_that_stands_in_the_corpus_changes_what_is_distilled(sources, tmp_path):
+    labelled = (sources / "labels.csv").read_text()
+    sentence = next(s for s in (sources / "corpus.txt").read_text().split("\n") if s and s not in labelled)
+    data = []
+    for name, row in (("one", "xyzzy"), ("two", sentence)):
+        (tmp_path / f"{name}.csv").write_text(f"sentence,gitas-on\nxyzzy xyzzy,taas\n{row},mubo")
+        task = {"name": "length", "source": str(sources / "labels.csv"), "test": str(tmp_path / f"{name}.csv")}
+        task |= {"text": "sentence", "label": "gitas-on"}
+        data.append(Study(tmp_path / name, "smoke", overrides(sources, tasks=[task])).data)
+    assert data[0]["corpus"] == data[1]["corpus"] and data[0]["training"] != data[1]["training"]
+
+
+def test_the_students_head_is_kept_with_it(sources, tmp_path):
+    change = {"distill.objectives": {"mlm": 1.0}, "distill.max_texts": 50, "vocabulary.prune": False}
+    study = Study(tmp_path / "run", "smoke", overrides(sources, **change))
+    student, _, facts = study.distill()
+    assert student.head is not None and AutoModel.from_pretrained(study.run.path / "student").config.hidden_size == 32
+    assert len(student.head.bias) == student.model.config.vocab_size
 
 
 def test_student_card_quotes_the_results(study):
@@ -142,9 +189,7 @@ def test_student_card_quotes_the_results(study):
 
 
 def test_student_folder_says_what_it_was_made_of(study):
-    assert json.loads((study.run.path / "student" / "made.json").read_text())["key"] == stage_key(
-        study.profile, "distill"
-    )
+    assert json.loads((study.run.path / "student" / "made.json").read_text())["key"] == study.key("distill")
 
 
 @pytest.mark.parametrize("name, stage", [("vocabulary", "prune"), ("conditioned", "condition"), ("student", "distill")])
