@@ -325,7 +325,9 @@ class _History(TrainerCallback):
         self.progress.close()
 
     def curve(self) -> pd.DataFrame:
-        return pd.DataFrame(self.points)
+        objectives = [name for name, weight in self.trainer.spec.objectives.items() if weight]
+        # Named, because points out of a checkpoint have their keys sorted.
+        return pd.DataFrame(self.points, columns=["split", "step", "seconds", "loss", *objectives])
 
 
 @dataclass

@@ -409,16 +409,12 @@ class Study:
             on_point(curve)
         return self.student, curve, facts
 
-    def _train(
-        self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None, should_stop=None
-    ) -> Outcome:
+    def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None, should_stop=None) -> Outcome:
         """Distil the profile's student on `train`; goes on from the last checkpoint under `work`."""
         spec, start = self.profile.distill, self.undistilled().model
         if self.profile.student.init == "random" or start.config.hidden_size != self.source.hidden:
             spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
-        return distill(
-            self.source, start, train, heldout, spec, work, self.profile.seed, label, on_point, should_stop
-        )
+        return distill(self.source, start, train, heldout, spec, work, self.profile.seed, label, on_point, should_stop)
 
     @cached_property
     def student(self) -> Encoder:

@@ -116,7 +116,8 @@ class Lab:
 
     def menu(self, *names):
         for name in names:
-            self.page.get_by_role("menuitem", name=name, exact=True).click()
+            labels = self.page.locator(".lm-MenuBar-itemLabel, .lm-Menu-itemLabel")
+            labels.filter(has_text=re.compile(f"^{name}$")).click()
 
     def cell(self, text):
         """The code cell that holds these words."""
@@ -128,7 +129,8 @@ class Lab:
             """([cells, errors]) => {
                 const all = [...document.querySelectorAll(cells)];
                 const prompts = all.map(cell => cell.querySelector(".jp-InputPrompt").textContent.trim());
-                return all.length && (document.querySelector(errors) || prompts.every(text => /^\\[\\d+\\]:$/.test(text)));
+                const done = all.length && prompts.every(text => /^\\[\\d+\\]:$/.test(text));
+                return done || document.querySelector(errors);
             }""",
             arg=[cells, ERRORS],
         )
@@ -152,7 +154,7 @@ class Lab:
         """The notebook as JupyterLab saves it; the kernel is shut down."""
         path = self.folder / "notebooks" / f"{self.name}.ipynb"
         before = path.stat().st_mtime_ns
-        self.menu("File", "Save Notebook")
+        self.page.keyboard.press("Control+s")
         for _ in range(300):
             if path.stat().st_mtime_ns != before:
                 break
