@@ -281,19 +281,38 @@ class DistillTrainer(Trainer):
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
 
-class _History(TrainerCallback):
-    """Keeps the curve of the training and held-out loss, shows progress, and tells whoever draws."""
+class Stopped(Exception):
+    """The training was asked to stop, and did, at a checkpoint. A notebook shows one line of it, and no traceback."""
 
-    def __init__(self, label: str, on_point: Callable[[pd.DataFrame], None] | None):
-        self.label, self.on_point, self.points = label, on_point, []
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"at step {step:,} of {steps:,}, with a checkpoint. Run the cell again to go on from there.")
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows instead of a traceback
+        return [f"Stopped {self}"]
+
+
+class _History(TrainerCallback):
+    """Keeps the curve of the training and held-out loss, shows progress, tells whoever draws, and stops when asked."""
+
+    def __init__(
+        self,
+        label: str,
+        on_point: Callable[[pd.DataFrame], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ):
+        self.label, self.on_point, self.should_stop, self.points = label, on_point, should_stop, []
         self.trainer: DistillTrainer = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress, self.started = Progress(self.label, state.max_steps), time.time()
-        self.seconds_before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
+        last = state.log_history[-1] if state.log_history else {}
+        self.seconds_before = last.get("seconds", 0.0)
+        sums = last.get("sums", {}).items()
+        self.trainer.sums = {name: list(torch.tensor(values, device=args.device)) for name, values in sums}
         self.points = [point for point in state.log_history if "split" in point]
         if not self.points:
             self._evaluate(state)
+        self._tell()
 
     def _evaluate(self, state):
         self.trainer.model.eval()
@@ -307,26 +326,41 @@ class _History(TrainerCallback):
     def _add(self, split: str, state) -> None:
         means = self.trainer.take_means()
         if means:
-            seconds = self.seconds_before + time.time() - self.started
-            point = {"split": split, "step": state.global_step, "seconds": round(seconds, 2), **means}
+            point = {"split": split, "step": state.global_step, "seconds": self._seconds(), **means}
             self.points.append(point)
             state.log_history.append(point)
 
     def on_step_end(self, args, state, control, **kwargs):
         train = next((p["loss"] for p in reversed(self.points) if p["split"] == "train"), None)
         self.progress.update(state.global_step, f"loss {train:.3f}" if train is not None else "")
+        known = len(self.points)
         if state.global_step % max(1, state.max_steps // LOGS) == 0:
             self._add("train", state)
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
             self._evaluate(state)
-            if self.on_point:
-                self.on_point(self.curve())
+        if len(self.points) > known:
+            self._tell()
+        if self.should_stop and state.global_step < state.max_steps and self.should_stop():
+            control.should_save = control.should_training_stop = True
+        if control.should_save:  # the losses since the last point go into the checkpoint, too
+            sums = {name: torch.stack(values).tolist() for name, values in self.trainer.sums.items()}
+            state.log_history.append({"seconds": self._seconds(), "sums": sums})
+
+    def _seconds(self) -> float:
+        """Of training, with what went before a stop."""
+        return round(self.seconds_before + time.time() - self.started, 2)
+
+    def _tell(self) -> None:
+        if self.on_point:
+            self.on_point(self.curve())
 
     def on_train_end(self, args, state, control, **kwargs):
         self.progress.close()
 
     def curve(self) -> pd.DataFrame:
-        return pd.DataFrame(self.points)
+        objectives = [name for name, weight in self.trainer.spec.objectives.items() if weight]
+        # Named, because points out of a checkpoint have their keys sorted.
+        return pd.DataFrame(self.points, columns=["split", "step", "seconds", "loss", *objectives])
 
 
 @dataclass
@@ -370,6 +404,12 @@ def with_states(texts: Texts, encoder: Encoder, spec: config.Distill, cache_root
     return replace(texts, cached=teacher_states(cache_root, encoder, texts.ids, layers, spec.cache_gigabytes))
 
 
+def training_size(train: Texts, spec: config.Distill, seed: int = 0) -> tuple[int, int]:
+    """Steps and tokens of a whole training on `train`."""
+    batches = len(BudgetSampler(train.lengths, spec.batch_tokens, seed))
+    return int(batches * spec.epochs) or 1, round(train.tokens * spec.epochs)
+
+
 def compared_layers(needs: Needs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
     """Which layers of student and teacher are compared: all as TinyBERT does, student layer i with teacher layer
     i * L / l; the last ones alone where no objective asks for more."""
@@ -388,6 +428,7 @@ def distill(
     seed: int = 0,
     label: str = "distilling",
     on_point: Callable[[pd.DataFrame], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Outcome:
     """Distil `teacher` (in the student's vocabulary) into `student`; goes on from the last checkpoint under `work`.
 
@@ -397,8 +438,9 @@ def distill(
     or anything of a masked text. A student of another width is compared through a learned projection, which starts as
     the least-squares fit of the teacher's states (spec.projection "auto") or at random, as TinyBERT's ("shared": at
     equal width too). Objectives kl and mlm train a head with the student, which starts as the teacher's where shapes
-    fit. on_point: called with the curve so far after every held-out evaluation.
-    Raises UserError where student, teacher and objectives do not go together.
+    fit. on_point: called with the curve so far whenever it has got a point. should_stop: asked after every step.
+    Raises UserError where student, teacher and objectives do not go together, and Stopped where it was asked to stop:
+    the next call then goes on from that step.
     """
     check_objectives(spec.objectives)
     needs = Needs.of(spec.objectives)
@@ -425,7 +467,7 @@ def distill(
         masking = Masking(
             mask_id(teacher.tokenizer, teacher.name), len(student.get_input_embeddings().weight), spec.mask, seed
         )
-    steps = int(len(BudgetSampler(train.lengths, spec.batch_tokens, seed)) * spec.epochs) or 1
+    steps = training_size(train, spec, seed)[0]
     compile_ = spec.compile if spec.compile is not None else device.type == "cuda"
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
@@ -436,7 +478,7 @@ def distill(
         ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
-    history, every = _History(label, on_point), max(1, steps // LOGS)
+    history, every = _History(label, on_point, should_stop), max(1, steps // LOGS)
     trainer = DistillTrainer(
         model=watched, args=arguments, train_dataset=train, eval_dataset=heldout,
         callbacks=[checkpoints.Checkpoints(every), history],
@@ -457,6 +499,8 @@ def distill(
         for module, p in dropouts.items():
             module.p = p
         student.requires_grad_(True)
+    if trainer.state.global_step < steps:
+        raise Stopped(trainer.state.global_step, steps)
     training = float(curve["seconds"].iloc[-1])
     cached = train.cached.layers if train.cached else {}
     facts = {

@@ -24,7 +24,7 @@ from kdlib.benchmark import run as run_trials
 from kdlib.card import write_card
 from kdlib.cloze import mlm_rows
 from kdlib.corpus import Corpus, Document, load_corpus, sentences, windows, without
-from kdlib.distill import Outcome, Texts, distill, prepare
+from kdlib.distill import Outcome, Texts, distill, prepare, training_size
 from kdlib.documents import Lazy
 from kdlib.efficiency import size_rows, speed_rows
 from kdlib.encoder import Encoder, text_vectors
@@ -433,11 +433,21 @@ class Study:
         model = model.to(self.device)
         return Encoder(model, self.pruned.tokenizer, name, self._prefix, self.pruned.max_length, self.bf16)
 
-    def distill(self, on_point: Callable[[pd.DataFrame], None] | None = None) -> tuple[Encoder, pd.DataFrame, dict]:
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """Steps and tokens of the distillation."""
+        return training_size(self.texts[0], self.profile.distill, self.profile.seed)
+
+    def distill(
+        self,
+        on_point: Callable[[pd.DataFrame], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> tuple[Encoder, pd.DataFrame, dict]:
         """The student, the curve of its training and the facts of the run.
 
         They come from `student/` and `distill/` or are made there.
-        A run that was cut off goes on from its last checkpoint.
+        A run that was cut off goes on from its last checkpoint. on_point, should_stop: as `distill.distill` has them;
+        it raises Stopped after a stop that was asked for.
         """
         work, target = self._place("distill", "distill"), self._place("student", "distill")
         key = self.key("distill")
@@ -445,7 +455,7 @@ class Study:
         if not self._made(target, "distill"):
             with processes.in_turn():
                 texts = self.texts
-            outcome = self._train("distilling the student", *texts, checkpoints, on_point)
+            outcome = self._train("distilling the student", *texts, checkpoints, on_point, should_stop)
             if processes.place() == 0:
                 with new_file(work / "curve.csv") as file:
                     outcome.curve.to_csv(file, index=False)
@@ -459,14 +469,17 @@ class Study:
             processes.wait()
         if processes.place() == 0:
             shutil.rmtree(checkpoints, ignore_errors=True)
-        return self.student, read_table(work / "curve.csv", CURVE), read_json(work / "facts.json")
+        curve, facts = read_table(work / "curve.csv", CURVE), read_json(work / "facts.json")
+        if on_point:
+            on_point(curve)
+        return self.student, curve, facts
 
-    def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None) -> Outcome:
+    def _train(self, label: str, train: Texts, heldout: Texts, work: Path, on_point=None, should_stop=None) -> Outcome:
         """Distil the profile's student on `train`; goes on from the last checkpoint under `work`."""
         spec, start = self.profile.distill, self.undistilled().model
         if self.profile.student.init == "random" or start.config.hidden_size != self.source.hidden:
             spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
-        return distill(self.source, start, train, heldout, spec, work, self.profile.seed, label, on_point)
+        return distill(self.source, start, train, heldout, spec, work, self.profile.seed, label, on_point, should_stop)
 
     @cached_property
     def student(self) -> Encoder:

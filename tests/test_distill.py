@@ -22,7 +22,17 @@ from transformers import (
 import kdlib.distill
 from kdlib import checkpoints, config
 from kdlib.batches import BudgetSampler
-from kdlib.distill import DistillTrainer, Masking, Watched, distill, prepare, tokenise, with_states
+from kdlib.distill import (
+    DistillTrainer,
+    Masking,
+    Stopped,
+    Watched,
+    distill,
+    prepare,
+    tokenise,
+    training_size,
+    with_states,
+)
 from kdlib.encoder import Encoder
 from kdlib.errors import UserError
 from kdlib.mlm import new_head
@@ -148,8 +158,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, often, epochs):
     calls = []
 
     def stop(curve):
-        calls.append(len(curve))
-        raise KeyboardInterrupt
+        if (curve["split"] == "heldout").sum() > 1:
+            calls.append(len(curve))
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, broken, *sets, settings, tmp_path / "broken", on_point=stop)
@@ -159,6 +170,39 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, often, epochs):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
     held = [o.curve.query("split == 'heldout'")["loss"].iloc[-1] for o in (full, resumed)]
     assert held[0] == held[1]
+
+
+def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights_and_curve(tmp_path):
+    teacher, settings = tiny.encoder(layers=2), spec(epochs=9, batch_tokens=64)
+    sets = data(teacher, settings, tmp_path / "c", depth=1)
+    steps, tokens = training_size(sets[0], settings)
+    assert steps > 100 and tokens == 9 * sets[0].tokens  # points of the curve are several steps apart
+    whole, fresh, told = start(teacher, 1), start(teacher, 1), []
+    full = distill(teacher, whole, *sets, settings, tmp_path / "whole")
+    before = 0
+    for step in (1, 41):  # at neither is a checkpoint or a point due
+        answers = iter([False] * (step - before - 1) + [True])
+        with pytest.raises(Stopped, match=f"at step {step} of {steps}, with a checkpoint. Run the cell again") as stop:
+            distill(
+                teacher, start(teacher, 1), *sets, settings, tmp_path / "b",
+                on_point=told.append, should_stop=lambda: next(answers),
+            )  # fmt: skip
+        assert stop.value._render_traceback_() == [f"Stopped {stop.value}"]
+        assert [folder.name for folder in (tmp_path / "b").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+        before = step
+    resumed = distill(teacher, fresh, *sets, settings, tmp_path / "b", on_point=told.append, should_stop=lambda: False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
+    assert full.curve.drop(columns="seconds").equals(resumed.curve.drop(columns="seconds"))
+    assert resumed.curve["seconds"].is_monotonic_increasing
+    assert len(told[0]) == 1 and told[-1].equals(resumed.curve)  # from the first point to the last
+
+
+def test_a_stop_is_not_asked_for_after_the_last_step(tmp_path):
+    teacher, settings = tiny.encoder(layers=2), spec(epochs=1)
+    sets = data(teacher, settings, None, depth=1)
+    asked = []
+    distill(teacher, start(teacher, 1), *sets, settings, tmp_path, should_stop=lambda: bool(asked.append(1)))
+    assert len(asked) == training_size(sets[0], settings)[0] - 1
 
 
 def test_teacher_is_in_eval_mode_and_untouched(tmp_path):
@@ -366,7 +410,8 @@ def test_stopped_runs_go_on_to_the_same_weights(changes, sizes, tmp_path, often)
     full = distill(teacher, whole, *sets, settings, tmp_path / "whole")
 
     def stop(curve):
-        raise KeyboardInterrupt
+        if (curve["split"] == "heldout").sum() > 1:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, broken, *sets, settings, tmp_path / "broken", on_point=stop)

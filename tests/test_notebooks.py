@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,12 +13,16 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from nbconvert import HTMLExporter
 
 from kdlib.store import COLUMNS, read_results
 from kdlib.study import NOTEBOOKS, STAGES
+from kdlib.widgets import VIEW
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+ABSOLUTE = re.compile(r"(?<![\w.])/(home|opt|private|root|tmp|usr|var|Users)/|\b[A-Z]:\\")
+SCRIPT = re.compile(r"<script|javascript:|<[^>]+\son\w+=", re.IGNORECASE)
 
 
 def kdlib(*arguments, **options):
@@ -62,12 +67,52 @@ def test_every_stage_ran_without_an_error(smoke):
         assert pictures or stage == "figures"
 
 
-def test_outputs_name_no_path_of_this_machine(smoke):
+def unreadable(output, *folders):
+    """What is wrong with an output of a cell for those who read the notebook without its kernel, or elsewhere.
+
+    folders: none of these may be named.
+    """
+    data = {kind: value for kind, value in output.get("data", {}).items() if not kind.startswith("image/")}
+    text = json.dumps([data, output.get("text"), output.get("traceback")], ensure_ascii=False)
+    if ABSOLUTE.search(text) or any(str(folder) in text for folder in folders):
+        return "names a folder of this machine"
+    if "application/javascript" in data or SCRIPT.search(data.get("text/html", "")):
+        return "runs a script"
+    if VIEW in data and not data.get("text/html") and "image/png" not in output["data"]:
+        return "shows a widget or nothing"
+    return ""
+
+
+def unreadable_outputs(notebook, *folders):
+    """The outputs of a notebook that are `unreadable`, with the reason and the source of their cells."""
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    reasons = [(unreadable(output, *folders), cell.source) for cell in cells for output in cell.outputs]
+    return [(reason, source) for reason, source in reasons if reason]
+
+
+def test_executed_notebooks_can_be_read_without_a_kernel_and_without_trust(smoke):
     out, _ = smoke
     for path in (out / "notebooks").glob("*.ipynb"):
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", []):
-                assert str(ROOT) not in json.dumps(cell.outputs) and str(out.parent) not in json.dumps(cell.outputs)
+        notebook = nbformat.read(path, 4)
+        assert not unreadable_outputs(notebook, ROOT, out.parent)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        page, _ = HTMLExporter(sanitize_html=True).from_notebook_node(notebook)
+        assert page.count("data:image/png") == sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_what_cannot_be_read_is_found():
+    def shown(**data):
+        return nbformat.v4.new_output("display_data", {kind.replace("_", "/"): value for kind, value in data.items()})
+
+    assert unreadable(shown(text_html="<p onclick='x()'>a</p>")) == "runs a script"
+    assert unreadable(shown(text_html="<script>x()</script>")) == "runs a script"
+    assert unreadable(shown(text_plain="saved in /home/ana/runs")) == "names a folder of this machine"
+    assert unreadable(nbformat.v4.new_output("stream", text="C:\\runs"))
+    widget = nbformat.v4.new_output("display_data", {VIEW: {"model_id": "1"}, "text/plain": "VBox()"})
+    assert unreadable(widget) == "shows a widget or nothing"
+    widget.data["text/html"] = "<p>Once and/or twice a day</p>"
+    assert not unreadable(widget)
 
 
 def test_results_are_tidy_and_cover_every_stage(smoke):
