@@ -899,8 +899,8 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 
 
 def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The benchmarks of several runs as one table, for any figure: the first run's teacher, and each run's student under
-    the run's name.
+    """The benchmarks of several runs as one table, for any figure: the first run's teacher, each run's student by the
+    name of the run.
 
     tables: tables of results by the name to show. Speeds can be compared where the runs were on one machine.
     """

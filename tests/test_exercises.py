@@ -13,7 +13,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from kdlib.config import load_profile
 from kdlib.store import read_results
 
-NOTEBOOKS = {path.stem.split("_")[0]: path for path in sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))}
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = {path.stem.split("_")[0]: path for path in sorted(FOLDER.glob("*.ipynb"))}
 SMALL = {
     "corpus.max_documents": 80,
     "probe.languages_rows": 20,
@@ -43,7 +44,7 @@ def cells(name, tag=None):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """run(name): a notebook's names after all its cells were run, on one run folder for all; made when first asked for."""
+    """run(name): a notebook's names after all its cells were run; all notebooks work on one run folder."""
     folder, done = tmp_path_factory.mktemp("exercises"), {}
     profile = folder / "small.yaml"
     profile.write_text(yaml.safe_dump(load_profile("smoke", SMALL).model_dump(), sort_keys=False))
