@@ -4,11 +4,12 @@ PROFILE ?= workshop
 OUT ?= runs/$(PROFILE)
 SET ?=
 CASES ?= 10000
+RUNS ?= smoke
 BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test rehearse fuzz lab figures clean
+.PHONY: study test rehearse fuzz lab figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -29,6 +30,22 @@ lab: .venv/ready
 
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)
+
+# Back to the start: notebooks as they were handed out, no runs. What was there moves to set_aside/.
+reset: .venv/ready
+	$(BIN)/kdlib reset
+
+# All that machines of this one's kind need to install without a network; RUNS are the finished runs that go with it.
+BUNDLE = dist/kdlib-offline
+offline-bundle: .venv/ready
+	$(foreach run,$(RUNS),$(BIN)/kdlib run --profile $(run) --out runs/$(run) &&) true
+	rm -rf $(BUNDLE) $(BUNDLE).tar
+	mkdir -p $(BUNDLE)/handout
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch .
+	cp -r README.md docs figures offline/* $(BUNDLE)
+	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
+	tar -cf $(BUNDLE).tar -C dist kdlib-offline
+	@du -sh $(BUNDLE)/* $(BUNDLE).tar
 
 # Set-up happens once, and again when what is to be installed changes.
 .venv/ready: pyproject.toml constraints.txt
