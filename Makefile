@@ -26,7 +26,7 @@ fuzz: .venv/ready
 	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
 lab: .venv/ready
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) notebooks
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)

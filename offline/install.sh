@@ -5,4 +5,4 @@ cd "$(dirname "$0")"
 "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-index --find-links wheelhouse kdlib
 .venv/bin/kdlib reset
-echo "Installed. Open the notebooks with: .venv/bin/jupyter lab notebooks"
+echo "Installed. Start with: .venv/bin/jupyter lab, and open notebooks/00_start_here.ipynb"
