@@ -5,11 +5,12 @@ OUT ?= runs/$(PROFILE)
 SET ?=
 CASES ?= 10000
 KILLS ?= 100
+RUNS ?= smoke
 BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test rehearse fuzz soak lab figures clean
+.PHONY: study test rehearse fuzz soak lab figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -30,10 +31,26 @@ soak: .venv/ready
 	$(BIN)/python tests/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 lab: .venv/ready
-	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) notebooks
+	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)
+
+# Back to the start: notebooks as they were handed out, no runs. What was there moves to set_aside/.
+reset: .venv/ready
+	$(BIN)/kdlib reset
+
+# All that machines of this one's kind need to install without a network; RUNS are the finished runs that go with it.
+BUNDLE = dist/kdlib-offline
+offline-bundle: .venv/ready
+	$(foreach run,$(RUNS),$(BIN)/kdlib run --profile $(run) --out runs/$(run) &&) true
+	rm -rf $(BUNDLE) $(BUNDLE).tar
+	mkdir -p $(BUNDLE)/handout
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch .
+	cp -r README.md docs figures offline/* $(BUNDLE)
+	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
+	tar -cf $(BUNDLE).tar -C dist kdlib-offline
+	@du -sh $(BUNDLE)/* $(BUNDLE).tar
 
 # Set-up happens once, and again when what is to be installed changes.
 .venv/ready: pyproject.toml constraints.txt

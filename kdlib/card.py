@@ -6,9 +6,10 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib import embedded
+from kdlib.errors import UserError
 from kdlib.metrics import headline
 from kdlib.mlm import HEAD_FILE
-from kdlib.store import Run, new_file, write_json
+from kdlib.store import Run, new_file, read_json, write_json
 from kdlib.teacher import prefix_of
 
 
@@ -66,8 +67,21 @@ mask = batch["attention_mask"].unsqueeze(-1)
 vectors = (states * mask).sum(1) / mask.sum(1)
 ```
 
-With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the prefix" if prefix else ""} are set.
+With sentence-transformers (mean pooling{" and the prefix" if prefix else ""} are set):
+
+```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer(".").encode(["..."])
+```
+
+Where this is a repository of the hub, put its name in place of the dot.
+
 {head}
+## Data
+
+{_data(run)}
+
 ## Numbers
 
 {_numbers(run.results())}
@@ -97,6 +111,21 @@ With sentence-transformers: `SentenceTransformer(".")`; mean pooling{" and the p
     }
     for name, content in files.items():
         write_json(folder / name, content)
+
+
+def _data(run: Run) -> str:
+    """A line for the corpus and each task: source, commit, sizes, sha256 of the content."""
+    try:
+        read = read_json(run.path / "sources.json")
+    except UserError:
+        return "No text was read yet."
+    lines = ["| what | source | commit | sizes | sha256 |", "| --- | --- | --- | --- | --- |"]
+    for name, origin in {"corpus (documents)": read["corpus"], **read["tasks"]}.items():
+        sizes = ", ".join(f"{split} {count:,}" for split, count in origin["rows"].items())
+        lines.append(
+            f"| {name} | {origin['source']} | {(origin['revision'] or '')[:12]} | {sizes} | {origin['sha256'][:12]} |"
+        )
+    return "\n".join(lines)
 
 
 def _numbers(results: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `kdlib run`, `kdlib distill`, `kdlib parameters`, `kdlib figures`."""
+"""The command line: `kdlib run`, `distill`, `parameters`, `figures`, `reset`, `push`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -93,5 +93,40 @@ def figures(
     try:
         for path in runner.refresh_figures(Run(run_dir), to):
             typer.echo(path)
+    except UserError as error:
+        runner.fail(str(error), 2)
+
+
+@app.command()
+def reset(
+    folder: Annotated[Path, typer.Option(help="a checkout of the project, or an unpacked offline bundle")] = Path("."),
+) -> None:
+    """Back to the start: notebooks as they were handed out, no own runs. What was there is set aside, not lost."""
+    from kdlib import handout, runner
+
+    try:
+        aside = handout.reset(folder)
+    except UserError as error:
+        runner.fail(str(error), 2)
+    typer.echo("the notebooks are as they were handed out" + (f"; what was there lies in {aside}" if aside else ""))
+
+
+@app.command()
+def push(
+    to: Annotated[str, typer.Option(help="a model repository of the hub, owner/name; made if absent")],
+    run_dir: Annotated[Path, typer.Option("--run", help="a run with a student")] = Path("runs/workshop"),
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public; without: private")] = False,
+) -> None:
+    """Upload a run's student, with its model card, to the model hub. Nothing else of the kit ever uploads anything."""
+    from kdlib import hub, runner
+    from kdlib.card import write_card
+    from kdlib.store import Run
+
+    student = run_dir / "student"
+    try:
+        if not (student / "model.safetensors").is_file():
+            raise UserError(f"{student}: no student here; distil one first (notebook 03, or kdlib run)")
+        write_card(student, Run(run_dir))
+        typer.echo(hub.push(student, to, public))
     except UserError as error:
         runner.fail(str(error), 2)

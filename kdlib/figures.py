@@ -929,6 +929,18 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
 }  # fmt: skip
 
 
+def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The benchmarks of several runs as one table, for any figure: the first run's teacher, each run's student by the
+    name of the run.
+
+    tables: tables of results by the name to show. Speeds can be compared where the runs were on one machine.
+    """
+    benchmarks = {name: table[table["stage"] == "benchmark"] for name, table in tables.items()}
+    students = [rows[rows["model"] == "student"].assign(model=name) for name, rows in benchmarks.items()]
+    first = next(iter(benchmarks.values()))
+    return pd.concat([first[first["model"] == "teacher"], *students], ignore_index=True)
+
+
 def headline(table: pd.DataFrame) -> pd.DataFrame:
     """The study in one table: a row per model of the benchmark; what was not measured is NaN.
 

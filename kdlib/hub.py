@@ -1,4 +1,4 @@
-"""What is fetched, from the model hub or the web: one offline switch, one way to try again, one line for a failure.
+"""The model hub and the web: one offline switch, one way to try again, one line for a failure.
 
 HF_HUB_OFFLINE=1 keeps everything off the network; what was fetched before is then read from the caches. Code from the
 hub is never run: `datasets` has no way to, and nothing here asks `transformers` for it.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
-from huggingface_hub import HfApi, constants, get_session, hf_hub_download, is_offline_mode
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -37,6 +37,7 @@ PATIENCE = 20  # seconds; a call that fails later than that is not made again, t
 SILENCE = 60  # seconds for which a hub that was silent is asked once at a time only
 TIMEOUT = 10  # seconds without an answer
 LARGEST = 2 * 2**30  # bytes that an address or the files of a zip may have
+OURS = ["made.json"]  # files of a student's folder that mean something to its run alone
 NAMES = {"model": "model", "dataset": "data set"}
 WAY_ON = ". Without a network: source=embedded, or a local file or folder"
 
@@ -173,6 +174,30 @@ def _download(address: str, target: Path) -> None:
                 if out.tell() + len(chunk) > LARGEST:
                     raise UserError(f"{address}: larger than {LARGEST / 2**30:.0f} GB")
                 out.write(chunk)
+
+
+def push(folder: Path, repo_id: str, public: bool = False) -> str:
+    """Upload a student's folder to a model repository of the hub, made where it is not there; returns its address.
+
+    public: whether a new repository is; one that is there stays as it is. Raises UserError without a token or a
+    network, for a name that is none, and where the hub refuses.
+    """
+    where = f"model {repo_id!r}"
+    if is_offline_mode():
+        raise UserError(f"{where}: HF_HUB_OFFLINE is set; nothing was uploaded")
+    if not get_token():
+        raise UserError(f"{where}: no token to write with; `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        with quiet():
+            retried(lambda: api.create_repo(repo_id, private=not public, exist_ok=True))
+            message = "A student, distilled by kdlib"
+            api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=OURS, commit_message=message)
+    except Exception as error:  # as in find: the client raises a dozen kinds; people need one line
+        if _status(error) in (401, 403):
+            raise UserError(f"{where}: the token may not write there; `hf auth login` with one that may") from None
+        raise UserError(f"{where}: not uploaded ({_answer(error, None)})") from None
+    return f"{constants.ENDPOINT}/{repo_id}"
 
 
 def retried(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:

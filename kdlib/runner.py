@@ -49,8 +49,8 @@ def notebook_folder() -> Path:
         if (folder / f"{NOTEBOOKS['probe']}.ipynb").is_file():
             return folder
     raise UserError(
-        "the notebooks were not found: run kdlib in a checkout of the project, "
-        "or install it from one (pip install -e .)"
+        "the notebooks were not found: run kdlib in a checkout of the project or in an unpacked offline bundle, "
+        "or install it from a checkout (pip install -e .)"
     )
 
 

@@ -9,9 +9,11 @@
 
 The clients read HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE when they are imported: set them for a new process, not in one
 that has imported huggingface_hub, datasets or transformers. Commits are hashes of the files, so they change when a file
-does. What is served: repository info, trees, paths, refs, and files by GET (also a range) and HEAD.
+does. What is served: repository info, trees, paths, refs, and files by GET (also a range) and HEAD. What is taken: new
+model repositories and commits to their main branch, with a token.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -22,6 +24,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|refs)(?:/([^/]+))?(?:/(.*))?)?")
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main")
+NEW = re.compile(r"/api/(?:repos/create|validate-yaml)")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 CHUNK = 2**20
 
@@ -29,12 +33,14 @@ CHUNK = 2**20
 class HubServer:
     """Serve the repositories under `root` until the block ends.
 
-    url: where; log: the requests so far, as "GET /path". fail() lets the next requests fail.
+    url: where; log: the requests so far, as "GET /path"; private: names of the repositories that were made so.
+    fail() lets the next requests fail.
     """
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.log: list[str] = []
+        self.private: set[str] = set()
         self._failures: list[tuple[re.Pattern, int]] = []
         self._lock = threading.Lock()
         self._hashes: dict[tuple, str] = {}
@@ -131,9 +137,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         address = urlsplit(self.path)
         length = int(self.headers.get("Content-Length") or 0)
-        form = parse_qs(self.rfile.read(length).decode()) if length else {}
+        body = self.rfile.read(length).decode()
         if status := self.hub._failure(f"{self.command} {address.path}"):
             return self._refuse(status, "Failing")
+        if self.command == "POST" and (match := UPLOAD.fullmatch(address.path) or NEW.fullmatch(address.path)):
+            return self._take(body, *match.groups())
+        form = parse_qs(body)
         if match := API.fullmatch(address.path):
             kind, name, verb, revision, path = (unquote(part) if part else part for part in match.groups())
             return self._api(kind, name, verb, revision or "main", path or "", form, parse_qs(address.query))
@@ -141,6 +150,30 @@ class _Handler(BaseHTTPRequestHandler):
             prefix, name, revision, path = (unquote(part) if part else part for part in match.groups())
             return self._file("datasets" if prefix else "models", name, revision, path)
         self._refuse(404, "NotFound")
+
+    def _take(self, body: str, name: str | None = None, verb: str | None = None) -> None:
+        """Make a repository; say how files are to be sent (as they are); take a commit."""
+        if not self.headers.get("Authorization"):
+            return self._refuse(401, "Unauthorized")
+        if verb == "preupload":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return self._json({"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+        if verb is None:
+            asked = json.loads(body or "{}")
+            if "name" in asked:
+                name = f"{asked['organization']}/{asked['name']}"
+                if not self.hub._folder("models", name, "main"):
+                    (self.hub.root / "models" / name).mkdir(parents=True)
+                    self.hub.private |= {name} if asked.get("visibility") == "private" else set()
+            return self._json({"url": f"{self.hub.url}/{name}", "errors": [], "warnings": []})
+        folder = self.hub.root / "models" / name
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                file = folder / line["value"]["path"]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = self.hub._commit(folder)
+        self._json({"success": True, "commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"})
 
     def _repository(self, kind: str, name: str, revision: str) -> tuple[Path, str] | None:
         folder = self.hub._folder(kind, name, revision)

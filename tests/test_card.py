@@ -11,7 +11,7 @@ from kdlib.card import write_card
 from kdlib.config import load_profile
 from kdlib.errors import UserError
 from kdlib.mlm import HEAD_FILE
-from kdlib.store import Run
+from kdlib.store import Run, write_json
 
 
 @pytest.fixture
@@ -86,6 +86,16 @@ def test_numbers_stand_with_their_intervals(make):
         "| probe | average | score |  | 0.700 [0.650, 0.750] | 1000 |",
     ]
     assert "95% bootstrap intervals" in card(make(rows=rows))
+
+
+def test_data_stand_with_source_commit_and_sizes(make, tmp_path):
+    assert "No text was read yet." in card(make())
+    corpus = {"source": "owner/texts", "revision": "a" * 40, "sha256": "b" * 64, "rows": {"train": 1200, "test": 30}}
+    task = {"source": "embedded", "revision": None, "sha256": "c" * 64, "rows": {"train": 5}}
+    write_json(tmp_path / "run" / "sources.json", {"corpus": corpus, "tasks": {"topic": task}})
+    text = card(make())
+    assert f"| corpus (documents) | owner/texts | {'a' * 12} | train 1,200, test 30 | {'b' * 12} |" in text
+    assert f"| topic | embedded |  | train 5 | {'c' * 12} |" in text
 
 
 def test_single_seeds_other_models_and_other_stages_are_left_out(make, tmp_path):

@@ -399,3 +399,12 @@ def test_headline_leaves_open_what_was_not_measured(table):
     summary = figures.headline(sizes)
     assert summary["parameters (M)"].notna().all()
     assert summary[["latency (ms)", "probe score (%)", "of teacher's probe score (%)"]].isna().all(axis=None)
+
+
+def test_students_of_several_runs_are_compared_by_any_figure(table):
+    better = table.assign(value=table["value"].where(table["metric"] != "parameters", table["value"] * 2))
+    both = figures.compare({"small": table, "large": better})
+    summary = figures.headline(both)
+    assert list(summary.index) == ["teacher", "small", "large"]
+    assert summary.loc["large", "parameters (M)"] == 2 * summary.loc["small", "parameters (M)"] == 30
+    assert {"teacher", "small", "large"} <= {text.get_text() for text in figures.benchmark_probe(both).findobj(Text)}

@@ -1,0 +1,48 @@
+"""Back to the start: notebooks as they were handed out, no runs but the prepared one. Nothing is thrown away."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from kdlib.errors import UserError
+
+WORK = ("notebooks", "runs")
+HANDOUT = "handout"  # in an offline bundle: the notebooks, and a finished small run
+ASIDE = "set_aside"
+
+
+def reset(folder: Path) -> Path | None:
+    """Put `folder` back to the start; returns where what was there now lies, None where nothing was.
+
+    `notebooks/` and `runs/` move to `set_aside/<date and time>/`. Their fresh copies come from `handout/`, or from the
+    last commit of a git checkout (which has no runs). Raises UserError, before anything is moved, where neither is
+    there, and where a folder cannot be moved or written.
+    """
+    handout = folder / HANDOUT
+    if not (handout / "notebooks").is_dir() and not _git(folder, "cat-file", "-e", "HEAD:./notebooks"):
+        what = f"an unpacked bundle (with {HANDOUT}/) or a git checkout of the project"
+        raise UserError(f"{folder.resolve()}: is not {what}; nothing was moved")
+    there = [folder / name for name in WORK if (folder / name).exists()]
+    aside = folder / ASIDE / time.strftime("%Y-%m-%d_%H%M%S")
+    try:
+        if there:
+            aside.mkdir(parents=True)
+        for path in there:
+            path.rename(aside / path.name)
+        if handout.is_dir():
+            for path in handout.iterdir():
+                shutil.copytree(path, folder / path.name)
+        elif not _git(folder, "restore", "--source=HEAD", "--worktree", "--", "notebooks"):
+            raise UserError(f"git could not restore {folder / 'notebooks'}; what was there lies in {aside}")
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder}: could not be reset ({reason}); what was moved lies in {aside}") from None
+    return aside if there else None
+
+
+def _git(folder: Path, *arguments: str) -> bool:
+    try:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True).returncode == 0
+    except OSError:
+        return False
