@@ -8,7 +8,7 @@ BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test rehearse fuzz lab figures clean
+.PHONY: study test rehearse fuzz bench lab figures clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -24,6 +24,10 @@ rehearse: .venv/ready
 fuzz: .venv/ready
 	$(BIN)/python tests/fuzz.py --cases $(CASES)
 
+# Every measurement beside what else there is, peers in environments of their own; alone on the machine, it wants both cores.
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) notebooks
 
@@ -38,4 +42,4 @@ figures: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs benchmarks/.venvs benchmarks/.work
