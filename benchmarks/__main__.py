@@ -1,4 +1,4 @@
-"""All benchmarks: python -m benchmarks [--quick] [NAME ...]; a table, `results.json` and `results.md` beside it.
+"""All benchmarks: python -m benchmarks [--quick] [NAME ...]; a table, `results.json`, and the table in docs and README.
 
 Names (batches, pruning, step, ...) choose some; then the results of the others are kept.
 """
@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from benchmarks.common import HERE, RESULTS, quiet, show, write_results
+from benchmarks.common import HERE, PAGES, RESULTS, quiet, show, write_results
 
 NAMES = ("batches", "pruning", "step", "distillation", "brewer", "cache", "fast")
 
@@ -34,8 +34,10 @@ def main() -> None:
     target = HERE / ".work" / "quick.json" if quick else RESULTS  # a try says nothing about speed
     if names and target.is_file():
         before = json.loads(target.read_text("utf-8"))
-        rows = sorted([r for r in before if r["benchmark"] not in names] + rows, key=lambda r: NAMES.index(r["benchmark"]))
-    write_results(rows, target)
+        rows = sorted(
+            [r for r in before if r["benchmark"] not in names] + rows, key=lambda r: NAMES.index(r["benchmark"])
+        )
+    write_results(rows, target, () if quick else PAGES)
     goals = [row for row in rows if row["goal"]]
     print(f"{sum(bool(row['met']) for row in goals)} of {len(goals)} goals met; written: {target}")
 

@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.common import WORK, Job, in_turns, main, row, seconds, workshop
 from kdlib.batches import BudgetSampler
-from kdlib.distill import Texts, Watched, compared_layers, with_states
 from kdlib.device import autocast
+from kdlib.distill import Texts, Watched, compared_layers, with_states
 from kdlib.objectives import Needs, States, total_loss
 
 

@@ -24,11 +24,13 @@ from transformers import PreTrainedModel
 from kdlib import config
 from kdlib.corpus import windows
 from kdlib.distill import Texts, distill, tokenise
-from kdlib.store import write_json
+from kdlib.store import new_file, write_json
 from kdlib.study import Study
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
+PAGES = (HERE.parent / "docs" / "benchmarks.md", HERE.parent / "README.md")
+MARKS = ("<!-- benchmarks: this table is written by the run -->", "<!-- end of benchmarks -->")
 WORK = HERE / ".work"  # what is made once and used again: the pruned teacher, its states, the models to prune
 VENVS = HERE / ".venvs"
 # What is installed for each peer, pip call by pip call; torch is the kit's own version.
@@ -138,7 +140,10 @@ def _short(value: float | None) -> str:
 
 def markdown(rows: Sequence[dict]) -> str:
     """The rows as a table in Markdown, with machine and versions below."""
-    lines = ["| claim | ours | other | unit | times better | goal | met |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| claim | ours | other | unit | times better | goal | met |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for r in rows:
         met = {True: "yes", False: "**no**", None: ""}[r["met"]]
         cells = [r["claim"], _short(r["ours"]), _short(r["other"]), r["unit"], _short(r["ratio"]), r["goal"] or "", met]
@@ -248,7 +253,7 @@ def peer(name: str) -> Path:
     calls = [[sys.executable, "-m", "venv", "--clear", folder]]
     calls += [[python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins] for pins in PEERS[name]]
     for call in calls:
-        found = subprocess.run(call, capture_output=True, text=True)
+        found = subprocess.run(call, check=False, capture_output=True, text=True)
         if found.returncode:
             raise PeerMissing(f"{name} could not be installed: {_last_line(found.stderr)}")
     done.write_text(wanted)
@@ -264,7 +269,7 @@ def run_peer(python: Path | str, script: Path, *arguments: object, limit: float 
     environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [str(part) for part in (python, script, *arguments)]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+        found = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=limit)
     except subprocess.TimeoutExpired:
         raise PeerMissing(f"{script.stem} took longer than {limit:.0f} s") from None
     if found.returncode:
@@ -276,7 +281,14 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no reason given"])[-1][:300]
 
 
-def write_results(rows: list[dict], target: Path = RESULTS) -> None:
-    """The rows as `results.json`, and as a table beside it, `results.md`."""
+def write_results(rows: list[dict], target: Path = RESULTS, pages: Sequence[Path] = ()) -> None:
+    """The rows as `target`, and as a table in each page that has the place for one, between its two marks."""
     write_json(target, rows)
-    target.with_suffix(".md").write_text(markdown(rows), "utf-8")
+    for page in pages:
+        text = page.read_text("utf-8")
+        if all(mark in text for mark in MARKS):
+            before, rest = text.split(MARKS[0], 1)
+            with new_file(page) as new:
+                new.write_text(
+                    before + MARKS[0] + "\n" + markdown(rows) + MARKS[1] + rest.split(MARKS[1], 1)[1], "utf-8"
+                )

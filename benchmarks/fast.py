@@ -28,31 +28,35 @@ def measure(quick: bool = False) -> list[dict]:
         export_rows(student, folder, task, sentences(study.corpus.heldout)[:200], 6 if quick else 30, lengths)
     )
     shutil.rmtree(folder)
-    runs = found.sort_index()
-    if "x" not in runs:
-        runs["x"] = None
 
-    def value(method: str, metric: str, length: int | None = None) -> float:
-        rows = runs[(runs.method == method) & (runs.metric == metric)]
+    def both(kind: str, metric: str, length: int | None = None) -> tuple[float, float]:
+        rows = found[found.metric == metric]
         rows = rows[rows.x.isna()] if length is None else rows[rows.x == length]
-        return float(rows.value.iloc[-1])
+        values = rows.set_index("method").value
+        return float(values[kind]), float(values[TORCH])
 
-    metric = runs[runs.task == task.name].metric.iloc[0]
+    metric = found[found.task == task.name].metric.iloc[0]
     how = f"a student after one epoch on {len(job.texts)} texts; {metric} of a linear probe on {task.name}"
     rows = []
     for kind in KINDS:
-        both = lambda name, length=None: (value(kind, name, length), value(TORCH, name, length))  # noqa: E731, B023
         rows += [
-            row(f"{kind}: latency of one text, beside {TORCH}", *both("latency_ms"), "ms", True, at_least=1, note=how),
-            row(f"{kind}: texts in batches of 32, beside {TORCH}", *both("sentences_per_second"), "texts/s"),
+            row(
+                f"{kind}: latency of one text, beside {TORCH}",
+                *both(kind, "latency_ms"),
+                "ms",
+                True,
+                at_least=1,
+                note=how,
+            ),
+            row(f"{kind}: texts in batches of 32, beside {TORCH}", *both(kind, "sentences_per_second"), "texts/s"),
         ]
         for length in lengths:
             rows.append(
                 row(f"{kind}: batches of 32 texts of {length} tokens, beside {TORCH}",
-                    *both("sentences_per_second", length), "texts/s")
+                    *both(kind, "sentences_per_second", length), "texts/s")
             )  # fmt: skip
-        rows.append(row(f"{kind}: size", *both("megabytes"), "MB", True))
-        rows.append(row(f"{kind}: {metric}, {task.name}, beside {TORCH}", *both(metric), metric, at_least=0.97))
+        rows.append(row(f"{kind}: size", *both(kind, "megabytes"), "MB", True))
+        rows.append(row(f"{kind}: {metric}, {task.name}, beside {TORCH}", *both(kind, metric), metric, at_least=0.97))
     return rows
 
 

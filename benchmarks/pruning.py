@@ -14,12 +14,15 @@ from benchmarks.common import HERE, WORK, PeerMissing, in_turns, main, peer, row
 from kdlib import embedded
 from kdlib.corpus import sentences
 from kdlib.store import new_folder, write_json
+from kdlib.teacher import load_encoder
 
 TOOLS = ("textpruner", "vocabtrimmer")
-BASE = dict(vocab_size=250_002, hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072,
-            max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1, bos_token_id=0,
-            eos_token_id=2)  # fmt: skip
-SMALL = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
+BASE = {
+    "vocab_size": 250_002, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 TRIM, PRUNE = HERE / "peers" / "trim.py", HERE / "peers" / "prune.py"
 
 
@@ -38,7 +41,10 @@ def measure(quick: bool = False) -> list[dict]:
     np.save(work / "ids.npy", ids)
     write_json(work / "texts.json", few)
     given = large, work / "ids.npy"
-    ours = lambda: run(sys.executable, PRUNE, given, work / "kdlib")  # noqa: E731
+
+    def ours() -> dict:
+        return run(sys.executable, PRUNE, given, work / "kdlib")
+
     what = f"XLM-R-base shapes, {sizes['vocab_size']:,} x {sizes['hidden_size']}, {sizes['num_hidden_layers']} layers"
     what += f", {len(ids):,} pieces kept; random weights, the embedded teacher's tokenizer; imports are not counted"
     try:
@@ -125,8 +131,6 @@ def right_on_wordpiece(python: Path, lines: list[str], work: Path) -> dict[str, 
     """Whose results are right for a small cased BERT: every tool's `check`."""
     folder = work / "bert"
     wordpiece_model(folder, lines)
-    from kdlib.teacher import load_encoder
-
     encoder = load_encoder(folder, "bert")
     ids = sorted({i for e in encoder.tokenize(lines[:2000]) for i in e.ids} | set(encoder.tokenizer.all_special_ids))
     np.save(work / "bert.npy", ids)

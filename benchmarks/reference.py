@@ -51,7 +51,7 @@ class Loop:
 
     def loss(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Sum over layers of the MSE of attention scores, and of hidden states from the embeddings on."""
-        asked = dict(input_ids=ids, attention_mask=mask, output_attentions=True, output_hidden_states=True)
+        asked = {"input_ids": ids, "attention_mask": mask, "output_attentions": True, "output_hidden_states": True}
         mine, theirs = self.student(**asked), self.teacher(**asked)
         step = len(theirs.attentions) // len(mine.attentions)
         loss = 0.0

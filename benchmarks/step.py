@@ -1,5 +1,6 @@
 """The step of distillation: floating-point operations a second on real tokens, beside what the machine can do."""
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedConfig
 
@@ -25,11 +26,11 @@ def measure(quick: bool = False) -> list[dict]:
     lengths, settings = [len(ids) for ids in job.train.ids], source.model.config
     student = sum(3 * forward_flops(settings, depth, n) for n in lengths)  # backward twice as many as forward
     teacher = sum(forward_flops(settings, source.layers, n) for n in lengths)
-    kind = "bfloat16" if source.bf16 else "float32"
+    kind = torch.bfloat16 if source.bf16 else torch.float32
     peaks: list[int] = []
 
     def peak() -> float:
-        speeds = {size: matmul_speed(job_dtype(job), size, 0.5) for size in SIZES}
+        speeds = {size: matmul_speed(kind, size, 0.5) for size in SIZES}
         peaks.append(max(speeds, key=speeds.get))
         return speeds[peaks[-1]] / 1e9
 
@@ -50,12 +51,6 @@ def measure(quick: bool = False) -> list[dict]:
         row(f"the step with the teacher live, beside the machine's peak ({kind})", found["live"], found["peak"],
             "GFLOP/s", at_least=0.5),
     ]  # fmt: skip
-
-
-def job_dtype(job: Job):
-    import torch
-
-    return torch.bfloat16 if job.study.source.bf16 else torch.float32
 
 
 def where(job: Job, cached: Texts, steps: int = 6) -> str:

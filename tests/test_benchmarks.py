@@ -14,8 +14,8 @@ from kdlib.student import build_student
 
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are no part of the package
 
-from benchmarks import __main__ as every  # noqa: E402
-from benchmarks import common, distillation, reference, step  # noqa: E402
+from benchmarks import __main__ as every
+from benchmarks import common, distillation, reference, step
 
 FIELDS = {"claim", "ours", "other", "ratio", "goal", "met", "unit", "note", "rounds", "versions"}
 
@@ -51,11 +51,17 @@ def test_versions_name_the_peer_as_it_is_pinned():
     assert found["vocabtrimmer"] == "0.0.2" and found["torch"] == torch.__version__ and found["machine"]
 
 
-def test_results_are_written_as_json_and_as_a_table(tmp_path):
+def test_results_are_written_as_json_and_as_a_table_in_the_pages(tmp_path):
     rows = [common.row("speed", [2, 3], 1, "texts/s", at_least=4, note="of short texts"), common.row("size", 1234.0)]
-    common.write_results(rows, tmp_path / "results.json")
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text(f"before\n{common.MARKS[0]}\nan old table\n{common.MARKS[1]}\nafter\n")
+    other.write_text("no table wanted")
+    for _ in range(2):
+        common.write_results(rows, tmp_path / "results.json", [page, other])
     assert json.loads((tmp_path / "results.json").read_text("utf-8")) == rows
-    table = (tmp_path / "results.md").read_text("utf-8")
+    table = page.read_text("utf-8")
+    assert table.startswith("before\n") and table.endswith("\nafter\n") and "an old table" not in table
+    assert other.read_text() == "no table wanted"
     assert "| speed | 2.5 | 1 | texts/s | 2.5 | >= 4 | **no** |" in table
     assert "1,234" in table and "of short texts" in table and f"torch {torch.__version__}" in table
 
