@@ -10,7 +10,7 @@ BIN = .venv/bin
 # In a container one is often root, which Jupyter wants to be told.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 
-.PHONY: study test rehearse fuzz soak lab figures reset offline-bundle clean
+.PHONY: study test rehearse fuzz soak bench lab figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -29,6 +29,10 @@ fuzz: .venv/ready
 # A small study killed at so many random moments, each time to the same end; SEED=n for the same moments again.
 soak: .venv/ready
 	$(BIN)/python tests/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+# Every measurement beside what else there is, peers in environments of their own; alone on the machine, it wants both cores.
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
@@ -60,4 +64,4 @@ offline-bundle: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs benchmarks/.venvs benchmarks/.work

@@ -1,0 +1,84 @@
+"""TextBrewer, given the kit's own batches, models, optimiser and objective: texts per second."""
+
+import shutil
+
+import torch
+
+from benchmarks.common import HERE, WORK, Job, PeerMissing, in_turns, main, peer, row, run_peer, workshop
+from kdlib.batches import BudgetSampler
+from kdlib.distill import Watched, compared_layers, with_states
+from kdlib.objectives import Needs, total_loss
+
+OBJECTIVE = {"tinybert_hidden": 1.0}  # the sum over layers of the MSE of hidden states: TextBrewer's hidden_mse
+CLAIMS = (
+    ("distillation, teacher live, beside TextBrewer", 1.0),
+    ("distillation, teacher cached, beside TextBrewer (which cannot cache states)", 2.0),
+)
+
+
+def measure(quick: bool = False) -> list[dict]:
+    job = workshop(64 if quick else 512)
+    job.spec = job.spec.model_copy(update={"objectives": OBJECTIVE, "precision": "fp32"})
+    source, depth, texts = job.study.source, job.study.profile.student.layers, len(job.texts)
+    source.bf16 = False  # TextBrewer computes in float32
+    cached = with_states(job.train, source, job.spec, job.study.run.path / "cache", depth)
+    found = {"live": [], "cached": [], "TextBrewer": []}
+    reports: list[dict] = []
+    folder = WORK / "textbrewer"
+    try:
+        python = peer("textbrewer")
+        batches = write_job(job, folder)
+
+        def theirs() -> float:
+            reports.append(run_peer(python, HERE / "peers" / "brew.py", folder))
+            return texts / reports[-1]["seconds"]
+
+        found = in_turns(
+            {
+                "live": lambda: texts / job.epoch(job.train),
+                "TextBrewer": theirs,
+                "cached": lambda: texts / job.epoch(cached),
+            },
+            1 if quick else 3,
+        )
+    except PeerMissing as reason:
+        return [row(claim, None, unit="texts/s", at_least=goal, missing=reason) for claim, goal in CLAIMS]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    ours = first_loss(job, batches[0])
+    gap = abs(ours - reports[0]["first_loss"]) / ours
+    how = f"{texts} texts in {len(batches)} batches of the kit's sampler, float32, word embeddings frozen in both"
+    results = [
+        row(claim, found[name], found["TextBrewer"], "texts/s", at_least=goal, peers=["textbrewer"], note=how)
+        for name, (claim, goal) in zip(("live", "cached"), CLAIMS)
+    ]
+    claim = "the first batch's loss: relative difference from TextBrewer's"
+    return [*results, row(claim, gap, at_most=1e-4, peers=["textbrewer"])]
+
+
+def write_job(job: Job, folder) -> list[dict[str, torch.Tensor]]:
+    """What brew.py reads; returns the batches of the kit's epoch."""
+    student = job.student()
+    student.config.hidden_dropout_prob = student.config.attention_probs_dropout_prob = 0.0  # as the kit trains it
+    student.save_pretrained(folder / "student")
+    job.study.source.model.save_pretrained(folder / "teacher")
+    sampler = BudgetSampler([len(ids) for ids in job.train.ids], job.spec.batch_tokens, job.study.profile.seed)
+    batches = [job.train.collate(batch) for batch in sampler]
+    layers = compared_layers(Needs.of(OBJECTIVE), student.config.num_hidden_layers, job.study.source.layers)
+    pairs = [[0, 0], *([mine, theirs] for mine, theirs in zip(*layers))]
+    facts = {"layers": pairs, "rate": job.spec.learning_rate, "decay": job.spec.weight_decay, "clip": 1.0}
+    torch.save({"batches": batches, **facts}, folder / "job.pt")
+    return batches
+
+
+@torch.no_grad()
+def first_loss(job: Job, batch: dict[str, torch.Tensor]) -> float:
+    """The kit's value of the objective for a batch, before any training."""
+    needs, student, source = Needs.of(OBJECTIVE), job.student().eval(), job.study.source
+    layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, source.layers)
+    watched = Watched(student, layers, needs), Watched(source.model, teacher_layers, needs)
+    return float(total_loss(OBJECTIVE, *(one(batch["input_ids"], batch["attention_mask"]) for one in watched))[0])
+
+
+if __name__ == "__main__":
+    main(measure)

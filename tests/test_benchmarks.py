@@ -1,0 +1,131 @@
+"""The benchmarks' own parts: rows of results, the plain loop, and what the numbers stand on. No peer is run here."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import encoder, texts
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdlib import config
+from kdlib.student import build_student
+
+sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are no part of the package
+
+from benchmarks import __main__ as every
+from benchmarks import common, distillation, reference, step
+
+FIELDS = {"claim", "ours", "other", "ratio", "goal", "met", "unit", "note", "rounds", "versions"}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return encoder(layers=4)
+
+
+def student_of(teacher):
+    return build_student(teacher.model, config.Student(layers=2))
+
+
+def test_a_row_says_how_many_times_better_and_whether_the_goal_is_met():
+    rates = common.row("speed", [30, 10, 20], [5, 4, 6], "texts/s", at_least=4)
+    assert set(rates) == FIELDS
+    assert (rates["ours"], rates["other"], rates["ratio"], rates["goal"], rates["met"]) == (20, 5, 4, ">= 4", True)
+    assert rates["rounds"]["ours"] == [30, 10, 20]
+    costs = common.row("time", 2, 10, "s", lower=True, at_least=10)
+    assert (costs["ratio"], costs["met"]) == (5, False)
+    assert common.row("difference", 1e-6, at_most=1e-4)["met"] is True
+    assert common.row("size", 3.0)["met"] is None
+
+
+def test_a_peer_that_cannot_be_run_meets_nothing():
+    found = common.row("speed", 20, unit="texts/s", at_least=1, missing=common.PeerMissing("no such wheel"))
+    assert (found["met"], found["other"], found["note"]) == (False, None, "no such wheel")
+    assert common.row("speed", None, at_least=1, missing="gone")["met"] is False
+
+
+def test_versions_name_the_peer_as_it_is_pinned():
+    found = common.row("speed", 1, 1, peers=["vocabtrimmer"])["versions"]
+    assert found["vocabtrimmer"] == "0.0.2" and found["torch"] == torch.__version__ and found["machine"]
+
+
+def test_results_are_written_as_json_and_as_a_table_in_the_pages(tmp_path):
+    rows = [common.row("speed", [2, 3], 1, "texts/s", at_least=4, note="of short texts"), common.row("size", 1234.0)]
+    page, other = tmp_path / "page.md", tmp_path / "other.md"
+    page.write_text(f"before\n{common.MARKS[0]}\nan old table\n{common.MARKS[1]}\nafter\n")
+    other.write_text("no table wanted")
+    for _ in range(2):
+        common.write_results(rows, tmp_path / "results.json", [page, other])
+    assert json.loads((tmp_path / "results.json").read_text("utf-8")) == rows
+    table = page.read_text("utf-8")
+    assert table.startswith("before\n") and table.endswith("\nafter\n") and "an old table" not in table
+    assert other.read_text() == "no table wanted"
+    assert "| speed | 2.5 | 1 | texts/s | 2.5 | >= 4 | **no** |" in table
+    assert "1,234" in table and "of short texts" in table and f"torch {torch.__version__}" in table
+
+
+def test_in_turns_lets_nobody_go_twice_in_a_row():
+    order = []
+    found = common.in_turns({"a": lambda: order.append("a") or 1.0, "b": lambda: order.append("b") or 2.0}, 2)
+    assert order == ["a", "b", "a", "b"] and found == {"a": [1.0, 1.0], "b": [2.0, 2.0]}
+
+
+def test_a_peer_script_that_fails_is_named_with_its_reason(tmp_path):
+    script = tmp_path / "peer.py"
+    script.write_text("import json, sys\nprint('noise')\nprint(json.dumps({'argument': sys.argv[1]}))")
+    assert common.run_peer(sys.executable, script, "x") == {"argument": "x"}
+    script.write_text("raise ValueError('no such model')")
+    with pytest.raises(common.PeerMissing, match="no such model"):
+        common.run_peer(sys.executable, script, "x")
+
+
+def test_the_plain_loop_has_the_kits_loss_where_nothing_is_padded(teacher):
+    student = student_of(teacher)
+    loop = reference.Loop(teacher.model, student_of(teacher))
+    loop.teacher.eval()
+    loop.student.eval()
+    ids = torch.randint(5, len(teacher.tokenizer), (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        theirs = loop.loss(ids, mask)
+        ours = distillation.kit_loss(teacher.model, student.eval(), loop.fit_dense, ids, mask)
+    assert float(theirs) > 0.01
+    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+
+
+def test_the_plain_loop_learns_and_leaves_the_teacher_alone(teacher):
+    before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
+    torch.manual_seed(0)
+    loop = reference.Loop(teacher.model, student_of(teacher))
+    loop.optimizer.param_groups[0]["lr"] = 1e-3
+    rows = [encoding.ids for encoding in teacher.tokenize(texts(40))]
+    short = ((ids[:, :16], mask[:, :16]) for ids, mask in reference.batches(rows, 0))
+    losses = [loop.step(*next(short)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    assert loop.teacher.training and all(torch.equal(v, before[n]) for n, v in teacher.model.state_dict().items())
+
+
+def test_the_plain_loops_batches_are_full_and_of_one_shape():
+    rows = [[7] * length for length in (3, 200, *[5] * 62)]
+    feed = reference.batches(rows, 1)
+    seen = [next(feed) for _ in range(2)]
+    assert all(ids.shape == mask.shape == (32, 128) for ids, mask in seen)
+    assert sum(int(mask.sum()) for _, mask in seen) == 3 + 128 + 62 * 5
+    assert all(bool((ids[mask == 0] == 1).all()) for ids, mask in seen)
+
+
+def test_operations_are_counted_as_torch_counts_them(teacher):
+    model, ids = encoder(layers=3, attn="eager").model, torch.full((1, 20), 7)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    pooler = 2 * model.config.hidden_size**2
+    assert counted.get_total_flops() - pooler == step.forward_flops(model.config, 3, 20)
+
+
+def test_every_benchmark_can_be_run_by_name():
+    import importlib
+
+    for name in every.NAMES:
+        assert callable(importlib.import_module(f"benchmarks.{name}").measure)
