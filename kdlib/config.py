@@ -174,7 +174,7 @@ class Distill(Section):
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
     windows: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 2], min_length=1, description="texts are runs of so many neighbouring sentences"
+        [1, 2, 3], min_length=1, description="texts are runs of so many neighbouring sentences, the numbers taking turns"
     )
     freeze_embeddings: bool = True
     cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")

@@ -288,14 +288,17 @@ def sentences(documents: Sequence[Document]) -> Sequence[str]:
 
 
 def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
-    """Texts to distil on: for each length n every document cut into runs of n sentences, joined by a space. `Lazy`
-    where the documents are."""
+    """Texts to distil on: the documents cut into runs of sentences, joined by a space; the lengths of the runs take
+    turns, so that there are texts of every length and each sentence is in one. `Lazy` where the documents are."""
 
     def cut() -> Iterator[str]:
-        for n in lengths:
-            for document in documents:
-                for i in range(0, len(document.sentences), n):
-                    yield " ".join(document.sentences[i : i + n])
+        turns = itertools.cycle(lengths)
+        for document in documents:
+            at = 0
+            while at < len(document.sentences):
+                end = at + next(turns)
+                yield " ".join(document.sentences[at:end])
+                at = end
 
     return Lazy(cut) if isinstance(documents, Lazy) else list(cut())
 

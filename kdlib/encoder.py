@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from kdlib.batches import budget_batches
 from kdlib.device import autocast
+from kdlib.memory import Memory
 from kdlib.mlm import HEAD_FILE, MaskedHead, save_head
 from kdlib.progress import track
 
@@ -22,7 +23,7 @@ TOKENS_PER_BATCH = 4096
 @dataclass
 class Encoder:
     """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens; head: the
-    trained masked-language head, where the model has one."""
+    trained masked-language head, where the model has one; memory: of the texts it has read, where that is kept."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -31,6 +32,7 @@ class Encoder:
     max_length: int = 128
     bf16: bool = False
     head: MaskedHead | None = None
+    memory: Memory | None = None
 
     @property
     def layers(self) -> int:
@@ -150,11 +152,18 @@ def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None
     """
     layers = [encoder.layers] if layers is None else list(layers)
     encodings = encoder.tokenize(list(texts))
-    out = np.empty((len(encodings), len(layers), encoder.hidden), np.float32)
-    for batch, states, mask in _run(encoder, encodings, label):
-        for k, layer in enumerate(layers):
-            out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
-    return out
+
+    def pooled(places: Sequence[int], layers: Sequence[int]) -> np.ndarray:
+        out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
+        for batch, states, mask in _run(encoder, [encodings[i] for i in places], label):
+            for k, layer in enumerate(layers):
+                out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
+        return out
+
+    if encoder.memory is None:
+        return pooled(range(len(encodings)), layers)
+    shape = (encoder.layers + 1, encoder.hidden)
+    return encoder.memory.vectors([encoding.ids for encoding in encodings], layers, shape, pooled)
 
 
 @torch.inference_mode()

@@ -29,6 +29,7 @@ from kdlib.documents import Lazy
 from kdlib.efficiency import size_rows, speed_rows
 from kdlib.encoder import Encoder, text_vectors
 from kdlib.errors import UserError
+from kdlib.memory import Memory, body_key
 from kdlib.objectives import check_objectives
 from kdlib.probe import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
 from kdlib.stats import paired_rows
@@ -62,6 +63,7 @@ BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "f
 
 
 CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
+WATCHED, WATCHED_BY_ARMS = 400, 300  # held-out sentences that a training is watched with, at most
 SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
 
 
@@ -155,7 +157,13 @@ class Study:
 
     @cached_property
     def teacher(self) -> Encoder:
-        return load_teacher(self.profile.teacher, self.device, self.bf16)
+        return self._remembering(load_teacher(self.profile.teacher, self.device, self.bf16))
+
+    def _remembering(self, encoder: Encoder, ids: np.ndarray | None = None) -> Encoder:
+        """The encoder, which from now on reads no text twice in this run; ids: as `Memory` has them."""
+        key = body_key(encoder.model, self.bf16, encoder.token_types)
+        encoder.memory = Memory(self.run.path / "cache" / f"vectors-{key}", ids)
+        return encoder
 
     def _place(self, name: str, stage: str) -> Path:
         """The folder of an artefact: `name` in the run folder; for an arm that makes it otherwise, one of its own."""
@@ -269,7 +277,7 @@ class Study:
                 vocabulary.prune_encoder(self.teacher, ids, folder, stored)
                 np.save(folder / "kept_ids.npy", np.array(ids))
                 seal(folder, key=self.key("prune"))
-        return self._load(target, "pruned teacher")
+        return self._remembering(self._load(target, "pruned teacher"), np.load(target / "kept_ids.npy"))
 
     def prune_rows(self) -> list[dict]:
         """What pruning kept and cut, and what it costs in tokens and unknown tokens."""
@@ -331,7 +339,7 @@ class Study:
             if processes.count() > 1:
                 raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
             spec = self.profile.condition
-            train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:1000]
+            train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:WATCHED]
             outcome = condition.condition(
                 self.pruned, train, held, spec, work, self.profile.seed, "conditioning the teacher", on_point,
                 self.run.path / "cache",
@@ -398,7 +406,7 @@ class Study:
     def texts(self) -> tuple[Texts, Texts]:
         """What the student is distilled on and watched with, with the teacher's cached states."""
         spec = self.profile.distill
-        return self._prepared(self._some(self._train_texts, spec.max_texts, spec.fraction), 1000)
+        return self._prepared(self._some(self._train_texts, spec.max_texts, spec.fraction), WATCHED)
 
     def _prepared(self, train: Sequence[str], heldout: int) -> tuple[Texts, Texts]:
         held = sentences(self.corpus.heldout)[:heldout]
@@ -503,7 +511,7 @@ class Study:
             for metric in losses
         ]
         rows += [dict(model="student", metric=metric, value=value) for metric, value in facts.items()]
-        held = sentences(self.corpus.heldout)[:1000]
+        held = sentences(self.corpus.heldout)[:WATCHED]
         target = text_vectors(self.source, held)[:, 0]
         for encoder in (self.undistilled(), self.student):
             value = similarity(text_vectors(encoder, held)[:, 0], target)
@@ -637,7 +645,7 @@ class Study:
     def _run_arm(self, label: str, folder: Path) -> list[dict]:
         spec = self.profile.distill
         texts = self._some(self._some(self._train_texts, spec.max_texts), self.profile.ablations.max_texts)
-        train, held = self._prepared(texts, 300)
+        train, held = self._prepared(texts, WATCHED_BY_ARMS)
         order = np.random.default_rng(self.profile.seed).permutation(len(train))
         train = train.part(order[: max(1, round(len(train) * spec.fraction))])
         outcome = self._train(label, train, held, folder / "work")
@@ -662,5 +670,5 @@ class Study:
     @cached_property
     def _heldout_vectors(self) -> tuple[list[str], np.ndarray]:
         """Some held-out sentences and the teacher's vectors of them, which every arm is compared with."""
-        held = sentences(self.corpus.heldout)[:300]
+        held = sentences(self.corpus.heldout)[:WATCHED_BY_ARMS]
         return held, text_vectors(self.pruned, held)[:, 0]
