@@ -63,7 +63,7 @@ BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "f
 
 
 CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
-WATCHED, WATCHED_BY_ARMS = 400, 300  # held-out sentences that a training is watched with, at most
+WATCHED = 400  # held-out sentences that a training is watched with, at most
 SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
 
 
@@ -645,7 +645,7 @@ class Study:
     def _run_arm(self, label: str, folder: Path) -> list[dict]:
         spec = self.profile.distill
         texts = self._some(self._some(self._train_texts, spec.max_texts), self.profile.ablations.max_texts)
-        train, held = self._prepared(texts, WATCHED_BY_ARMS)
+        train, held = self._prepared(texts, WATCHED)
         order = np.random.default_rng(self.profile.seed).permutation(len(train))
         train = train.part(order[: max(1, round(len(train) * spec.fraction))])
         outcome = self._train(label, train, held, folder / "work")
@@ -670,5 +670,5 @@ class Study:
     @cached_property
     def _heldout_vectors(self) -> tuple[list[str], np.ndarray]:
         """Some held-out sentences and the teacher's vectors of them, which every arm is compared with."""
-        held = sentences(self.corpus.heldout)[:WATCHED_BY_ARMS]
+        held = sentences(self.corpus.heldout)[:WATCHED]
         return held, text_vectors(self.pruned, held)[:, 0]
