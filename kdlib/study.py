@@ -118,7 +118,7 @@ class Study:
     def parallel(self) -> dict[str, list[str]]:
         """The parallel sentences by language; empty without any, or where the study's language is not among them."""
         spec = self.profile.parallel
-        if spec is None:
+        if spec is None or self.profile.language not in spec.languages:
             return {}
         rows = (
             sources.embedded_rows("parallel") if spec.source == "embedded" else sources.read_rows(spec, spec.languages)

@@ -738,6 +738,7 @@ def read_head(here: Path, case: Case) -> None:
 
 STAGE_FOLDERS = {"condition": "conditioned", "distill": "student"}
 ARM = {"student.init": "last"}
+DATA = dict.fromkeys(("corpus", "tasks", "parallel", "training"), "as it was")
 
 
 @functools.cache
@@ -750,6 +751,7 @@ def run_files() -> dict[str, bytes | None]:
         run.record("benchmark", models)
         run.record("ablations", [score | dict(model="student", method=name, arm="a") for name in ("fraction", "init")])
         study = Study(run.path, "smoke")
+        study.__dict__["data"] = DATA
         for stage, name in STAGE_FOLDERS.items():
             key = study.key(stage)
             store.write_json(run.folder(name) / "made.json", {"key": key})
@@ -816,7 +818,8 @@ def read_run(here: Path, case: Case) -> None:
             attempt(lambda: figures.save(Figure((1, 1)), run.folder("figures"), name))
     study = attempt(lambda: Study(here / "run", "smoke"))
     if study is not None:
-        study.__dict__ |= {"student": None, "conditioned": None}  # loading them is the business of another reader
+        # loading them is the business of other readers
+        study.__dict__ |= {"student": None, "conditioned": None, "data": DATA}
         attempt(lambda: study._made(here / "run" / "vocabulary", "prune"))
         for stage, name in STAGE_FOLDERS.items():
             if study._made(here / "run" / name, stage):

@@ -46,7 +46,7 @@ import transformers.modeling_utils
 
 from kdlib import benchmark, checkpoints
 from kdlib.store import read_results
-from kdlib.study import NOTEBOOKS, Study, stage_key
+from kdlib.study import NOTEBOOKS, Study
 
 ROOT = Path(__file__).parents[1]
 OVERRIDES = {
@@ -141,10 +141,10 @@ def run_stages(out: Path, overrides: dict, moments: Moments) -> None:
     }
     with study.run.lock():
         for stage in STAGES:
-            moments.stage, key = stage, stage_key(study.profile, stage)
+            moments.stage, key = stage, study.key(stage)
             if not (study.run.done(stage, key) and study.intact(stage)):
                 study.run.record(stage, rows[stage]())
-                study.run.mark(stage, key, 0.0)
+                study.run.mark(stage, key, 0.0, study.data_of(stage))
 
 
 def start(out: Path, overrides: dict, end: tuple[str, int] | None = None, counts: Path | None = None) -> int:

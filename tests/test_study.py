@@ -155,9 +155,9 @@ def test_other_data_under_the_same_name_makes_what_was_made_of_it_stale(sources,
     assert all(second[stage] != third[stage] for stage in STAGES)
 
 
-def test_a_test_row_that_stands_in_the_corpus_changes_what_is_distilled(sources, tmp_path):
+def test_a_test_row_that_stands_in_the_corpus_changes_what_is_distilled(study, sources, tmp_path):
     labelled = (sources / "labels.csv").read_text()
-    sentence = next(s for s in (sources / "corpus.txt").read_text().split("\n") if s and s not in labelled)
+    sentence = next(s for document in study.corpus.train for s in document.sentences if s not in labelled)
     data = []
     for name, row in (("one", "xyzzy"), ("two", sentence)):
         (tmp_path / f"{name}.csv").write_text(f"sentence,gitas-on\nxyzzy xyzzy,taas\n{row},mubo")
@@ -165,6 +165,12 @@ def test_a_test_row_that_stands_in_the_corpus_changes_what_is_distilled(sources,
         task |= {"text": "sentence", "label": "gitas-on"}
         data.append(Study(tmp_path / name, "smoke", overrides(sources, tasks=[task])).data)
     assert data[0]["corpus"] == data[1]["corpus"] and data[0]["training"] != data[1]["training"]
+
+
+def test_parallel_sentences_without_the_language_are_left_out(sources, tmp_path):
+    change = {"language": "amh", "parallel": {"languages": ["tgl", "eng"]}}
+    study = Study(tmp_path / "run", "smoke", overrides(sources, **change))
+    assert study.parallel == {} and {row["language"] for row in study.segmentation_rows()} == {"amh"}
 
 
 def test_the_students_head_is_kept_with_it(sources, tmp_path):
