@@ -141,10 +141,10 @@ def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[
 def _together(name: str | None, rows: list[tuple[int, str]], several: bool) -> Iterator[Document]:
     """The document of some rows; one for each, where they have no name, or all documents would have this one."""
     grouped = several and name is not None
-    for number, texts in [(name, [text for _, text in rows])] if grouped else [(n, [text]) for n, text in rows]:
+    for own, texts in [(name, [t for _, t in rows])] if grouped else [(f"row {n}", [t]) for n, t in rows]:
         sentences = [s for text in texts for s in split_sentences(text)]
         if sentences:
-            yield Document(str(number), sentences)
+            yield Document(own, sentences)
 
 
 def _joined(documents: list[Document]) -> list[Document]:
