@@ -36,6 +36,9 @@ class States:
     targets: torch.Tensor | None = None
 
 
+torch.export.register_dataclass(States)  # training by several processes has to find the tensors in it
+
+
 def hidden_loss(student: States, teacher: States) -> torch.Tensor:
     """Mean over layers of MSE(student, teacher) / Var(teacher) over real tokens.
 
