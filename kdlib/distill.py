@@ -487,7 +487,8 @@ def distill(
     )  # fmt: skip
     history.trainer = trainer
     trainer.remove_callback(PrinterCallback)
-    last = checkpoints.newest(work)
+    with processes.in_turn():  # the first removes those that are torn
+        last = checkpoints.newest(work)
     if watched.projection is not None and spec.projection == "auto" and last is None:
         _fit_projection(watched, trainer, train)
     try:
