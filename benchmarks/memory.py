@@ -74,8 +74,11 @@ def encoder():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
-    model = BertModel(BertConfig(len(pieces), 64, 4, 4, 128, max_position_embeddings=128, pad_token_id=0))
-    return Encoder(model.eval(), tokenizer, "tiny")
+    config = BertConfig(
+        vocab_size=len(pieces), hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        max_position_embeddings=128, pad_token_id=0,
+    )  # fmt: skip
+    return Encoder(BertModel(config).eval(), tokenizer, "tiny")
 
 
 def work(folder: Path) -> dict:
@@ -112,7 +115,7 @@ def measure(megabytes: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         generate(Path(folder) / "text.txt", megabytes)
         command = [sys.executable, "-m", "benchmarks.memory", "--in", folder]
-        found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
         return {"text": megabytes} | json.loads(found.stdout.splitlines()[-1])
 
 

@@ -30,9 +30,8 @@ def curves(folder: Path) -> dict[str, pd.DataFrame]:
     for name, (objectives, budget) in CASES.items():
         teacher = tiny.encoder()
         teacher.head = new_head(teacher.model, seed=4)
-        spec = config.Distill(
-            objectives=objectives, epochs=1.0, learning_rate=2e-3, batch_tokens=budget, evaluations=2, compile=False
-        )
+        spec = config.Distill(objectives=objectives, epochs=1.0, learning_rate=2e-3, evaluations=2, compile=False)
+        spec = spec.model_copy(update={"batch_tokens": budget})  # smaller than a profile may have it
         with processes.in_turn():
             sets = [prepare(teacher, tiny.texts(*size), spec, folder / "cache", 2) for size in ((41, 0), (9, 1))]
         student = build_student(teacher.model, config.Student(layers=2))
