@@ -71,7 +71,7 @@ def test_curves_are_those_of_one_process(name, twins, tmp_path_factory):
     alone = curves(tmp_path_factory.mktemp("alone"))[name]
     both = [pd.read_csv(twins / f"{name}-{place}.csv") for place in (0, 1)]
     losses = [column for column in alone if column not in ("split", "step", "seconds")]
-    assert len(alone) > 10 and list(alone["step"]) == list(both[0]["step"])
+    assert len(alone) > 5 and list(alone["step"]) == list(both[0]["step"])
     for curve in both:  # what each process has summed up is of both
         assert np.allclose(alone[losses], curve[losses], rtol=2e-4, atol=1e-6)
     assert alone["loss"].iloc[-1] < 0.98 * alone["loss"].iloc[0]
