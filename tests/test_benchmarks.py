@@ -47,7 +47,8 @@ def job(teacher, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "workshop", lambda count: made)
     for module in (batches, reference, distillation):
         monkeypatch.setattr(module, "LENGTH", 32)
-    monkeypatch.setattr(cache, "WORK", tmp_path)
+    for module in (brewer, cache):
+        monkeypatch.setattr(module, "WORK", tmp_path)
     monkeypatch.setattr(step, "PROFILE", tmp_path / "profile.txt")
     monkeypatch.setattr(step, "SIZES", (64,))
     return made
