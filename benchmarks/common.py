@@ -266,7 +266,8 @@ def run_peer(python: Path | str, script: Path, *arguments: object, limit: float 
     Raises PeerMissing where it fails or takes longer than `limit` seconds.
     """
     threads = str(torch.get_num_threads())
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))  # the kit's script needs it
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [str(part) for part in (python, script, *arguments)]
     try:
         found = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=limit)
