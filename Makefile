@@ -30,7 +30,7 @@ fuzz: .venv/ready
 soak: .venv/ready
 	$(BIN)/python tests/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
-# Every measurement beside what else there is, peers in environments of their own; alone on the machine, it wants both cores.
+# Every measurement, beside what else there is; wants both cores for itself.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 

@@ -17,7 +17,7 @@ CLAIMS = (
 
 
 def measure(quick: bool = False) -> list[dict]:
-    job = workshop(64 if quick else 512)
+    job = workshop(64 if quick else 768)
     job.spec = job.spec.model_copy(update={"objectives": OBJECTIVE, "precision": "fp32"})
     source, depth, texts = job.study.source, job.study.profile.student.layers, len(job.texts)
     source.bf16 = False  # TextBrewer computes in float32

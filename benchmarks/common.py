@@ -38,8 +38,8 @@ PEERS = {
     "textbrewer": [["torch==2.13.0", "transformers==5.23.0", "textbrewer==0.2.1.post1"]],
     "trimmers": [
         [
-            "torch==2.13.0", "transformers==4.46.3", "huggingface_hub==0.36.2", "datasets==3.6.0", "pandas==2.3.3",
-            "tabulate==0.9.0", "sentencepiece==0.2.1", "protobuf==6.33.0",
+            "torch==2.13.0", "transformers==4.46.3", "huggingface_hub==0.36.2", "datasets==3.6.0", "pandas==3.1.1",
+            "tabulate==0.10.0", "sentencepiece==0.2.3", "protobuf==7.36.2",
         ],
         ["--no-deps", "vocabtrimmer==0.0.2", "textpruner==1.1.post2"],
     ],
@@ -266,7 +266,8 @@ def run_peer(python: Path | str, script: Path, *arguments: object, limit: float 
     Raises PeerMissing where it fails or takes longer than `limit` seconds.
     """
     threads = str(torch.get_num_threads())
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))  # the kit's script needs it
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [str(part) for part in (python, script, *arguments)]
     try:
         found = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=limit)

@@ -419,11 +419,12 @@ def _prune_stored(source: Path, ids: Sequence[int]) -> PreTrainedTokenizerFast:
     try:
         spec = _parse((source / "tokenizer.json").read_bytes())
         vocabulary = spec["model"]["vocab"]
-        numbered = (
-            vocabulary.items() if isinstance(vocabulary, dict) else ((p, i) for i, (p, _) in enumerate(vocabulary))
-        )
-        pieces = {i: piece for piece, i in numbered} | {t["id"]: t["content"] for t in spec["added_tokens"]}
         new = _numbers(ids)
+        if isinstance(vocabulary, dict):
+            pieces = {i: piece for piece, i in vocabulary.items() if i in new}
+        else:
+            pieces = {i: vocabulary[i][0] for i in new if i < len(vocabulary)}
+        pieces |= {token["id"]: token["content"] for token in spec["added_tokens"]}
         wanted = [pieces[i] for i in new]
         with tempfile.TemporaryDirectory() as work:
             for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):

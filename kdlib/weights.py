@@ -91,8 +91,9 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def runs(ids: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending ids as ranges (first, one past the last) of neighbours."""
     ids = np.asarray(ids)
-    parts = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-    return [(int(part[0]), int(part[-1]) + 1) for part in parts]
+    last = np.append(np.diff(ids) != 1, True)  # of its range
+    first = np.insert(last[:-1], 0, True)
+    return list(zip(ids[first].tolist(), (ids[last] + 1).tolist()))
 
 
 def copy_tensors(
@@ -106,7 +107,7 @@ def copy_tensors(
     Read and written through a small buffer: through a map of the file, every page touched would count as memory.
     """
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
-    pieces: list[tuple[Path, int, int]] = []
+    pieces: list[tuple[Path, list[tuple[int, int]]]] = []  # file, and (first byte, number of bytes) in it
     end = 0
     # Wide numbers first, as the library writes them: so every tensor begins at a multiple of its numbers' width.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].width, item[0])):
@@ -117,20 +118,22 @@ def copy_tensors(
             parts = [(tensor.start + a * row, (b - a) * row) for a, b in rows[name]]
         size = sum(count for _, count in parts)
         header[name] = {"dtype": tensor.dtype, "shape": shape, "data_offsets": [end, end + size]}
-        pieces += [(tensor.file, start, count) for start, count in parts]
+        pieces.append((tensor.file, parts))
         end += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     buffer = memoryview(bytearray(CHUNK))
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(target.open("wb", CHUNK))
-        inputs = {file: stack.enter_context(file.open("rb", 0)) for file in {piece[0] for piece in pieces}}
+        inputs = {file: stack.enter_context(file.open("rb", 0)) for file in {file for file, _ in pieces}}
         output.write(len(text).to_bytes(8, "little") + text)
-        for file, start, count in pieces:
-            inputs[file].seek(start)
-            while count:
-                got = inputs[file].readinto(buffer[:count])
-                if not got:
-                    raise UserError(f"{file}: ends before its last tensor")
-                output.write(buffer[:got])
-                count -= got
+        for file, parts in pieces:
+            source = inputs[file]
+            for start, count in parts:
+                source.seek(start)
+                while count:
+                    got = source.readinto(buffer[:count])
+                    if not got:
+                        raise UserError(f"{file}: ends before its last tensor")
+                    output.write(buffer[:got])
+                    count -= got

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +11,47 @@ from tiny import encoder, texts
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib import config
+from kdlib.encoder import Encoder
 from kdlib.student import build_student
+from kdlib.vocabulary import prune_model, prune_tokenizer
 
 sys.path.append(str(Path(__file__).parent.parent))  # the benchmarks are no part of the package
 
 from benchmarks import __main__ as every
-from benchmarks import common, distillation, reference, step
+from benchmarks import batches, brewer, cache, common, distillation, reference, step
 
 FIELDS = {"claim", "ours", "other", "ratio", "goal", "met", "unit", "note", "rounds", "versions"}
+
+
+class TinyStudy:
+    """What the benchmarks ask of a study, with a tiny teacher."""
+
+    def __init__(self, folder, teacher):
+        self.teacher, self.run = teacher, SimpleNamespace(path=folder)
+        self.profile = config.load_profile("workshop", {"student.layers": 2, "distill.batch_tokens": 256})
+        ids = sorted({i for e in teacher.tokenize(texts(200)) for i in e.ids} | set(teacher.tokenizer.all_special_ids))
+        self.selection = SimpleNamespace(ids=ids)
+        model = prune_model(teacher.model, teacher.tokenizer, ids)
+        self.source = Encoder(model, prune_tokenizer(teacher.tokenizer, ids), "pruned", max_length=32)
+
+    def undistilled(self):
+        return SimpleNamespace(model=build_student(self.source.model, self.profile.student))
+
+
+@pytest.fixture
+def job(teacher, tmp_path, monkeypatch):
+    """The benchmarks' job, tiny; they take it for the workshop's, and rows of 32 tokens for the plain loop's."""
+    study = TinyStudy(tmp_path, teacher)
+    made = common.Job(study, texts(160), study.profile.distill)
+    for module in (batches, brewer, cache, distillation, step):
+        monkeypatch.setattr(module, "workshop", lambda count: made)
+    for module in (batches, reference, distillation):
+        monkeypatch.setattr(module, "LENGTH", 32)
+    for module in (brewer, cache):
+        monkeypatch.setattr(module, "WORK", tmp_path)
+    monkeypatch.setattr(step, "PROFILE", tmp_path / "profile.txt")
+    monkeypatch.setattr(step, "SIZES", (64,))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +156,44 @@ def test_operations_are_counted_as_torch_counts_them(teacher):
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
     pooler = 2 * model.config.hidden_size**2
     assert counted.get_total_flops() - pooler == step.forward_flops(model.config, 3, 20)
+
+
+def by_claim(rows, words):
+    return next(row for row in rows if words in row["claim"])
+
+
+def test_the_distillation_benchmark_compares_the_same_loss(job):
+    rows = distillation.measure(quick=True)
+    assert all(row["ours"] > 0 and row["other"] > 0 for row in rows[:3])
+    assert by_claim(rows, "the same loss")["met"] is True
+
+
+def test_the_cache_benchmark_sees_that_nothing_changes(job, tmp_path):
+    rows = cache.measure(quick=True)
+    assert by_claim(rows, "relative difference")["met"] is True
+    width, layers = job.study.source.hidden, 2
+    assert by_claim(rows, "size of the cache")["ours"] == pytest.approx(2 * width * layers)
+    assert not (tmp_path / "fresh cache").exists()
+
+
+def test_the_step_benchmark_says_where_the_time_goes(job, tmp_path):
+    rows = step.measure(quick=True)
+    assert all(0 < row["ratio"] and row["unit"] == "GFLOP/s" for row in rows)
+    assert "addmm" in (tmp_path / "profile.txt").read_text("utf-8")
+
+
+def test_the_batches_benchmark_counts_padding(job):
+    ours, random, fixed = batches.measure(quick=True)
+    assert 0 < fixed["other"] < random["other"] < ours["ours"] <= 1
+
+
+def test_without_its_peer_a_claim_is_named_and_not_met(job, monkeypatch):
+    def gone(name):
+        raise common.PeerMissing(f"{name} could not be installed: no such wheel")
+
+    monkeypatch.setattr(brewer, "peer", gone)
+    rows = brewer.measure(quick=True)
+    assert [row["met"] for row in rows] == [False, False] and "no such wheel" in rows[0]["note"]
 
 
 def test_every_benchmark_can_be_run_by_name():

@@ -38,7 +38,7 @@ with tempfile.TemporaryDirectory() as out:
     )  # fmt: skip
     asked = {"output_hidden_states": True}
     with distiller, torch.no_grad():
-        first = float(distiller.train_on_batch(dict(job["batches"][0]), asked))
+        first = float(distiller.train_on_batch(dict(job["batches"][0]), asked)[0])
     start = time.perf_counter()
     with distiller:
         distiller.train(optimizer, job["batches"], num_epochs=1, max_grad_norm=job["clip"], **asked)
