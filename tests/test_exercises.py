@@ -9,8 +9,10 @@ import papermill
 import pytest
 import torch
 import yaml
+from IPython.core.interactiveshell import InteractiveShell
 from IPython.display import display
 from nbformat.v4 import new_code_cell, new_notebook
+from traitlets.config import Config
 from transformers import BertConfig, BertModel
 
 from kdlib.config import load_profile
@@ -64,6 +66,7 @@ def run(tmp_path_factory, narrow_teacher):
     profile.write_text(yaml.safe_dump(small.model_dump(), sort_keys=False))
     patch = pytest.MonkeyPatch()
     patch.chdir(folder)
+    InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))  # or display() gives no handles
 
     def names_of(name):
         if name not in done:
@@ -75,6 +78,7 @@ def run(tmp_path_factory, narrow_teacher):
         return done[name]
 
     yield names_of
+    InteractiveShell.clear_instance()
     patch.undo()
 
 
