@@ -120,12 +120,14 @@ def push(
     """Upload a run's student, with its model card, to the model hub. Nothing else of the kit ever uploads anything."""
     from kdlib import hub, runner
     from kdlib.card import write_card
-    from kdlib.store import Run
+    from kdlib.store import Run, flaw
 
     student = run_dir / "student"
     try:
-        if not (student / "model.safetensors").is_file():
+        if not student.is_dir():
             raise UserError(f"{student}: no student here; distil one first (notebook 03, or kdlib run)")
+        if fault := flaw(student):
+            raise UserError(f"{student}: {fault}; distil it again")
         write_card(student, Run(run_dir))
         typer.echo(hub.push(student, to, public))
     except UserError as error:

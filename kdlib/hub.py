@@ -27,7 +27,7 @@ from huggingface_hub.file_download import REGEX_COMMIT_HASH, repo_folder_name
 from huggingface_hub.utils import httpx
 
 from kdlib.errors import UserError
-from kdlib.store import cache_folder, fingerprint, new_file
+from kdlib.store import SEAL, cache_folder, fingerprint, new_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -37,7 +37,6 @@ PATIENCE = 20  # seconds; a call that fails later than that is not made again, t
 SILENCE = 60  # seconds for which a hub that was silent is asked once at a time only
 TIMEOUT = 10  # seconds without an answer
 LARGEST = 2 * 2**30  # bytes that an address or the files of a zip may have
-OURS = ["made.json"]  # files of a student's folder that mean something to its run alone
 NAMES = {"model": "model", "dataset": "data set"}
 WAY_ON = ". Without a network: source=embedded, or a local file or folder"
 
@@ -192,7 +191,7 @@ def push(folder: Path, repo_id: str, public: bool = False) -> str:
         with quiet():
             retried(lambda: api.create_repo(repo_id, private=not public, exist_ok=True))
             message = "A student, distilled by kdlib"
-            api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=OURS, commit_message=message)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[SEAL], commit_message=message)
     except Exception as error:  # as in find: the client raises a dozen kinds; people need one line
         if _status(error) in (401, 403):
             raise UserError(f"{where}: the token may not write there; `hf auth login` with one that may") from None

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kdlib import hub
 from kdlib.cli import app
 from kdlib.config import load_profile
-from kdlib.store import Run, write_json
+from kdlib.store import SEAL, Run, seal
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def run(tmp_path):
     """A run folder with a very small student."""
     run = Run(tmp_path / "run", load_profile("smoke"))
     tiny.encoder(layers=1).save(run.folder("student"))
-    write_json(run.path / "student" / "made.json", {"key": "abc"})
+    seal(run.path / "student", key="abc")
     return run.path
 
 
@@ -39,7 +39,7 @@ def test_a_student_arrives_whole_private_and_with_its_card(run, tmp_path):
         assert done.stdout == f"{server.url}/owner/student\n" and server.private == {"owner/student"}
     sent = {p.relative_to(run / "student") for p in (run / "student").rglob("*") if p.is_file()}
     there = tmp_path / "hub" / "models" / "owner" / "student"
-    assert {p.relative_to(there) for p in there.rglob("*") if p.is_file()} == {p for p in sent if p.name != "made.json"}
+    assert {p.relative_to(there) for p in there.rglob("*") if p.is_file()} == {p for p in sent if p.name != SEAL}
     assert (there / "model.safetensors").read_bytes() == (run / "student" / "model.safetensors").read_bytes()
     assert (there / "README.md").read_text("utf-8").startswith("---\nlanguage: ")
 
@@ -89,3 +89,10 @@ def test_without_a_token_or_a_student(run, tmp_path, monkeypatch):
     assert code == 2 and "no token" in said and "HF_TOKEN" in said
     code, said = push("--run", tmp_path / "none", "--to", "owner/student")
     assert code == 2 and "no student here" in said and not (tmp_path / "none").exists()
+
+
+def test_a_torn_student_stays_here(run):
+    weights = run / "student" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    code, said = push("--run", run, "--to", "owner/student")
+    assert code == 2 and "model.safetensors is torn" in said
