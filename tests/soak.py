@@ -66,6 +66,8 @@ OVERRIDES = {
     "probe.train_rows": 40, "probe.test_rows": 20, "probe.cloze_sentences": 3, "probe.cka_sentences": 10,
 }  # fmt: skip
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "latency_ms")  # metrics that end so are of the clock
+REMOVALS = ("os.remove", "os.rmdir")
+CHANGES = (*REMOVALS, "os.rename", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree", "shutil.copyfile")
 STAGES = ["prune", "condition", "distill", "benchmark", "ablations"]
 
 
@@ -109,9 +111,10 @@ class Moments:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def file(self, event: str, arguments: tuple) -> None:
-        if event.startswith(("os.", "shutil.")) or (event == "open" and set(str(arguments[1])) & set("wax+")):
-            if arguments and str(arguments[0]).startswith(self.out):
-                self.pass_by(f"{event} {str(arguments[0])[len(self.out) :]}")
+        if event in CHANGES or (event == "open" and set(str(arguments[1])) & set("wax+")):
+            inside = str(arguments[0]).startswith(self.out)
+            if inside or (event in REMOVALS and arguments[1] != -1):  # as part of the removal of a whole folder
+                self.pass_by(f"{event} {str(arguments[0]).removeprefix(self.out)}")
 
     def writer(self, save: Callable) -> Callable:
         def saved(value, path, *rest, **more):

@@ -188,7 +188,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights_and_curve(tmp_
                 on_point=told.append, should_stop=lambda: next(answers),
             )  # fmt: skip
         assert stop.value._render_traceback_() == [f"Stopped {stop.value}"]
-        assert (tmp_path / "b" / f"checkpoint-{step}").is_dir()
+        assert checkpoints.newest(tmp_path / "b").name == f"checkpoint-{step}"
         before = step
     resumed = distill(teacher, fresh, *sets, settings, tmp_path / "b", on_point=told.append, should_stop=lambda: False)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
