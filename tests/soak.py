@@ -43,6 +43,7 @@ import safetensors.torch
 import tiny
 import torch
 import transformers.modeling_utils
+from transformers.utils.logging import disable_progress_bar
 
 from kdlib import benchmark, checkpoints
 from kdlib.store import read_results
@@ -54,7 +55,7 @@ OVERRIDES = {
     "vocabulary.max_rows": 100, "vocabulary.wordlist": False, "student.layers": 2, "students": {},
     "condition.use": True, "condition.epochs": 2, "condition.batch_tokens": 256,
     "distill.batch_tokens": 128, "distill.evaluations": 2, "distill.precision": "fp32", "distill.epochs": 1.5,
-    "benchmark.seeds": [0], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 50, "benchmark.latency_runs": 3,
+    "benchmark.seeds": [0], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 100, "benchmark.latency_runs": 3,
     "benchmark.fewshot": [4], "benchmark.fewshot_steps": 3, "benchmark.finetune_batch": 4,
     "ablations.epochs": 1, "ablations.max_texts": 50,
     "ablations.arms": {
@@ -63,7 +64,7 @@ OVERRIDES = {
         "vocabulary": {"whole": {"vocabulary.prune": False}},
         "width": {"16 wide": {"student.hidden": 16}},
     },
-    "probe.train_rows": 40, "probe.test_rows": 20, "probe.cloze_sentences": 3, "probe.cka_sentences": 10,
+    "probe.train_rows": 40, "probe.test_rows": 20, "probe.cloze_sentences": 5, "probe.cka_sentences": 20,
 }  # fmt: skip
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "latency_ms")  # metrics that end so are of the clock
 REMOVALS = ("os.remove", "os.rmdir")
@@ -73,6 +74,7 @@ STAGES = ["prune", "condition", "distill", "benchmark", "ablations"]
 
 def write_study(folder: Path) -> None:
     """A teacher, a corpus and a task."""
+    disable_progress_bar()
     tiny.encoder().save(folder / "teacher")
     (folder / "corpus.txt").write_text("\n\n".join("\n".join(tiny.texts(4, seed)) for seed in range(40)))
     rows = [f"{text},{'long' if len(text.split()) > 3 else 'short'}" for text in dict.fromkeys(tiny.texts(100, 99, 7))]
