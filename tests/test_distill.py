@@ -193,7 +193,7 @@ def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights_and_curve(tmp_
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), fresh.state_dict().values()))
     assert full.curve.drop(columns="seconds").equals(resumed.curve.drop(columns="seconds"))
     assert resumed.curve["seconds"].is_monotonic_increasing
-    assert len(told[0]) == 1 and told[-1].equals(resumed.curve)  # from the first point to the last
+    assert len(told[0]) == 1 and told[-1][list(resumed.curve)].equals(resumed.curve)  # from the first point to the last
 
 
 def test_a_stop_is_not_asked_for_after_the_last_step(tmp_path):
