@@ -105,7 +105,8 @@ def train(trainer: Trainer, last: Path | None) -> list[dict]:
     except UserError:
         _remove_unsealed(work)
         raise
-    return [point for point in trainer.state.log_history if "split" in point]
+    points = [point for point in trainer.state.log_history if "split" in point]
+    return [dict(sorted(point.items())) for point in points]  # as they come out of a checkpoint
 
 
 def _remove_unsealed(work: Path) -> None:

@@ -327,6 +327,7 @@ class _History(TrainerCallback):
         means = self.trainer.take_means()
         if means:
             point = {"split": split, "step": state.global_step, "seconds": self._seconds(), **means}
+            point = dict(sorted(point.items()))  # as it comes out of a checkpoint: columns keep their order
             self.points.append(point)
             state.log_history.append(point)
 

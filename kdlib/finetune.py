@@ -154,8 +154,8 @@ def finetune(
 
     Settings: Cruz and Aji 2025 (learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says otherwise.
     seed: draws the head, dropout and the order of the rows. tokens: keeps tokenised texts for the next run of the same
-    encoder. min_steps: more epochs where those of the profile come to fewer steps. work: a folder for checkpoints, which
-    a training of minutes writes and goes on from; whoever names it removes it.
+    encoder. min_steps: more epochs where those of the profile come to fewer steps. work: a folder for checkpoints,
+    which a training of minutes writes and goes on from; whoever names it removes it.
     """
     set_seed(seed)
     tokens = tokens or Tokens(encoder, spec.finetune_max_length)

@@ -334,14 +334,20 @@ class Study:
         They come from `conditioned/` or are made there. A run that was cut off goes on from its last checkpoint.
         """
         target = self._place("conditioned", "condition")
-        work = target.with_name(f"{target.name}-checkpoints-{self.key('condition')}")
         if not self._made(target, "condition"):
             if processes.count() > 1:
                 raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
             spec = self.profile.condition
             train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:WATCHED]
             outcome = condition.condition(
-                self.pruned, train, held, spec, work, self.profile.seed, "conditioning the teacher", on_point,
+                self.pruned,
+                train,
+                held,
+                spec,
+                self._condition_work,
+                self.profile.seed,
+                "conditioning the teacher",
+                on_point,
                 self.run.path / "cache",
             )
             with new_folder(target) as folder:
@@ -349,7 +355,6 @@ class Study:
                 outcome.curve.to_csv(folder / "curve.csv", index=False)
                 write_json(folder / "facts.json", outcome.facts)
                 seal(folder, key=self.key("condition"))
-        shutil.rmtree(work, ignore_errors=True)
         return self.conditioned, read_table(target / "curve.csv", CURVE), read_json(target / "facts.json")
 
     @cached_property
@@ -357,7 +362,14 @@ class Study:
         target = self._place("conditioned", "condition")
         if not self._made(target, "condition"):
             self.condition()
+        shutil.rmtree(self._condition_work, ignore_errors=True)
         return self._load(target, "conditioned teacher")
+
+    @property
+    def _condition_work(self) -> Path:
+        """Where the checkpoints of conditioning lie until it is done."""
+        target = self._place("conditioned", "condition")
+        return target.with_name(f"{target.name}-checkpoints-{self.key('condition')}")
 
     def condition_rows(self, curve: pd.DataFrame, facts: dict) -> list[dict]:
         rows = [
@@ -458,12 +470,10 @@ class Study:
         it raises Stopped after a stop that was asked for.
         """
         work, target = self._place("distill", "distill"), self._place("student", "distill")
-        key = self.key("distill")
-        checkpoints = work / f"checkpoints-{key}"
         if not self._made(target, "distill"):
             with processes.in_turn():
                 texts = self.texts
-            outcome = self._train("distilling the student", *texts, checkpoints, on_point, should_stop)
+            outcome = self._train("distilling the student", *texts, self._distill_work, on_point, should_stop)
             if processes.place() == 0:
                 with new_file(work / "curve.csv") as file:
                     outcome.curve.to_csv(file, index=False)
@@ -472,11 +482,9 @@ class Study:
                     student = self._encoder(outcome.student, "student")
                     student.head = outcome.head
                     student.save(folder)
-                    seal(folder, key=key)
+                    seal(folder, key=self.key("distill"))
                     write_card(folder, self.run)
             processes.wait()
-        if processes.place() == 0:
-            shutil.rmtree(checkpoints, ignore_errors=True)
         curve, facts = read_table(work / "curve.csv", CURVE), read_json(work / "facts.json")
         if on_point:
             on_point(curve)
@@ -494,7 +502,14 @@ class Study:
         target = self._place("student", "distill")
         if not self._made(target, "distill"):
             self.distill()
+        if processes.place() == 0:
+            shutil.rmtree(self._distill_work, ignore_errors=True)
         return self._load(target, "student")
+
+    @property
+    def _distill_work(self) -> Path:
+        """Where the checkpoints of distillation lie until it is done."""
+        return self._place("distill", "distill") / f"checkpoints-{self.key('distill')}"
 
     def distill_rows(self, curve: pd.DataFrame, facts: dict) -> list[dict]:
         losses = [column for column in curve if column not in ("split", "step", "seconds")]
@@ -624,7 +639,12 @@ class Study:
         """
         probes = ("seeds", "probe_share", "probe_rows", "probe_test_rows", "bootstrap")
         full = self.profile.model_dump()
-        judged = [full["tasks"], self.data["tasks"], full["ablations"]["max_texts"], *(full["benchmark"][key] for key in probes)]
+        judged = [
+            full["tasks"],
+            self.data["tasks"],
+            full["ablations"]["max_texts"],
+            *(full["benchmark"][key] for key in probes),
+        ]
         name = what if kind == "reference" else None
         folder = self.run.folder("ablations") / fingerprint(kind, name, self.key("distill"), judged)
         try:
@@ -632,8 +652,9 @@ class Study:
             if all(isinstance(row, dict) and isinstance(row.get("metric"), str) for row in rows):
                 shutil.rmtree(folder / "work", ignore_errors=True)
                 return rows
-        except UserError:
-            pass
+        except UserError as error:
+            if (folder / "rows.json").exists():
+                log.warning("%s; the arm is made again", error)
         if make is None:
             return []
         rows = make(folder)

@@ -12,7 +12,7 @@ import numpy as np
 from kdlib.documents import parts
 from kdlib.encoder import Encoder
 from kdlib.mlm import maskable_tokens, word_numbers
-from kdlib.store import fingerprint, new_folder
+from kdlib.store import fingerprint, flaw, new_folder, seal
 
 log = logging.getLogger(__name__)
 KINDS = {"lengths": np.int32, "starts": np.int64, "ids": np.int32, "maskable": np.bool_, "words": np.int32}
@@ -61,9 +61,10 @@ def tokenise(
         }
     else:
         folder = Path(root) / "tokens" / _key(encoder, texts, fields)
-        if not _whole(folder, fields):
+        if not _whole(folder):
             with new_folder(folder) as work:
                 _write(work, _encoded(encoder, texts, fields), names)
+                seal(work)
         arrays = {name: _mapped(folder / name, KINDS[name]) for name in names}
     return {name: Ragged(arrays[name], arrays["starts"], arrays["lengths"]) for name in fields}
 
@@ -104,19 +105,14 @@ def _write(folder: Path, found: Iterable[dict[str, np.ndarray]], names: Sequence
                 part[name].tofile(file)
 
 
-def _whole(folder: Path, fields: Sequence[str]) -> bool:
-    """Whether the files are there with as many tokens as their lengths say; what is wrong is said in a line."""
+def _whole(folder: Path) -> bool:
+    """Whether the files are there as they were written; what is wrong is said in a line."""
     if not folder.is_dir():
         return False
-    try:
-        lengths = _mapped(folder / "lengths", np.int32)
-        sizes = {"starts": len(lengths)} | dict.fromkeys(fields, int(lengths.sum(dtype=np.int64)))
-        if all((folder / n).stat().st_size == size * np.dtype(KINDS[n]).itemsize for n, size in sizes.items()):
-            return True
-    except (OSError, ValueError):
-        pass
-    log.warning("%s: torn; the texts are tokenised again", folder)
-    return False
+    wrong = flaw(folder)
+    if wrong:
+        log.warning("%s: %s; the texts are tokenised again", folder, wrong)
+    return not wrong
 
 
 def _mapped(file: Path, kind: type) -> np.ndarray:

@@ -39,10 +39,12 @@ if __name__ == "__main__":
 import numpy as np
 import pandas as pd
 import psutil
+import safetensors.numpy
 import safetensors.torch
 import tiny
 import torch
 import transformers.modeling_utils
+from transformers.utils.logging import disable_progress_bar
 
 from kdlib import benchmark, checkpoints
 from kdlib.store import read_results
@@ -54,7 +56,7 @@ OVERRIDES = {
     "vocabulary.max_rows": 100, "vocabulary.wordlist": False, "student.layers": 2, "students": {},
     "condition.use": True, "condition.epochs": 2, "condition.batch_tokens": 256,
     "distill.batch_tokens": 128, "distill.evaluations": 2, "distill.precision": "fp32", "distill.epochs": 1.5,
-    "benchmark.seeds": [0], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 50, "benchmark.latency_runs": 3,
+    "benchmark.seeds": [0], "benchmark.finetune_epochs": 1, "benchmark.bootstrap": 100, "benchmark.latency_runs": 3,
     "benchmark.fewshot": [4], "benchmark.fewshot_steps": 3, "benchmark.finetune_batch": 4,
     "ablations.epochs": 1, "ablations.max_texts": 50,
     "ablations.arms": {
@@ -63,14 +65,17 @@ OVERRIDES = {
         "vocabulary": {"whole": {"vocabulary.prune": False}},
         "width": {"16 wide": {"student.hidden": 16}},
     },
-    "probe.train_rows": 40, "probe.test_rows": 20, "probe.cloze_sentences": 3, "probe.cka_sentences": 10,
+    "probe.train_rows": 40, "probe.test_rows": 20, "probe.cloze_sentences": 5, "probe.cka_sentences": 20,
 }  # fmt: skip
 TIMES = ("seconds", "tokens_per_second", "sentences_per_second", "latency_ms")  # metrics that end so are of the clock
+REMOVALS = ("os.remove", "os.rmdir")
+CHANGES = (*REMOVALS, "os.rename", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree", "shutil.copyfile")
 STAGES = ["prune", "condition", "distill", "benchmark", "ablations"]
 
 
 def write_study(folder: Path) -> None:
     """A teacher, a corpus and a task."""
+    disable_progress_bar()
     tiny.encoder().save(folder / "teacher")
     (folder / "corpus.txt").write_text("\n\n".join("\n".join(tiny.texts(4, seed)) for seed in range(40)))
     rows = [f"{text},{'long' if len(text.split()) > 3 else 'short'}" for text in dict.fromkeys(tiny.texts(100, 99, 7))]
@@ -109,9 +114,10 @@ class Moments:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def file(self, event: str, arguments: tuple) -> None:
-        if event.startswith(("os.", "shutil.")) or (event == "open" and set(str(arguments[1])) & set("wax+")):
-            if arguments and str(arguments[0]).startswith(self.out):
-                self.pass_by(f"{event} {str(arguments[0])[len(self.out) :]}")
+        if event in CHANGES or (event == "open" and set(str(arguments[1])) & set("wax+")):
+            inside = str(arguments[0]).startswith(self.out)
+            if inside or (event in REMOVALS and arguments[1] != -1):  # as part of the removal of a whole folder
+                self.pass_by(f"{event} {str(arguments[0]).removeprefix(self.out)}")
 
     def writer(self, save: Callable) -> Callable:
         def saved(value, path, *rest, **more):
@@ -205,8 +211,10 @@ def differences(first: Path, second: Path) -> list[str]:
         found.extend(f"{name} is in one run only" for name in sorted(both[0] ^ both[1]))
         return both[0] & both[1]
 
-    for pattern in ("*/*.safetensors", "others/*/*.safetensors", "ablations/*/*.json", "vocabulary/*.npy"):
+    for pattern in ("ablations/*/*.json", "vocabulary/*.npy"):
         found += [f"{n} differs" for n in names(pattern) if (first / n).read_bytes() != (second / n).read_bytes()]
+    for pattern in ("*/*.safetensors", "others/*/*.safetensors"):
+        found += [f"{n} differs" for n in names(pattern) if weights(first / n) != weights(second / n)]
     for name in names("benchmark/*.npz"):
         pairs = zip(*(benchmark.load_metrics(run / name) for run in (first, second)), strict=True)
         if any(a.name != b.name or not np.array_equal(a.items, b.items) for a, b in pairs):
@@ -214,10 +222,15 @@ def differences(first: Path, second: Path) -> list[str]:
     try:
         pd.testing.assert_frame_equal(*(timeless(run) for run in (first, second)))
     except AssertionError as error:
-        found.append(f"results.csv: {error}")
+        found.append(f"results.csv: {str(error)[:300]}")
     left = [path for path in second.rglob("*") if "checkpoint" in path.name or path.name == "work"]
     left += [path for path in second.rglob(".*") if path.name != ".lock"]
     return found + [f"{path.relative_to(second)} was left behind" for path in left]
+
+
+def weights(file: Path) -> dict[str, bytes]:
+    """The tensors of a file, bit by bit; the file itself may say what it says about them in another order."""
+    return {name: value.tobytes() for name, value in safetensors.numpy.load_file(file).items()}
 
 
 def timeless(run: Path) -> pd.DataFrame:

@@ -35,6 +35,7 @@ def trainer(work, steps=STEPS, every=1, **more):
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, per_device_train_batch_size=5, learning_rate=0.1, use_cpu=True,
         save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, label_names=[], seed=1,
+        data_seed=1,
     )  # fmt: skip
     return Trainer(model=Line(), args=arguments, train_dataset=rows, callbacks=[Checkpoints(every, **more)])
 

@@ -148,7 +148,12 @@ def test_other_data_under_the_same_name_makes_what_was_made_of_it_stale(sources,
     labels.write_text(labels.read_text() + "\nxyzzy xyzzy,mubo")  # stands nowhere in the corpus
     assert changed("probe") == ["tasks"] and changed("distill") == []
     second, _ = keys()
-    assert {stage for stage in STAGES if first[stage] != second[stage]} == {"probe", "benchmark", "ablations", "figures"}
+    assert {stage for stage in STAGES if first[stage] != second[stage]} == {
+        "probe",
+        "benchmark",
+        "ablations",
+        "figures",
+    }
     corpus.write_text(corpus.read_text().replace("ang", "ng"))
     assert changed("distill") == ["corpus", "training"]
     third, _ = keys()
@@ -205,7 +210,7 @@ def test_a_damaged_model_is_named_and_made_again(study, sources, name, stage, ca
     file.write_bytes(good[:-2] + bytes([good[-2] ^ 1, good[-1]]))
     again = Study(study.run.path, "smoke", overrides(sources))
     assert not again.intact(stage)
-    assert f"{name}: model.safetensors is corrupted" in caplog.messages[0] and "made again" in caplog.messages[0]
+    assert f"{name}: model.safetensors is corrupted" in caplog.text and "made again" in caplog.text
     {"prune": lambda: again.pruned, "condition": again.condition, "distill": again.distill}[stage]()
     assert file.read_bytes() == good and Study(study.run.path, "smoke", overrides(sources)).intact(stage)
 

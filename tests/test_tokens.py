@@ -68,14 +68,16 @@ def test_whatever_tokens_depend_on_names_them(tmp_path, made):
     assert len(made) == len(changes) == len(list((tmp_path / "tokens").iterdir()))
 
 
+@pytest.mark.parametrize("how", ["torn", "corrupted"])
 @pytest.mark.parametrize("name", ["ids", "lengths", "starts"])
-def test_torn_files_are_made_anew(name, tmp_path, made, caplog):
+def test_damaged_files_are_named_and_made_anew(name, how, tmp_path, made, caplog):
     encoder = tiny.encoder()
     whole = [row.copy() for row in tokenise(encoder, TEXTS, root=tmp_path)["ids"]]
     (file,) = tmp_path.rglob(name)
-    file.write_bytes(file.read_bytes()[:-4])
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] if how == "torn" else bytes([content[0] ^ 1]) + content[1:])
     assert equal(tokenise(encoder, TEXTS, root=tmp_path)["ids"], whole)
-    assert len(made) == 2 and "torn" in caplog.text
+    assert len(made) == 2 and f"{name} is {how}" in caplog.text
 
 
 def test_stopped_on_the_way_leaves_nothing(tmp_path):
