@@ -111,8 +111,8 @@ class Lab:
         self.name = name
         self.page.goto(f"{self.address}/lab/tree/{name}.ipynb?token={self.token}&reset")
         self.page.locator(CELL).first.wait_for()
+        self.page.locator("#jp-main-statusbar", has_text=re.compile(r"Python 3.*Idle")).wait_for()
         self.page.keyboard.press("Control+b")  # the list of files goes, the notebook gets its room
-        self.page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
 
     def menu(self, *names):
         for name in names:
