@@ -135,6 +135,10 @@ class Lab:
             arg=[cells, ERRORS],
         )
 
+    def wait_for_change(self, place, what, old):
+        arguments = [place.element_handle(), what, old]
+        self.page.wait_for_function("([element, what, old]) => element[what] != old", arg=arguments)
+
     def errors(self):
         return self.page.locator(ERRORS).all_text_contents()
 
@@ -186,23 +190,24 @@ def test_controls_answer(page, folder):
     page.check()
 
     tokeniser = page.cell("widgets.tokeniser")
-    box = tokeniser.locator("input[type=text]")
-    box.fill("Magandang umaga, kumusta")
-    tokeniser.locator(".jp-OutputArea-output", has_text="kumusta").wait_for()
+    text = tokeniser.locator(".widget-html-content")
+    before = text.text_content()
+    tokeniser.locator("input[type=text]").fill("Magandang umaga, kumusta ka na?")
+    page.wait_for_change(text, "textContent", before)
     page.picture(tokeniser, "tokeniser")
 
     panel = page.cell("widgets.vocabulary_size")
-    text, image = panel.locator(".widget-html-content"), panel.locator("img")
-    before = text.inner_text(), image.get_attribute("src")
     page.picture(panel, "vocabulary")
+    text, image = panel.locator(".widget-html-content"), panel.locator("img")
+    before = text.text_content(), image.get_attribute("src")
     handle, track = panel.locator(".noUi-handle"), panel.locator(".noUi-target").bounding_box()
     place = handle.bounding_box()
     page.page.mouse.move(place["x"] + place["width"] / 2, place["y"] + place["height"] / 2)
     page.page.mouse.down()
     page.page.mouse.move(track["x"] + track["width"] / 10, place["y"] + place["height"] / 2, steps=5)
     page.page.mouse.up()
-    page.page.wait_for_function("([e, old]) => e.innerText != old", arg=[text.element_handle(), before[0]])
-    page.page.wait_for_function("([e, old]) => e.src != old", arg=[image.element_handle(), before[1]])
+    page.wait_for_change(text, "textContent", before[0])
+    page.wait_for_change(image, "src", before[1])
     page.check()
     page.picture(panel, "vocabulary_moved")
     assert not unreadable_outputs(page.save(), folder)
@@ -218,9 +223,9 @@ def test_training_stops_at_the_button_and_goes_on(page, folder):
     button.click()
     stopped = cell.locator(ERRORS)
     stopped.wait_for()
-    step, steps = map(int, re.fullmatch(r"Stopped at step (\d+) of (\d+), .*\n?", stopped.inner_text()).groups())
+    step, steps = map(int, re.fullmatch(r"Stopped at step (\d+) of (\d+), .*\n?", stopped.text_content()).groups())
     assert 0 < step < steps and len(page.errors()) == 1
-    assert "Stopped." in cell.locator(".widget-html-content").inner_text()
+    assert "Stopped." in cell.locator(".widget-html-content").text_content()
     assert list(folder.glob(f"runs/browser/distill/checkpoints-*/checkpoint-{step}"))
     page.picture(cell, "stopped")
 
