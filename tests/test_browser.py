@@ -29,7 +29,7 @@ FLAGS = (
 # A study small enough to be watched; its training has enough steps to be stopped between two of them.
 OVERRIDES = [
     "corpus.max_documents=40", "probe.languages_rows=30", "distill.max_texts=80", "distill.batch_tokens=256",
-    "distill.epochs=8", "distill.evaluations=4",
+    "distill.epochs=5", "distill.evaluations=2",
 ]  # fmt: skip
 ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
 BROKEN = re.compile("error (displaying|creating|rendering) widget|failed to load model class|loading widget", re.I)
