@@ -359,9 +359,13 @@ class _History(TrainerCallback):
         self.progress.close()
 
     def curve(self) -> pd.DataFrame:
-        objectives = [name for name, weight in self.trainer.spec.objectives.items() if weight]
-        # Named, because points out of a checkpoint have their keys sorted.
-        return pd.DataFrame(self.points, columns=["split", "step", "seconds", "loss", *objectives])
+        return _curve(self.points, self.trainer.spec)
+
+
+def _curve(points: list[dict], spec: config.Distill) -> pd.DataFrame:
+    """The points as a table. Its columns are named: points out of a checkpoint have their keys sorted."""
+    objectives = [name for name, weight in spec.objectives.items() if weight]
+    return pd.DataFrame(points, columns=["split", "step", "seconds", "loss", *objectives])
 
 
 @dataclass
@@ -494,7 +498,7 @@ def distill(
         _fit_projection(watched, trainer, train)
     try:
         with training_attention(student):
-            curve = pd.DataFrame(checkpoints.train(trainer, last))
+            curve = _curve(checkpoints.train(trainer, last), spec)
     finally:
         for watcher in (watched, target):
             watcher.release().eval()

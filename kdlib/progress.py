@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a notebook, a line for the runner when headless."""
+"""Progress of long work: a bar, in a notebook or a terminal; a report for the runner when headless."""
 
 import json
 import os
@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm.auto import tqdm
+from IPython import get_ipython
+from IPython.display import display
+from tqdm import tqdm
 
 from kdlib import processes
 
@@ -22,9 +24,9 @@ class Progress:
     def __init__(self, label: str, total: int):
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
-        self.bar = None if self.file else tqdm(
-            total=total, desc=label, leave=False, delay=1, disable=processes.place() > 0
-        )
+        kernel, other = hasattr(get_ipython(), "kernel"), processes.place() > 0
+        self.bar = None if self.file or kernel else tqdm(total=total, desc=label, leave=False, delay=1, disable=other)
+        self.line = None  # in a notebook a line of text, not tqdm's widget, which leaves a dead one in the saved file
 
     def update(self, done: int, note: str = "") -> None:
         if self.bar is not None:
@@ -33,6 +35,10 @@ class Progress:
         elif time.time() - self.last > INTERVAL:
             self.last = time.time()
             seconds = self.last - self.started
+            if not self.file:
+                if seconds > 1:
+                    self._show(tqdm.format_meter(done, self.total, seconds, prefix=self.label, postfix=note, ncols=100))
+                return
             left = seconds / done * (self.total - done) if done else None
             report = dict(label=self.label, done=done, total=self.total, note=note, left=left)
             target = Path(self.file)
@@ -43,9 +49,18 @@ class Progress:
             except OSError:
                 pass  # progress is a courtesy; the work itself reports a full disk where it matters
 
+    def _show(self, text: str) -> None:
+        bundle = {"text/plain": text}
+        if self.line is None:
+            self.line = display(bundle, raw=True, display_id=True)
+        else:
+            self.line.update(bundle, raw=True)
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.line is not None:
+            self._show("")
 
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:

@@ -510,8 +510,8 @@ class TrainingPanel:
         return pictures.training_html(facts, self.curve, self._over and self.should_stop())
 
     def _view(self) -> View:
-        points = 0 if self.curve.empty else self.curve["step"].nunique()
-        return View(self._words(), figures.live_curve(self.curve) if points > 1 else None)
+        points = 0 if self.curve.empty else int((self.curve["split"] == "train").sum())
+        return View(self._words(), figures.live_curve(self.curve) if points > 1 else None)  # one is no line
 
     def _draw(self) -> View:
         started = time.monotonic()
