@@ -174,14 +174,15 @@ class Distill(Section):
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
     windows: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 2, 3], min_length=1, description="texts are runs of so many neighbouring sentences, the numbers taking turns"
+        [1, 2, 3], min_length=1, description="texts are runs of so many neighbouring sentences, by turns"
     )
     freeze_embeddings: bool = True
     cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")
     cache_gigabytes: float = Field(8.0, ge=0, description="larger caches are not made; the teacher runs live")
     precision: Precision = "auto"
     compile: bool | None = Field(None, description="torch.compile; None: on a GPU")
-    evaluations: int = Field(8, ge=1, description="held-out evaluations, evenly spaced")
+    evaluations: int = Field(8, ge=1, description="held-out evaluations, evenly spaced, and one before the first step")
+    watched: int = Field(400, ge=10, description="held-out sentences of an evaluation at most")
     max_texts: int | None = Field(None, ge=50, description="use so many texts of the corpus at most")
 
 

@@ -19,7 +19,7 @@ from kdlib import checkpoints, config, processes, tokens
 from kdlib.batches import BudgetSampler
 from kdlib.cache import TeacherStates, gigabytes, teacher_states
 from kdlib.device import autocast, training_attention
-from kdlib.encoder import Encoder, pad
+from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
 from kdlib.mlm import MaskedHead, mask_id, mask_tokens, new_head
 from kdlib.objectives import Needs, States, check_objectives, total_loss
@@ -266,13 +266,13 @@ class DistillTrainer(Trainer):
         return means
 
     def get_train_dataloader(self) -> DataLoader:
-        return self._loader(self.train_dataset, self.args.seed)
+        return self._loader(self.train_dataset, self.spec.batch_tokens, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        return self._loader(self.eval_dataset, 0)
+        return self._loader(self.eval_dataset, max(self.spec.batch_tokens, TOKENS_PER_BATCH))
 
-    def _loader(self, texts: Texts, seed: int) -> DataLoader:
-        sampler = BudgetSampler(texts.lengths, self.spec.batch_tokens, seed)
+    def _loader(self, texts: Texts, budget: int, seed: int = 0) -> DataLoader:
+        sampler = BudgetSampler(texts.lengths, budget, seed)
         collate = Dealer(texts, sampler, self.masking).collate
         loader = DataLoader(
             texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"

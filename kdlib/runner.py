@@ -17,7 +17,9 @@ from typing import Any
 
 import pandas as pd
 import papermill
+from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from nbclient.util import run_sync
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from rich import box
@@ -88,7 +90,7 @@ def run_study(
     source = notebook_folder()
     target = study.run.folder("notebooks")
     begun = time.time()
-    with study.run.lock():
+    with study.run.lock(), kernel() as shared:
         for stage in stages:
             key, data = study.key(stage), study.data_of(stage)
             if not only and not start and study.run.done(stage, key) and study.intact(stage):
@@ -100,7 +102,7 @@ def run_study(
             name = f"{NOTEBOOKS[stage]}.ipynb"
             parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
             some = stage == "ablations" and bool(arms)
-            execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console)
+            execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console, shared)
             seconds = time.time() - started
             if not some:
                 study.run.mark(stage, key, seconds, data)
@@ -127,22 +129,61 @@ def distill(out: Path, profile: str, overrides: list[str], console: Console | No
         console.print(f"{study.run.path / 'student'}: held-out loss {loss:.4f}, trained {seconds}", soft_wrap=True)
 
 
-def execute(source: Path, target: Path, parameters: dict[str, Any], console: Console) -> None:
+@contextmanager
+def kernel() -> Iterator[AsyncKernelManager]:
+    """A kernel for one notebook after the other, started with the first: loading the libraries takes longer than some
+    of them. What it works on is told in a file of its own (`progress.FILE`)."""
+    manager, before = AsyncKernelManager(kernel_name="python3"), os.environ.get(progress.FILE)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[progress.FILE] = str(Path(folder) / "progress.json")
+        try:
+            yield manager
+        finally:
+            if manager.has_kernel:
+                run_sync(manager.shutdown_kernel)(now=True)
+            os.environ.pop(progress.FILE)
+            if before is not None:
+                os.environ[progress.FILE] = before
+
+
+async def _empty(manager: AsyncKernelManager) -> None:
+    """Have a kernel forget all names and objects of the notebook before, as if it were new."""
+    client = manager.client()
+    client.start_channels()
+    try:
+        await client.wait_for_ready(timeout=START_SECONDS)
+        code = "get_ipython().reset()\nimport gc\ngc.collect()\ndel gc"
+        await client.execute(code, silent=True, store_history=False, reply=True)
+    finally:
+        client.stop_channels()
+
+
+def execute(
+    source: Path,
+    target: Path,
+    parameters: dict[str, Any],
+    console: Console,
+    shared: AsyncKernelManager | None = None,
+) -> None:
     """Run one notebook by papermill. The output is saved after every cell.
 
+    shared: from `kernel`, to be used again; it is emptied first. None: a kernel for this notebook alone.
     Raises NotebookError naming notebook, cell and error.
     """
+    if shared is None:
+        with kernel() as shared:
+            return execute(source, target, parameters, console, shared)
     try:
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            _report(source.stem, Path(folder) / "progress.json", console) as _Engine.report,
-        ):
+        if shared.has_kernel:
+            run_sync(_empty)(shared)
+        with _report(source.stem, Path(os.environ[progress.FILE]), console) as _Engine.report:
             papermill.execute_notebook(
                 source,
                 target,
                 parameters,
                 engine_name="kdlib",
                 kernel_name="python3",
+                km=shared,
                 progress_bar=False,
                 start_timeout=START_SECONDS,
                 extra_arguments=["--IPKernelApp.log_level=40"],
@@ -222,8 +263,6 @@ class _Report:
 @contextmanager
 def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
     report = _Report(name, file, console)
-    before = os.environ.get(progress.FILE)
-    os.environ[progress.FILE] = str(file)
     thread = threading.Thread(target=report.watch, daemon=True)
     if console.is_terminal:
         report.bar.start()
@@ -234,9 +273,6 @@ def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
         report.stopped.set()
         thread.join()
         report.bar.stop()
-        os.environ.pop(progress.FILE)
-        if before is not None:
-            os.environ[progress.FILE] = before
 
 
 def clock(seconds: float) -> str:

@@ -63,7 +63,6 @@ BEFORE = {"condition": "prune", "benchmark": "distill", "ablations": "prune", "f
 
 
 CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
-WATCHED = 400  # held-out sentences that a training is watched with, at most
 SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
 
 
@@ -338,7 +337,7 @@ class Study:
             if processes.count() > 1:
                 raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
             spec = self.profile.condition
-            train, held = self._some(self._train_texts, spec.max_texts), sentences(self.corpus.heldout)[:WATCHED]
+            train, held = self._some(self._train_texts, spec.max_texts), self._watched
             outcome = condition.condition(
                 self.pruned,
                 train,
@@ -418,10 +417,15 @@ class Study:
     def texts(self) -> tuple[Texts, Texts]:
         """What the student is distilled on and watched with, with the teacher's cached states."""
         spec = self.profile.distill
-        return self._prepared(self._some(self._train_texts, spec.max_texts, spec.fraction), WATCHED)
+        return self._prepared(self._some(self._train_texts, spec.max_texts, spec.fraction))
 
-    def _prepared(self, train: Sequence[str], heldout: int) -> tuple[Texts, Texts]:
-        held = sentences(self.corpus.heldout)[:heldout]
+    @property
+    def _watched(self) -> Sequence[str]:
+        """The held-out sentences that trainings are watched with."""
+        return sentences(self.corpus.heldout)[: self.profile.distill.watched]
+
+    def _prepared(self, train: Sequence[str]) -> tuple[Texts, Texts]:
+        held = self._watched
         cache, depth = self.run.path / "cache", self.profile.student.layers
         return tuple(prepare(self.source, texts, self.profile.distill, cache, depth) for texts in (train, held))
 
@@ -526,7 +530,7 @@ class Study:
             for metric in losses
         ]
         rows += [dict(model="student", metric=metric, value=value) for metric, value in facts.items()]
-        held = sentences(self.corpus.heldout)[:WATCHED]
+        held = self._watched
         target = text_vectors(self.source, held)[:, 0]
         for encoder in (self.undistilled(), self.student):
             value = similarity(text_vectors(encoder, held)[:, 0], target)
@@ -666,7 +670,7 @@ class Study:
     def _run_arm(self, label: str, folder: Path) -> list[dict]:
         spec = self.profile.distill
         texts = self._some(self._some(self._train_texts, spec.max_texts), self.profile.ablations.max_texts)
-        train, held = self._prepared(texts, WATCHED)
+        train, held = self._prepared(texts)
         order = np.random.default_rng(self.profile.seed).permutation(len(train))
         train = train.part(order[: max(1, round(len(train) * spec.fraction))])
         outcome = self._train(label, train, held, folder / "work")
@@ -691,5 +695,5 @@ class Study:
     @cached_property
     def _heldout_vectors(self) -> tuple[list[str], np.ndarray]:
         """Some held-out sentences and the teacher's vectors of them, which every arm is compared with."""
-        held = sentences(self.corpus.heldout)[:WATCHED]
+        held = self._watched
         return held, text_vectors(self.pruned, held)[:, 0]
