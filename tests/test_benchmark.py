@@ -184,7 +184,7 @@ def test_finished_trials_are_not_run_again_and_their_encoders_not_made(tmp_path,
 def test_trials_are_made_again_when_what_they_depend_on_changes(tmp_path, monkeypatch):
     calls = []
     attempt = [Metric("accuracy", np.ones((4, 2)))]
-    monkeypatch.setitem(benchmark.METHODS, "finetune", lambda *a: lambda seed, x: calls.append(seed) or attempt)
+    monkeypatch.setitem(benchmark.METHODS, "finetune", lambda *a: lambda seed, *more: calls.append(seed) or attempt)
     one = task("classify")
 
     def count(spec=QUICK, task=one, key="k", name="m"):
