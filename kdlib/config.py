@@ -171,7 +171,7 @@ class Distill(Section):
     epochs: float = Field(3.0, gt=0)
     learning_rate: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.01, ge=0)
-    beta2: float = Field(0.999, gt=0, lt=1, description="AdamW's memory of squared gradients; short trainings want less")
+    beta2: float = Field(0.999, gt=0, lt=1, description="of AdamW; a short training gains by less, such as 0.98")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
     windows: list[Annotated[int, Field(ge=1)]] = Field(

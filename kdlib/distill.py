@@ -477,7 +477,8 @@ def distill(
     arguments = TrainingArguments(
         output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
         warmup_steps=int(steps * spec.warmup), lr_scheduler_type="linear", optim="adamw_torch_fused", max_grad_norm=1.0,
-        adam_beta2=spec.beta2, bf16=teacher.bf16, use_cpu=device.type == "cpu", torch_compile=compile_, seed=seed, data_seed=seed,
+        adam_beta2=spec.beta2, bf16=teacher.bf16, use_cpu=device.type == "cpu", torch_compile=compile_,
+        seed=seed, data_seed=seed,
         eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no", save_strategy="no",
         report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
         ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
