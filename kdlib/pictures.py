@@ -164,7 +164,8 @@ def size_table(
     for size in np.unique(np.geomspace(max(1, least), len(order), points).round().astype(int)):
         tokenizer = vocabulary.prune_tokenizer(base, [place[i] for i in order[:size]])
         rows.append((int(size), float(covered[size - 1]), tokenizer))
-    rows.append((len(embeddings), 1.0, teacher.tokenizer))
+    if len(order) < len(embeddings):  # a tiny vocabulary may be kept whole
+        rows.append((len(embeddings), 1.0, teacher.tokenizer))
     table = []
     for size, coverage, tokenizer in rows:
         facts = probe.segmentation(tokenizer, texts)
