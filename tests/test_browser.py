@@ -35,7 +35,7 @@ ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="app
 BROKEN = re.compile("error (displaying|creating|rendering) widget|failed to load model class|loading widget", re.I)
 CELL = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell"
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}  # nor the question whether there may be some
-ANSWER, RUNNING = 30_000, 120_000  # milliseconds for the page to do as it is told, for cells to run
+ANSWER, RUNNING = 30_000, 240_000  # milliseconds for the page to do as told, for cells to run on a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found (apt-get install chromium)")
 
@@ -125,12 +125,12 @@ class Lab:
         return self.page.locator(CELL, has=self.page.locator(".jp-InputArea", has_text=text))
 
     def wait_for_cells(self, cells=CELL):
-        """Wait until the cells have run, or one has failed."""
+        """Wait until the cells have run, or one has failed. Folded cells, the solutions, show no number."""
         self.page.wait_for_function(
             """([cells, errors]) => {
-                const all = [...document.querySelectorAll(cells)];
-                const prompts = all.map(cell => cell.querySelector(".jp-InputPrompt").textContent.trim());
-                const done = all.length && prompts.every(text => /^\\[\\d+\\]:$/.test(text));
+                const shown = document.querySelectorAll(`:is(${cells}) .jp-InputPrompt:not(.jp-Placeholder-prompt)`);
+                const prompts = [...shown].map(prompt => prompt.textContent.trim());
+                const done = prompts.length && prompts.every(text => /^\\[\\d+\\]:$/.test(text));
                 return done || document.querySelector(errors);
             }""",
             arg=[cells, ERRORS],
