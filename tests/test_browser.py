@@ -155,6 +155,7 @@ class Lab:
         """Keep a picture of this place, or of all that is to be seen."""
         if place:
             place.scroll_into_view_if_needed()
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         (place or self.page).screenshot(path=SCREENSHOTS / f"{name}.png")
 
     def save(self):
