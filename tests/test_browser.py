@@ -35,6 +35,7 @@ ERRORS = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="app
 BROKEN = re.compile("error (displaying|creating|rendering) widget|failed to load model class|loading widget", re.I)
 CELL = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell"
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}  # nor the question whether there may be some
+ANSWER, RUNNING = 30_000, 240_000  # milliseconds for the page to do as told, for cells to run on a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found (apt-get install chromium)")
 
@@ -105,11 +106,11 @@ class Lab:
         self.page, self.address, self.token, self.folder = page, address, token, folder
         self.failures = []  # of the page's own scripts
         page.on("pageerror", lambda error: self.failures.append(str(error)))
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(ANSWER)
 
     def open(self, name):
         self.name = name
-        self.page.goto(f"{self.address}/lab/tree/{name}.ipynb?token={self.token}&reset")
+        self.page.goto(f"{self.address}/lab/tree/notebooks/{name}.ipynb?token={self.token}&reset")
         self.page.locator(CELL).first.wait_for()
         self.page.locator("#jp-main-statusbar", has_text=re.compile(r"Python 3.*Idle")).wait_for()
         self.page.keyboard.press("Control+b")  # the list of files goes, the notebook gets its room
@@ -124,15 +125,16 @@ class Lab:
         return self.page.locator(CELL, has=self.page.locator(".jp-InputArea", has_text=text))
 
     def wait_for_cells(self, cells=CELL):
-        """Wait until the cells have run, or one has failed."""
+        """Wait until the cells have run, or one has failed. Folded cells, the solutions, show no number."""
         self.page.wait_for_function(
             """([cells, errors]) => {
-                const all = [...document.querySelectorAll(cells)];
-                const prompts = all.map(cell => cell.querySelector(".jp-InputPrompt").textContent.trim());
-                const done = all.length && prompts.every(text => /^\\[\\d+\\]:$/.test(text));
+                const shown = document.querySelectorAll(`:is(${cells}) .jp-InputPrompt:not(.jp-Placeholder-prompt)`);
+                const prompts = [...shown].map(prompt => prompt.textContent.trim());
+                const done = prompts.length && prompts.every(text => /^\\[\\d+\\]:$/.test(text));
                 return done || document.querySelector(errors);
             }""",
             arg=[cells, ERRORS],
+            timeout=RUNNING,
         )
 
     def wait_for_change(self, place, what, old):
@@ -149,10 +151,12 @@ class Lab:
         assert outputs and not [text for text in outputs if BROKEN.search(text)]
         assert not self.failures
 
-    def picture(self, place, name):
-        place.scroll_into_view_if_needed()
+    def picture(self, name, place=None):
+        """Keep a picture of this place, or of all that is to be seen."""
+        if place:
+            place.scroll_into_view_if_needed()
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-        place.screenshot(path=SCREENSHOTS / f"{name}.png")
+        (place or self.page).screenshot(path=SCREENSHOTS / f"{name}.png")
 
     def save(self):
         """The notebook as JupyterLab saves it; the kernel is shut down."""
@@ -170,9 +174,11 @@ class Lab:
 
 
 @pytest.fixture
-def page(browser, lab, folder):
+def page(browser, lab, folder, request):
     context = browser.new_context(viewport={"width": 1200, "height": 900})
-    yield Lab(context.new_page(), *lab, folder)
+    page = Lab(context.new_page(), *lab, folder)
+    yield page
+    page.picture(f"end_of_{request.node.name}")  # what a failed test had before it
     context.close()
 
 
@@ -184,7 +190,7 @@ def test_no_one_gets_in_without_the_token(lab):
 
 def test_controls_answer(page, folder):
     page.open("02_prune_the_vocabulary")
-    page.picture(page.page.locator("body"), "opened")
+    page.picture("opened")
     page.menu("Run", "Run All Cells")
     page.wait_for_cells()
     page.check()
@@ -194,10 +200,10 @@ def test_controls_answer(page, folder):
     before = text.text_content()
     tokeniser.locator("input[type=text]").fill("Magandang umaga, kumusta ka na?")
     page.wait_for_change(text, "textContent", before)
-    page.picture(tokeniser, "tokeniser")
+    page.picture("tokeniser", tokeniser)
 
     panel = page.cell("widgets.vocabulary_size")
-    page.picture(panel, "vocabulary")
+    page.picture("vocabulary", panel)
     text, image = panel.locator(".widget-html-content"), panel.locator("img")
     before = text.text_content(), image.get_attribute("src")
     handle, track = panel.locator(".noUi-handle"), panel.locator(".noUi-target").bounding_box()
@@ -209,7 +215,7 @@ def test_controls_answer(page, folder):
     page.wait_for_change(text, "textContent", before[0])
     page.wait_for_change(image, "src", before[1])
     page.check()
-    page.picture(panel, "vocabulary_moved")
+    page.picture("vocabulary_moved", panel)
     assert not unreadable_outputs(page.save(), folder)
 
 
@@ -218,8 +224,9 @@ def test_training_stops_at_the_button_and_goes_on(page, folder):
     page.menu("Run", "Run All Cells")
     cell = page.cell("study.distill(")
     button = cell.get_by_role("button", name="Stop at a checkpoint")
-    cell.locator("img").first.wait_for()  # the curve has begun
-    page.picture(cell, "training")
+    cell.locator("img").or_(page.page.locator(ERRORS)).first.wait_for(timeout=RUNNING)  # the curve has begun
+    assert not page.errors()
+    page.picture("training", cell)
     button.click()
     stopped = cell.locator(ERRORS)
     stopped.wait_for()
@@ -227,16 +234,16 @@ def test_training_stops_at_the_button_and_goes_on(page, folder):
     assert 0 < step < steps and len(page.errors()) == 1
     assert "Stopped." in cell.locator(".widget-html-content").text_content()
     assert list(folder.glob(f"runs/browser/distill/checkpoints-*/checkpoint-{step}"))
-    page.picture(cell, "stopped")
+    page.picture("stopped", cell)
 
     cell.locator(".cm-content").click()
     page.page.keyboard.press("Control+Enter")
-    cell.get_by_role("button", name="Finished").wait_for()
+    cell.get_by_role("button", name="Finished").wait_for(timeout=RUNNING)
     page.menu("Run", "Run Selected Cell and All Below")
     page.wait_for_cells()
     page.check()
-    page.picture(cell, "finished")
-    page.picture(page.cell("figures.learning_curve"), "learning_curve")
-    page.picture(page.cell("widgets.attention_heads"), "attention")
-    page.picture(page.cell("widgets.layer_map_editor"), "layer_map")
+    page.picture("finished", cell)
+    page.picture("learning_curve", page.cell("figures.learning_curve"))
+    page.picture("attention", page.cell("widgets.attention_heads"))
+    page.picture("layer_map", page.cell("widgets.layer_map_editor"))
     assert not unreadable_outputs(page.save(), folder)
