@@ -558,7 +558,7 @@ def live_curve(curve: pd.DataFrame) -> Figure:
             ax.yaxis.set_minor_locator(NullLocator())
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         ax.set(xlabel="training time (minutes)", ylabel=LOSSES.get(name, name))
-        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     handles = [
         Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
         Line2D([], [], color=PALETTE[3], marker="D", label=SPLITS["heldout"]),
