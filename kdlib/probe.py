@@ -1,5 +1,6 @@
 """Probing: what an encoder knows of a language, measured without training the encoder."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
