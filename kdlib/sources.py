@@ -364,15 +364,15 @@ def _line_pieces(file: io.RawIOBase, kind: str, where: str) -> Iterator[pd.DataF
 
 def _cut(file: io.RawIOBase, kind: str) -> Iterator[bytes]:
     """The bytes of a file in pieces that end with a line; in a txt file before an empty one, if there is any."""
-    stream, rest = io.BufferedReader(file, 2**20), b""
+    stream, held = io.BufferedReader(file, 2**20), []
     while data := stream.read(PIECE):
-        data = rest + data
         breaks = [data.rfind(b"\n\n"), data.rfind(b"\n\r\n")] if kind == ".txt" else [-1]
         end = 1 + (max(breaks) if max(breaks) >= 0 else data.rfind(b"\n"))
-        rest = data[end:]
         if end:
-            yield data[:end]
-    if rest:
+            yield b"".join([*held, data[:end]])
+            held = []
+        held.append(data[end:])
+    if rest := b"".join(held):
         yield rest
 
 

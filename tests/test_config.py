@@ -1,6 +1,5 @@
 """Profiles: they load, can be overridden, and every wrong key or value is a UserError that says what would be right."""
 
-import time
 
 import pytest
 
@@ -278,6 +277,4 @@ def bomb(first, wrap):
     ],
 )
 def test_aliases_are_not_multiplied_out(profile_file, content):
-    start = time.process_time()
-    assert len(refusal(profile=profile_file(content))) < 10_000
-    assert time.process_time() - start < 2
+    assert len(refusal(profile=profile_file(content))) < 10_000  # multiplied out they would not fit in memory
