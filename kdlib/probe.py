@@ -15,6 +15,7 @@ from kdlib.documents import parts
 from kdlib.encoder import Encoder, text_vectors, word_vectors
 from kdlib.metrics import Metric, interval, score
 from kdlib.tasks import Task
+from kdlib.vocabulary import token_ids
 
 PENALTY = 0.05  # C of the logistic regression: strong, since there are as many features as texts
 
@@ -25,20 +26,19 @@ def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> di
     fertility: tokens per word (words are runs of non-space); tokens_per_character; unknown_rate: share of tokens that
     are the unknown token; split_words: share of words cut into several tokens. Source: Rust et al. 2021, section 3.
     """
-    words = characters = tokens = unknown = split = 0
+    words: Counter[str] = Counter()
+    characters = tokens = unknown = 0
     for some in parts(texts):
-        told = [word for text in some for word in text.split()]
-        words, characters = words + len(told), characters + sum(map(len, some))
-        if told:
-            encoded = tokenizer(told, add_special_tokens=False, verbose=False).input_ids
-            split += sum(len(row) > 1 for row in encoded)
-        for row in tokenizer(some, add_special_tokens=False, verbose=False).input_ids:
-            tokens, unknown = tokens + len(row), unknown + row.count(tokenizer.unk_token_id)
+        words.update(word for text in some for word in text.split())
+        characters += sum(map(len, some))
+        for ids in token_ids(tokenizer, some):
+            tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
+    split = sum(count for ids, count in zip(token_ids(tokenizer, words), words.values()) if len(ids) > 1)
     return {
-        "fertility": tokens / max(1, words),
+        "fertility": tokens / max(1, words.total()),
         "tokens_per_character": tokens / max(1, characters),
         "unknown_rate": unknown / max(1, tokens),
-        "split_words": split / max(1, words),
+        "split_words": split / max(1, words.total()),
     }
 
 

@@ -83,12 +83,12 @@ def count_pieces(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch
 
 def _count(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int, batch: int = 4096) -> np.ndarray:
     counts = np.zeros(size, np.int64)
-    for ids in _token_ids(tokenizer, texts, batch):
+    for ids in token_ids(tokenizer, texts, batch):
         np.add.at(counts, ids, 1)
     return counts
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> Iterator[list[int]]:
+def token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> Iterator[list[int]]:
     """The token ids of each text, special tokens not added; texts are taken `batch` at a time as they are needed."""
     backend = tokenizer.backend_tokenizer
     for part in parts(texts, batch):
@@ -186,7 +186,7 @@ def select(
         ),
         "character",
     )
-    claim((i for ids in _token_ids(tokenizer, extra) for i in ids), "corpus")
+    claim((i for ids in token_ids(tokenizer, extra) for i in ids), "corpus")
     if max_rows is not None and len(reason) > max_rows:
         raise UserError(
             f"vocabulary.max_rows is {max_rows:,}; special tokens and single characters alone need {len(reason):,}"
@@ -195,7 +195,7 @@ def select(
     for i in sorted(used, key=lambda i: -counts[i]):
         if int(i) not in reason and not claim([int(i)], "corpus", max_rows):
             dropped += 1
-    for piece_ids in _token_ids(tokenizer, words):
+    for piece_ids in token_ids(tokenizer, words):
         if not claim(piece_ids, "wordlist", max_rows):
             break
     return Selection(sorted(reason), reason, counts, dropped)
