@@ -15,8 +15,9 @@ ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
 
+# Two files of tests at a time; the tests of one file stay together, since they share what takes long to make.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The paper's profile, every stage, arm and objective, small, against a stand-in hub.
 rehearse: .venv/ready

@@ -5,84 +5,27 @@ models of a study, which look the same in every figure.
 """
 
 import functools
-import io
 import re
-import textwrap
-import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from fontTools.unicodedata import script as script_of
 from fontTools.unicodedata import script_name
-from matplotlib import font_manager
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
+from kdlib import style
 from kdlib.errors import UserError
 from kdlib.store import new_file
+from kdlib.style import GREY, INK, LINES, LOOKS, MARKERS, PALE, PALETTE, SCORES, STYLE, Look
 
-PALETTE = sns.color_palette("colorblind").as_hex()
-GREY, PALE, INK = PALETTE[7], "#d9d9d9", "#333333"
-MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*", "<", ">"]
-LINES = ["-", "--", "-.", ":"]
-# For scripts that DejaVu has no letters of; what a machine lacks is passed over.
-SCRIPT_FONTS = re.compile(
-    r"Noto Sans|Noto Sans (?!.*(Mono|Math|Symbols)).*|Arial Unicode MS|Nirmala UI|Leelawadee UI|Ebrima|Microsoft YaHei"
-    r"|Malgun Gothic|Yu Gothic|PingFang SC|Hiragino Sans|Apple SD Gothic Neo|WenQuanYi.*|Unifont"
-)
-FALLBACKS = sorted({font.name for font in font_manager.fontManager.ttflist if SCRIPT_FONTS.fullmatch(font.name)})
-STYLE = {
-    **sns.axes_style("whitegrid"),
-    # DejaVu comes with matplotlib: the same letters, so the same bytes, on every machine
-    "font.family": ["DejaVu Sans", *FALLBACKS],
-    "font.size": 12,
-    "axes.titlesize": 13,
-    "axes.labelsize": 12,
-    "figure.titlesize": 15,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-    "legend.fontsize": 12,
-    "legend.frameon": False,
-    "lines.linewidth": 2,
-    "lines.markersize": 7,
-    "hatch.linewidth": 0.8,
-    "grid.color": "#e5e5e5",
-    "axes.edgecolor": "#999999",
-    "text.parse_math": False,  # a task may be called "$x$"
-    "pdf.fonttype": 42,
-}
-WIDTH = 10.0
-
-
-class Look(NamedTuple):
-    """How a model is drawn, everywhere."""
-
-    colour: str
-    marker: str
-    hatch: str
-
-
-LOOKS = {
-    "teacher": Look(PALETTE[0], "o", ""),
-    "pruned teacher": Look(PALETTE[9], "s", "//"),
-    "student": Look(PALETTE[3], "D", ""),
-    "no distillation": Look(GREY, "^", "\\\\"),
-    "from scratch": Look(PALETTE[4], "v", ".."),
-}
-SPARE_LOOKS = [Look(PALETTE[2], "P", "xx"), Look(PALETTE[5], "X", "++"), Look(PALETTE[8], "*", "--")]
 NUMBERS = ["x", "value", "low", "high", "n"]
-BASELINES = ["majority", "word overlap"]
-SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
 LOSSES = {
     "loss": "loss (weighted sum, no unit)",
     "hidden": "hidden (MSE / teacher's variance)",
@@ -103,30 +46,6 @@ FAMILIES = {  # a family of ablation arms: title of its figure, label of its axi
 }
 SPLITS = {"train": "training texts", "heldout": "held-out texts"}
 TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to keep
-
-
-class _Figure(Figure):
-    """A figure that a notebook shows as a picture with no `%matplotlib inline` before."""
-
-    def _repr_png_(self) -> bytes:
-        buffer = io.BytesIO()
-        with matplotlib.style.context(["default", STYLE]):
-            self.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
-        return buffer.getvalue()
-
-
-def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the house style, whatever the notebook's own settings are, and leave those as they were."""
-
-    @functools.wraps(draw)
-    def wrapper(*arguments, **named) -> Figure:
-        with matplotlib.style.context(["default", STYLE]):
-            figure = draw(*arguments, **named)
-            figure.draw_without_rendering()  # ticks are made at the first drawing, in the style of that moment
-            figure.set_layout_engine("none")  # all is in its place: drawing again need not look for it
-        return figure
-
-    return wrapper
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
@@ -196,7 +115,7 @@ def _headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["metric"] == rows["task"].map(headline)]
 
 
-def _summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
+def summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
     """One row per `keys`: the row without a seed where there is one, else means over the seeds."""
     places = rows.set_index(list(keys)).index
     summarised = places.isin(places[rows["seed"].isna()])
@@ -205,166 +124,16 @@ def _summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
     return chosen.groupby([*keys, "metric"], sort=False)[numbers].mean().reset_index()
 
 
-def _looks(table: pd.DataFrame) -> dict[str, Look]:
-    """The look of every model of the table, in the order in which models are named."""
-    found = [model for model in table["model"].dropna().unique() if model not in BASELINES]
-    others = [model for model in found if model not in LOOKS]
-    spare = {model: SPARE_LOOKS[i % len(SPARE_LOOKS)] for i, model in enumerate(others)}
-    return {model: look for model, look in (LOOKS | spare).items() if model in found}
-
-
 def _tasks(rows: pd.DataFrame) -> list[str]:
     """Tasks in the table's order, the average last."""
     found = list(rows["task"].dropna().unique())
     return sorted(found, key=lambda task: task == "average")
 
 
-# --- drawing
-
-
-def _figure(title: str, height: float, width: float = WIDTH) -> Figure:
-    figure = _Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    figure.suptitle(title)
-    return figure
-
-
-def _panels(title: str, count: int, most: int, height: float, **share: bool) -> tuple[Figure, list[Axes], int]:
-    """A figure of `count` panels, at most `most` side by side; its axes; how many are side by side.
-
-    height: of a row of panels, in inches. Panels that share an axis with the first still show its numbers.
-    """
-    rows = -(-count // most)
-    columns = -(-count // rows)
-    figure = _figure(title, 1.4 + height * rows)
-    grid = figure.add_gridspec(rows, columns)
-    axes: list[Axes] = []
-    for i in range(count):
-        shared = {name: axes[0] for name, wanted in share.items() if wanted and axes}
-        axes.append(figure.add_subplot(grid[i], **shared))
-    return figure, axes, columns
-
-
-def _wrap(label: str, width: int = 18) -> str:
-    return textwrap.fill(legible(str(label)), width)
-
-
-def legible(label: str) -> str:
-    """The label with a dot for every letter that no font of this machine has, where a box would be drawn.
-
-    The first time a script is met so, a warning says which font to install.
-    """
-    found = _letters()
-    lacking = {c for c in label if ord(c) not in found and not c.isspace() and unicodedata.category(c)[0] != "C"}
-    for script in sorted({script_name(script_of(c), "its") for c in lacking}):
-        _tell(script)
-    return "".join("·" if c in lacking else c for c in label)
-
-
-@functools.cache
-def _letters() -> frozenset[int]:
-    """The code points that the fonts of figures have, on this machine."""
-    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in STYLE["font.family"]]
-    return frozenset(code for font in fonts for code in font.get_charmap())
-
-
-@functools.cache
-def _tell(script: str) -> None:
-    warnings.warn(
-        f"Glyph of {script} script missing: figures have dots in their place, until a font such as Noto Sans {script} "
-        "is installed",
-        stacklevel=2,
-    )
-
-
-def _count(values: Iterable[float]) -> str:
-    """`n = 204`, or `n = 200 to 204` where the counts differ; nothing where there are none."""
-    counts = sorted({int(value) for value in values if pd.notna(value)})
-    if not counts:
-        return ""
-    return f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
-
-
-def _errors(rows: pd.DataFrame) -> np.ndarray:
-    """Distances from value to low and to high, [2, rows]; 0 where there is no interval."""
-    value, low, high = (rows[column].to_numpy(float) for column in ("value", "low", "high"))
-    return np.nan_to_num(np.maximum([value - low, high - value], 0))
-
-
-def _percent(axis: Axis, label: str) -> None:
-    """Shares from 0 to 1 as percent."""
-    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
-    axis.set_major_formatter(lambda value, place: f"{100 * value:.4g}")
-    axis.set_label_text(label)
-
-
-def _score_label(rows: pd.DataFrame) -> str:
-    """Name of the metric of `rows`, with its unit."""
-    metric = rows["metric"].iloc[0]
-    return f"{SCORES.get(metric, metric)} (%)"
-
-
-def _panel_title(task: str, rows: pd.DataFrame) -> str:
-    """Task, with the number of test items."""
-    if task == "average":
-        return "average of tasks"
-    return f"{_wrap(task)}\n{_count(rows['n'])}".strip()
-
-
-def _layer_axis(axes: Axes) -> None:
-    axes.set_xlabel("layer (0 = embeddings)")
-    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-
-
-def _band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, **line) -> None:
-    """A line with its interval."""
-    rows = rows.sort_values(x).astype({x: float, "value": float, "low": float, "high": float})
-    axes.plot(rows[x], rows["value"], color=colour, **line)
-    axes.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
-
-
-def _legend(figure: Figure, handles: list) -> None:
-    """Below all panels, so never over data."""
-    # In letters; 8 of them are the room of the line and the gaps.
-    widths = np.array([max(map(len, handle.get_label().split("\n"))) + 8 for handle in handles])
-    for columns in range(len(handles), 0, -1):
-        if sum(part.max() for part in np.array_split(widths, columns)) <= 95:
-            break
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-
-
-def _dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], looks: dict[str, Look]) -> None:
-    """Values with intervals, one line of dots per entry of `labels` (value of `column` -> label), downwards."""
-    models = [model for model in looks if model in set(rows["model"])]
-    step = min(0.8 / len(models), 0.2)
-    for i, model in enumerate(models):
-        mine = rows[rows["model"] == model]
-        place = mine[column].map({name: place for place, name in enumerate(labels)})
-        offset = (i - (len(models) - 1) / 2) * step
-        axes.errorbar(
-            mine["value"], place + offset, xerr=_errors(mine), fmt=looks[model].marker, color=looks[model].colour,
-            markeredgecolor="white", capsize=3, elinewidth=1.8,
-        )  # fmt: skip
-    for place in range(1, len(labels), 2) if len(models) > 1 else ():
-        axes.axhspan(place - 0.5, place + 0.5, color="#f5f5f5", zorder=0)
-    axes.set_yticks(range(len(labels)), labels.values())
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.yaxis.grid(False)
-    axes.margins(x=0.06)
-
-
-def _model_handles(models: Iterable[str], looks: dict[str, Look]) -> list[Line2D]:
-    return [
-        Line2D([], [], color=looks[m].colour, marker=looks[m].marker, markeredgecolor="white", label=_wrap(m, 40))
-        for m in looks
-        if m in set(models)
-    ]
-
-
 # --- probing the teacher
 
 
-@_styled
+@style.styled
 def fertility(table: pd.DataFrame) -> Figure:
     """How finely the teacher's tokenizer cuts each language: tokens per word, words split, unknown tokens."""
     panels = {
@@ -377,12 +146,12 @@ def fertility(table: pd.DataFrame) -> Figure:
     values = rows.pivot(index="language", columns="metric", values="value").sort_values("fertility", ascending=False)
     found = [metric for metric in panels if metric in values]
     own = table["language"].mode().iloc[0]
-    figure = _figure("Into how many pieces does the teacher's tokenizer cut a word?", 2.2 + 0.5 * len(values))
+    figure = style.new_figure("Into how many pieces does the teacher's tokenizer cut a word?", 2.2 + 0.5 * len(values))
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, metric in zip(axes, found):
         label, scale, number = panels[metric]
         colours = [PALETTE[0] if language == own else PALE for language in values.index]
-        bars = ax.barh([_wrap(language, 14) for language in values.index], values[metric] * scale, color=colours)
+        bars = ax.barh([style.wrap(language, 14) for language in values.index], values[metric] * scale, color=colours)
         for bar, language in zip(bars, values.index):
             bar.set(edgecolor=INK, linewidth=0.8, hatch="" if language == own else "//")
         ax.bar_label(bars, fmt=number, padding=4)
@@ -393,28 +162,28 @@ def fertility(table: pd.DataFrame) -> Figure:
     axes[0].set_ylabel("language")
     handles = [Patch(facecolor=PALETTE[0], edgecolor=INK, label="language of the study")]
     handles.append(Patch(facecolor=PALE, edgecolor=INK, hatch="//", label="other languages"))
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def layer_probe(table: pd.DataFrame) -> Figure:
     """What a linear probe reads from each of the teacher's layers, task by task."""
     rows = _select(table, "probe", "layer probe", method="layer probe")
     states, chance = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
     tasks = _tasks(_need(states, "probe", "layer probe"))
     title = "In which layer does the teacher know most about each task?"
-    figure, axes, _ = _panels(title, len(tasks), 3, 3.0, sharex=True, sharey=True)
+    figure, axes, _ = style.panels(title, len(tasks), 3, 3.0, sharex=True, sharey=True)
     for ax, task in zip(axes, tasks):
         mine = states[states["task"] == task]
-        _band(ax, mine, "layer", PALETTE[0], marker="o", markersize=4)
+        style.band(ax, mine, "layer", PALETTE[0], marker="o", markersize=4)
         best = mine.loc[mine["value"].idxmax()]
         ax.plot(float(best["layer"]), best["value"], "o", markersize=13, markerfacecolor="none", color=INK)
         for value in chance.loc[chance["task"] == task, "value"]:
             ax.axhline(value, color=GREY, linestyle="--", linewidth=1.3)
-        ax.set_title(_panel_title(task, mine))
-        _percent(ax.yaxis, _score_label(mine))
-        _layer_axis(ax)
+        ax.set_title(style.panel_title(task, mine))
+        style.percent(ax.yaxis, style.score_label(mine))
+        style.layer_axis(ax)
     handles = [
         Line2D([], [], color=PALETTE[0], marker="o", markersize=4, label="linear probe"),
         Patch(color=PALETTE[0], alpha=0.18, label="95% interval"),
@@ -422,11 +191,11 @@ def layer_probe(table: pd.DataFrame) -> Figure:
     ]
     if not chance.empty:
         handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1.3, label="always the commonest label"))
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def retrieval(table: pd.DataFrame) -> Figure:
     """How often a sentence's nearest neighbour in another language is its translation, layer by layer."""
     panels = {"plain": "states as they are", "centred": "each language's mean subtracted"}
@@ -438,33 +207,33 @@ def retrieval(table: pd.DataFrame) -> Figure:
     looks = {language: (colours[i % 9], MARKERS[i % 10]) for i, language in enumerate(languages)}
     methods = [method for method in panels if method in set(states["method"])]
     title = "In which layer does a sentence find its translation?"
-    figure, axes, _ = _panels(title, len(methods), 2, 3.9, sharey=True)
+    figure, axes, _ = style.panels(title, len(methods), 2, 3.9, sharey=True)
     for ax, method in zip(axes, methods):
         mine = states[states["method"] == method]
         for language, (colour, marker) in looks.items():
-            _band(ax, mine[mine["language"] == language], "layer", colour, marker=marker, markersize=6)
+            style.band(ax, mine[mine["language"] == language], "layer", colour, marker=marker, markersize=6)
             for value in overlap.loc[overlap["language"] == language, "value"]:
                 ax.axhline(value, color=colour, linewidth=1.3, linestyle="--")
-        ax.set_title(f"{panels[method]}\n{_count(mine['n'])}".strip())
-        _percent(ax.yaxis, "translation found first (%)")
-        _layer_axis(ax)
+        ax.set_title(f"{panels[method]}\n{style.count(mine['n'])}".strip())
+        style.percent(ax.yaxis, "translation found first (%)")
+        style.layer_axis(ax)
     handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=6, label=_wrap(language))
+        Line2D([], [], color=colour, marker=marker, markersize=6, label=style.wrap(language))
         for language, (colour, marker) in looks.items()
     ]
     handles.append(Patch(color=GREY, alpha=0.3, label="95% interval"))
     if not overlap.empty:
         handles.append(Line2D([], [], color=INK, linewidth=1.3, linestyle="--", label="by shared words alone"))
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def cka(table: pd.DataFrame) -> Figure:
     """How alike the representations of every two layers are."""
     rows = _select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
     values = rows.pivot_table(index="layer", columns="x", values="value")
-    figure = _figure("Which layers of the teacher hold alike representations?", 6.4, 8)
+    figure = style.new_figure("Which layers of the teacher hold alike representations?", 6.4, 8)
     ax = figure.subplots()
     lowest = min(np.floor(values.min().min() * 10) / 10, 0.9)  # most pairs are close to 1: their differences must show
     sns.heatmap(
@@ -479,20 +248,20 @@ def cka(table: pd.DataFrame) -> Figure:
 # --- pruning and distilling
 
 
-@_styled
+@style.styled
 def vocabulary(table: pd.DataFrame) -> Figure:
     """How many vocabulary rows the language needs, and whose rows were cut."""
     coverage = _select(table, "prune", "coverage of the vocabulary", metric="coverage")
     kept = _select(table, "prune", "kept rows by script", metric=["rows_kept", "rows_cut"])
     rows = _select(table, "prune", "size of the pruned vocabulary", model="pruned teacher", metric="rows")
     size = rows["value"].iloc[0]
-    figure = _figure("How much of the vocabulary does the language need?", 5.2)
+    figure = style.new_figure("How much of the vocabulary does the language need?", 5.2)
     left, right = figure.subplots(1, 2)
     left.axvline(size, color=INK, linewidth=1.2, linestyle=":", label=f"after pruning: {size:,.0f} rows")
     for i, (method, mine) in enumerate(coverage.groupby("method", sort=False)):
         mine = mine.sort_values("x")
         look = {"color": PALETTE[i], "linestyle": LINES[i % 4], "marker": MARKERS[i]}
-        label = {"heldout": "held-out texts"}.get(method, _wrap(method))
+        label = {"heldout": "held-out texts"}.get(method, style.wrap(method))
         left.plot(mine["x"], mine["value"], **look | {"marker": ""})
         left.plot(size, np.interp(size, mine["x"], mine["value"]), **look, markeredgecolor="white", label=label)
     left.set_xscale("log")
@@ -501,7 +270,7 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     left.set_xlabel("rows, the most frequent first (log scale)")
-    _percent(left.yaxis, "running tokens covered (%)")
+    style.percent(left.yaxis, "running tokens covered (%)")
 
     rows = kept.pivot_table(index="arm", columns="metric", values="value", aggfunc="sum", fill_value=0)
     rows = rows.reindex(columns=["rows_kept", "rows_cut"], fill_value=0)
@@ -509,7 +278,7 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     if len(rows) > 9:
         rest = rows.iloc[8:].sum().to_frame(f"{len(rows) - 8} others").T
         rows = pd.concat([rows.iloc[:8], rest])
-    names = [_wrap(script_name(arm, arm), 14) for arm in rows.index]
+    names = [style.wrap(script_name(arm, arm), 14) for arm in rows.index]
     right.barh(names, rows["rows_kept"] / 1000, color=PALETTE[3], edgecolor=INK, linewidth=0.8, label="kept")
     cut = right.barh(
         names, rows["rows_cut"] / 1000, left=rows["rows_kept"] / 1000, color=PALE, edgecolor=INK, linewidth=0.8,
@@ -521,11 +290,11 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     right.set_xlim(0, rows.sum(axis=1).max() / 1000 * 1.5)
     right.invert_yaxis()
     right.yaxis.grid(False)
-    _legend(figure, [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
+    style.legend(figure, [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]])
     return figure
 
 
-@_styled
+@style.styled
 def learning_curve(table: pd.DataFrame) -> Figure:
     """Training and held-out loss of the student over time."""
     rows = _select(table, "distill", "learning curve", model="student", method=list(SPLITS))
@@ -534,7 +303,7 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     return live_curve(curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}).sort_values("seconds"))
 
 
-@_styled
+@style.styled
 def live_curve(curve: pd.DataFrame) -> Figure:
     """Loss and objectives against time, also while training goes on.
 
@@ -545,7 +314,7 @@ def live_curve(curve: pd.DataFrame) -> Figure:
     objectives = [name for name in curve.columns if name not in ("split", "step", "seconds", "loss")]
     # A single objective is the loss itself.
     names = ["loss", *objectives] if len(objectives) > 1 else ["loss"]
-    figure, axes, _ = _panels("How closely does the student follow the teacher?", len(names), 3, 3.6)
+    figure, axes, _ = style.panels("How closely does the student follow the teacher?", len(names), 3, 3.6)
     for ax, name in zip(axes, names):
         points = curve[["split", "seconds", name]].dropna()
         for split, mine in points.groupby("split", sort=False):
@@ -563,25 +332,25 @@ def live_curve(curve: pd.DataFrame) -> Figure:
         Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
         Line2D([], [], color=PALETTE[3], marker="D", label=SPLITS["heldout"]),
     ]
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def conditioning_curve(curve: pd.DataFrame) -> Figure:
     """Perplexity against time, also while training goes on.
 
     curve: split ("warm-up" of a new head, "train" or "heldout"), seconds, perplexity; of held-out ones low and high.
     """
     parts = [part for part in ("warm-up", "train") if part in set(curve["split"])] or ["train"]
-    figure, axes, _ = _panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6)
+    figure, axes, _ = style.panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6)
     for ax, part in zip(axes, parts):
         mine = curve[curve["split"] == part]
         ax.plot(mine["seconds"] / 60, mine["perplexity"], color=PALETTE[0], linewidth=1.5)
         if part == "train":
             held = curve[curve["split"] == "heldout"].rename(columns={"perplexity": "value"})
             ax.errorbar(
-                held["seconds"] / 60, held["value"], yerr=_errors(held), color=PALETTE[3], marker="D", capsize=3
+                held["seconds"] / 60, held["value"], yerr=style.whiskers(held), color=PALETTE[3], marker="D", capsize=3
             )
         ax.set_title({"warm-up": "a new head, the encoder frozen", "train": "the whole teacher"}[part])
         ax.set(xlabel="training time (minutes)", ylabel="perplexity per hidden token")
@@ -593,24 +362,24 @@ def conditioning_curve(curve: pd.DataFrame) -> Figure:
         Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
         Line2D([], [], color=PALETTE[3], marker="D", label=f"{SPLITS['heldout']}, with 95% interval"),
     ]
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def conditioning(table: pd.DataFrame) -> Figure:
     """Perplexity of the teacher while it is conditioned."""
     rows = _select(table, "condition", "perplexity", metric="perplexity")
     return conditioning_curve(rows.rename(columns={"method": "split", "x": "seconds", "value": "perplexity"}))
 
 
-@_styled
+@style.styled
 def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int], matched: list[int]) -> Figure:
     """Which teacher layers the student is copied from, and which it is compared with.
 
     copied, matched: for each student layer, lowest first, a teacher layer (1 = first); nothing copied: a random start.
     """
-    figure = _figure("Where does each layer of the student come from?", 4.6)
+    figure = style.new_figure("Where does each layer of the student come from?", 4.6)
     ax = figure.subplots()
     height = 0.7  # of a box; teacher boxes are centred on y = 3, the student's on y = 0
     # Student layers are spread so that evenly spaced teacher layers stand right above them.
@@ -631,7 +400,7 @@ def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int]
     ax.axis("off")
     start = ("-", "copied from") if copied else ("", "nothing copied: a random start")
     lines = (start, (":", "compared with while training"))
-    _legend(figure, [Line2D([], [], color=INK, linestyle=line, label=label) for line, label in lines])
+    style.legend(figure, [Line2D([], [], color=INK, linestyle=line, label=label) for line, label in lines])
     return figure
 
 
@@ -642,7 +411,7 @@ def _benchmark(table: pd.DataFrame, method: str) -> pd.DataFrame:
     """The headline score of every model on every task, a row each."""
     what = {"probe": "probe score", "finetune": "fine-tuning score"}[method]
     rows = _headline_rows(table, _select(table, "benchmark", what, method=method))
-    return _summary(_need(rows, "benchmark", what), "task", "model")
+    return summary(_need(rows, "benchmark", what), "task", "model")
 
 
 def _task_labels(rows: pd.DataFrame) -> dict[str, str]:
@@ -651,36 +420,36 @@ def _task_labels(rows: pd.DataFrame) -> dict[str, str]:
     for task in _tasks(rows):
         mine = rows[rows["task"] == task]
         metric = mine["metric"].iloc[0]
-        detail = ", ".join(filter(None, [SCORES.get(metric, metric), _count(mine["n"])]))
-        labels[task] = "average of tasks" if task == "average" else f"{_wrap(task)}\n{detail}"
+        detail = ", ".join(filter(None, [SCORES.get(metric, metric), style.count(mine["n"])]))
+        labels[task] = "average of tasks" if task == "average" else f"{style.wrap(task)}\n{detail}"
     return labels
 
 
 def _benchmark_figure(table: pd.DataFrame, method: str, title: str) -> Figure:
-    rows, looks = _benchmark(table, method), _looks(table)
+    rows, looks = _benchmark(table, method), style.looks(table)
     labels = _task_labels(rows)
-    figure = _figure(title, 1.7 + 0.85 * len(labels))
+    figure = style.new_figure(title, 1.7 + 0.85 * len(labels))
     ax = figure.subplots()
-    _dots(ax, rows, "task", labels, looks)
-    _percent(ax.xaxis, "score (%), with 95% intervals over seeds and test items")
+    style.dots(ax, rows, "task", labels, looks)
+    style.percent(ax.xaxis, "score (%), with 95% intervals over seeds and test items")
     ax.set_ylabel("task")
-    _legend(figure, _model_handles(rows["model"], looks))
+    style.legend(figure, style.model_handles(rows["model"], looks))
     return figure
 
 
-@_styled
+@style.styled
 def benchmark_probe(table: pd.DataFrame) -> Figure:
     """Scores of a linear probe on each model's frozen sentence or token vectors."""
     return _benchmark_figure(table, "probe", "What can a linear probe read from each frozen model?")
 
 
-@_styled
+@style.styled
 def benchmark_finetune(table: pd.DataFrame) -> Figure:
     """Scores of each model fine-tuned on each task."""
     return _benchmark_figure(table, "finetune", "How far does each model get when it is fine-tuned?")
 
 
-@_styled
+@style.styled
 def retention(table: pd.DataFrame) -> Figure:
     """The student's probe scores in percent of the teacher's.
 
@@ -695,32 +464,32 @@ def retention(table: pd.DataFrame) -> Figure:
         raise UserError("no probe score of student and teacher on the same task; run the stage 'benchmark' first")
     shares = student.loc[both, ["value", "low", "high"]].div(teacher[both], axis=0)
     shares = shares.assign(model="student").reset_index()
-    figure = _figure("How much of the teacher's probe score does the student keep?", 1.7 + 0.75 * len(both))
+    figure = style.new_figure("How much of the teacher's probe score does the student keep?", 1.7 + 0.75 * len(both))
     ax = figure.subplots()
-    _dots(ax, shares, "task", {task: labels[task] for task in both}, LOOKS)
+    style.dots(ax, shares, "task", {task: labels[task] for task in both}, LOOKS)
     for i, share in enumerate(shares["value"]):
         ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         ax.annotate(f"{share:.0%}", (share, i), (0, 9), textcoords="offset points", ha="center", bbox=ground)
     ax.axvline(1, color=LOOKS["teacher"].colour, linewidth=1.8)
     ax.axvline(TEACHER_SHARE / 100, color=INK, linewidth=1.5, linestyle="--")
-    _percent(ax.xaxis, "student's score in % of the teacher's mean, with the student's 95% interval")
+    style.percent(ax.xaxis, "student's score in % of the teacher's mean, with the student's 95% interval")
     ax.set_ylabel("task")
     handles = [
-        *_model_handles(["student"], LOOKS),
+        *style.model_handles(["student"], LOOKS),
         Line2D([], [], color=INK, linewidth=1.5, linestyle="--", label=f"{TEACHER_SHARE}% of the teacher"),
         Line2D([], [], color=LOOKS["teacher"].colour, linewidth=1.8, label="teacher"),
     ]
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def fewshot(table: pd.DataFrame) -> Figure:
     """Score after fine-tuning on a few examples per class, against their number."""
     rows = _headline_rows(table, _select(table, "benchmark", "few-shot score", method="fewshot"))
-    rows = _summary(_need(rows, "benchmark", "few-shot score"), "task", "model", "x")
-    tasks, looks = _tasks(rows), _looks(table)
-    figure, axes, _ = _panels("How many labels does each model need?", len(tasks), 3, 3.4, sharex=True)
+    rows = summary(_need(rows, "benchmark", "few-shot score"), "task", "model", "x")
+    tasks, looks = _tasks(rows), style.looks(table)
+    figure, axes, _ = style.panels("How many labels does each model need?", len(tasks), 3, 3.4, sharex=True)
     for ax, task in zip(axes, tasks):
         mine = rows[rows["task"] == task]
         models = [model for model in looks if model in set(mine["model"])]
@@ -728,23 +497,23 @@ def fewshot(table: pd.DataFrame) -> Figure:
             points, look = mine[mine["model"] == model].sort_values("x"), looks[model]
             aside = 2 ** (0.12 * (i - (len(models) - 1) / 2))  # or the intervals hide each other
             ax.errorbar(
-                points["x"] * aside, points["value"], yerr=_errors(points), color=look.colour, marker=look.marker,
-                markeredgecolor="white", capsize=3, elinewidth=1.5,
+                points["x"] * aside, points["value"], yerr=style.whiskers(points), color=look.colour,
+                marker=look.marker, markeredgecolor="white", capsize=3, elinewidth=1.5,
             )  # fmt: skip
         ax.set_xscale("log", base=2)
         ax.set_xticks(sorted(mine["x"].unique()), [f"{x:g}" for x in sorted(mine["x"].unique())])
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set_xlabel("training rows per class")
-        ax.set_title(_panel_title(task, mine))
-        _percent(ax.yaxis, _score_label(mine))
-    _legend(figure, _model_handles(rows["model"], looks))
+        ax.set_title(style.panel_title(task, mine))
+        style.percent(ax.yaxis, style.score_label(mine))
+    style.legend(figure, style.model_handles(rows["model"], looks))
     return figure
 
 
 METHODS = {"probe": "linear probe", "finetune": "fine-tuned", "fewshot": "few-shot"}
 
 
-@_styled
+@style.styled
 def differences(table: pd.DataFrame) -> Figure:
     """How far the student is from every other model, averaged over tasks, and within which margin they are on par."""
     what = "paired comparison"
@@ -752,9 +521,9 @@ def differences(table: pd.DataFrame) -> Figure:
     rows = _need(rows[rows["x"].isna()], "benchmark", what)
     margin = _select(table, "benchmark", what, metric="margin")["value"].iloc[0]
     methods = [method for method in METHODS if method in set(rows["method"])]
-    looks, others = _looks(table), list(dict.fromkeys(rows["arm"]))
+    looks, others = style.looks(table), list(dict.fromkeys(rows["arm"]))
     title = "Is the student better or worse, beyond chance?"
-    figure, axes, columns = _panels(title, len(methods), 2, 1.4 + 0.5 * len(others), sharey=True, sharex=True)
+    figure, axes, columns = style.panels(title, len(methods), 2, 1.4 + 0.5 * len(others), sharey=True, sharex=True)
     for i, (ax, method) in enumerate(zip(axes, methods)):
         mine = rows[rows["method"] == method].assign(model=lambda part: part["arm"])
         ax.axvspan(-margin, margin, color=PALE, alpha=0.7, linewidth=0, zorder=0)
@@ -762,14 +531,14 @@ def differences(table: pd.DataFrame) -> Figure:
         for place, other in enumerate(others):
             one, look = mine[mine["model"] == other], looks[other]
             ax.errorbar(
-                one["value"], [place] * len(one), xerr=_errors(one), fmt=look.marker, color=look.colour,
+                one["value"], [place] * len(one), xerr=style.whiskers(one), fmt=look.marker, color=look.colour,
                 markeredgecolor="white", capsize=3, elinewidth=1.8,
             )  # fmt: skip
-        ax.set_yticks(range(len(others)), [_wrap(other, 20) for other in others])
+        ax.set_yticks(range(len(others)), [style.wrap(other, 20) for other in others])
         ax.set_ylim(len(others) - 0.5, -0.5)
         ax.yaxis.grid(False)
         ax.margins(x=0.08)
-        ax.set_title(f"{METHODS[method]}\n{_count(mine['n'])}")
+        ax.set_title(f"{METHODS[method]}\n{style.count(mine['n'])}")
         ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:+.0f}" if value else "0")
         ax.set_xlabel("student − other (points)")
         if i % columns == 0:
@@ -780,14 +549,14 @@ def differences(table: pd.DataFrame) -> Figure:
         Line2D([], [], color=INK, marker="o", label="difference, with 95% interval"),
         Patch(color=PALE, alpha=0.7, label=f"on par: within {margin * 100:g} points"),
     ]
-    _legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
-@_styled
+@style.styled
 def efficiency(table: pd.DataFrame) -> Figure:
     """What each model costs: parameters against score, latency, throughput."""
-    looks = _looks(table)
+    looks = style.looks(table)
     scores = _benchmark(table, "probe")
     scores = _need(scores[scores["task"] == "average"], "benchmark", "average probe score")
     sizes = _select(table, "benchmark", "parameters", metric="parameters").drop_duplicates("model")
@@ -801,7 +570,7 @@ def efficiency(table: pd.DataFrame) -> Figure:
     if not devices:
         raise UserError("no latency and throughput on the same device; run the stage 'benchmark' first")
     height = max(3.4, 0.6 * len(looks))
-    figure = _figure("What does each model cost, and what is it worth?", 1.8 + height * len(devices))
+    figure = style.new_figure("What does each model cost, and what is it worth?", 1.8 + height * len(devices))
     axes = figure.subplot_mosaic(
         [["size", *(f"{metric} {device}" for metric in panels)] for device in devices], width_ratios=[1.5, 1, 1]
     )
@@ -809,13 +578,13 @@ def efficiency(table: pd.DataFrame) -> Figure:
     for model in looks:
         mine = scores[(scores["model"] == model) & scores["model"].isin(sizes.index)]
         ax.errorbar(
-            mine["model"].map(sizes), mine["value"], yerr=_errors(mine), fmt=looks[model].marker, markersize=10,
+            mine["model"].map(sizes), mine["value"], yerr=style.whiskers(mine), fmt=looks[model].marker, markersize=10,
             color=looks[model].colour, markeredgecolor="white", capsize=3,
         )  # fmt: skip
     ax.set_xlabel("parameters (millions)")
     ax.set_xlim(0, sizes.max() * 1.1)
     ax.margins(y=0.1)
-    _percent(ax.yaxis, "average probe score (%)\nwith 95% interval")
+    style.percent(ax.yaxis, "average probe score (%)\nwith 95% interval")
     for device in devices:
         for metric, label in panels.items():
             ax = axes[f"{metric} {device}"]
@@ -823,19 +592,19 @@ def efficiency(table: pd.DataFrame) -> Figure:
             models = [model for model in looks if model in rows.index]
             rows = rows.loc[models]
             line = {"ecolor": INK, "edgecolor": INK, "linewidth": 0.8}
-            bars = ax.barh(models, rows["value"], xerr=_errors(rows), capsize=3, **line)
+            bars = ax.barh(models, rows["value"], xerr=style.whiskers(rows), capsize=3, **line)
             for bar, model in zip(bars, models):
                 bar.set(facecolor=looks[model].colour, hatch=looks[model].hatch)
             ax.set_title({"cpu": "CPU", "cuda": "GPU"}[device])
             ax.set_xlabel(label)
-            ax.set_yticks(range(len(models)), [_wrap(model, 20) for model in models])
+            ax.set_yticks(range(len(models)), [style.wrap(model, 20) for model in models])
             ax.yaxis.grid(False)
             ax.invert_yaxis()
             ax.xaxis.set_major_locator(MaxNLocator(4))
         axes[f"latency_ms {device}"].set_ylabel("model")
         ax.tick_params(labelleft=False)
     times = Line2D([], [], color=INK, marker="|", markersize=9, label="quartiles of the timings")
-    _legend(figure, [*_model_handles(scores["model"], looks), times])
+    style.legend(figure, [*style.model_handles(scores["model"], looks), times])
     return figure
 
 
@@ -846,9 +615,9 @@ def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFr
     """Scores of the arms of a family, a row per task and arm; and of the models they are held against."""
     what = f"ablation of {family}"
     rows = _headline_rows(table, _select(table, "ablations", what, method=family, model="student"))
-    arms = _summary(_need(rows, "ablations", what), "task", "model", "arm")
+    arms = summary(_need(rows, "ablations", what), "task", "model", "arm")
     reference = table[(table["stage"] == "ablations") & (table["method"] == "reference")]
-    return arms, _summary(_headline_rows(table, reference), "task", "model")
+    return arms, summary(_headline_rows(table, reference), "task", "model")
 
 
 def _references(axes: Axes, reference: pd.DataFrame, task: str, along: str, looks: dict[str, Look]) -> None:
@@ -866,32 +635,32 @@ def _reference_line(model: str) -> str:
 
 
 def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, Look]) -> None:
-    handles = [*_model_handles(["student"], looks)]
+    handles = [*style.model_handles(["student"], looks)]
     for model in (model for model in looks if model in set(reference["model"])):
         handles.append(Line2D([], [], color=looks[model].colour, linestyle=_reference_line(model), label=model))
-    _legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
+    style.legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
 
 
-@_styled
+@style.styled
 def ablation(table: pd.DataFrame, family: str) -> Figure:
     """Score of the students of a family of arms, a panel per task: a curve where every arm is a number (x), else a line
     per arm."""
     title, label = FAMILIES.get(family, (f"What does it change? ({family})", family))
     arms, reference = _ablation(table, family)
-    looks, tasks = _looks(table), _tasks(arms)
+    looks, tasks = style.looks(table), _tasks(arms)
     numeric = arms["x"].notna().all() and arms["x"].nunique() > 2
-    labels = {arm: _wrap(arm, 20) for arm in arms["arm"].unique()}
+    labels = {arm: style.wrap(arm, 20) for arm in arms["arm"].unique()}
     height = 3.4 if numeric else 1.4 + 0.5 * len(labels)
-    figure, axes, columns = _panels(title, len(tasks), 4, height, **{"sharex" if numeric else "sharey": True})
+    figure, axes, columns = style.panels(title, len(tasks), 4, height, **{"sharex" if numeric else "sharey": True})
     for i, (ax, task) in enumerate(zip(axes, tasks)):
         mine = arms[arms["task"] == task]
         _references(ax, reference, task, "y" if numeric else "x", looks)
-        ax.set_title(_panel_title(task, mine))
+        ax.set_title(style.panel_title(task, mine))
         if numeric:
             _arm_curve(ax, mine.sort_values("x"), label, looks["student"])
             continue
-        _dots(ax, mine, "arm", labels, looks)
-        _percent(ax.xaxis, _score_label(mine))
+        style.dots(ax, mine, "arm", labels, looks)
+        style.percent(ax.xaxis, style.score_label(mine))
         if i % columns == 0:
             ax.set_ylabel(label)
         else:
@@ -902,12 +671,12 @@ def ablation(table: pd.DataFrame, family: str) -> Figure:
 
 def _arm_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look) -> None:
     axes.errorbar(
-        rows["x"], rows["value"], yerr=_errors(rows), color=look.colour, marker=look.marker,
+        rows["x"], rows["value"], yerr=style.whiskers(rows), color=look.colour, marker=look.marker,
         markeredgecolor="white", capsize=3, elinewidth=1.8,
     )  # fmt: skip
-    _percent(axes.yaxis, _score_label(rows))
+    style.percent(axes.yaxis, style.score_label(rows))
     if label.endswith("(%)"):
-        _percent(axes.xaxis, label)
+        style.percent(axes.xaxis, label)
     else:
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
@@ -965,7 +734,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
         "fine-tuning score (%)": column(average, method="finetune") * 100,
         "of teacher's probe score (%)": probe / probe.get("teacher", np.nan) * 100,
     }
-    return pd.DataFrame(columns).reindex(list(_looks(rows))).rename_axis("model")
+    return pd.DataFrame(columns).reindex(list(style.looks(rows))).rename_axis("model")
 
 
 def main_table(table: pd.DataFrame, method: str = "finetune") -> pd.DataFrame:
@@ -977,6 +746,6 @@ def main_table(table: pd.DataFrame, method: str = "finetune") -> pd.DataFrame:
     sizes = table[(table["stage"] == "benchmark") & (table["metric"] == "parameters")].set_index("model")["value"] / 1e6
     cell = rows.apply(lambda r: f"{r['value'] * 100:.1f} [{r['low'] * 100:.1f}, {r['high'] * 100:.1f}]", axis=1)
     found = rows.assign(cell=cell).pivot(index="model", columns="task", values="cell").fillna("")
-    found = found.reindex([model for model in _looks(table) if model in found.index])[_tasks(rows)]
+    found = found.reindex([model for model in style.looks(table) if model in found.index])[_tasks(rows)]
     found.insert(0, "parameters (M)", sizes.reindex(found.index).map("{:.1f}".format))
     return found

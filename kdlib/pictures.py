@@ -21,11 +21,11 @@ from scipy.special import log_softmax, softmax
 from sklearn.pipeline import Pipeline
 from transformers import PreTrainedTokenizerFast
 
-from kdlib import figures, probe, vocabulary
+from kdlib import figures, probe, style, vocabulary
 from kdlib.device import autocast
 from kdlib.encoder import Encoder, text_vectors
 from kdlib.errors import UserError
-from kdlib.figures import GREY, INK, LOOKS, MARKERS, PALETTE, SCORES
+from kdlib.style import GREY, INK, LOOKS, MARKERS, PALETTE, SCORES, SPARE_LOOKS
 from kdlib.tasks import Task
 
 GAP = "___"  # what a reader types for the masked word
@@ -182,7 +182,7 @@ def _claimed(selection: vocabulary.Selection) -> list[int]:
     return first + used + [i for i, why in reason.items() if why == "wordlist"]
 
 
-@figures._styled
+@style.styled
 def size_figure(table: pd.DataFrame, rows: int) -> Figure:
     """Coverage, fertility, unknown tokens and parameters by rows of the vocabulary; `rows` is the one pointed at."""
     panels = {
@@ -192,7 +192,7 @@ def size_figure(table: pd.DataFrame, rows: int) -> Figure:
         "parameters": ("parameters (millions)", 1e-6),
     }
     title = f"What does a vocabulary of {rows:,} rows give, and what does it cost?"
-    figure, axes, _ = figures._panels(title, len(panels), 2, 2.5)
+    figure, axes, _ = style.panels(title, len(panels), 2, 2.5)
     between = np.geomspace(table["rows"].min(), table["rows"].max(), 200)
     for ax, (column, (label, scale)) in zip(axes, panels.items()):
         values = table[column] * scale
@@ -211,7 +211,7 @@ def size_figure(table: pd.DataFrame, rows: int) -> Figure:
         Line2D([], [], color=PALETTE[0], marker="o", markersize=5, label="up to the teacher's whole vocabulary"),
         Line2D([], [], color=PALETTE[3], marker="D", linestyle="", markeredgecolor="white", label="chosen"),
     ]
-    figures._legend(figure, handles)
+    style.legend(figure, handles)
     return figure
 
 
@@ -251,24 +251,24 @@ def layer_curves(table: pd.DataFrame, model: str = "teacher") -> pd.DataFrame:
     return curves[["curve", "kind", "layer", "value", "low", "high", "n"]].reset_index(drop=True)
 
 
-@figures._styled
+@style.styled
 def layer_figure(curves: pd.DataFrame, shown: Sequence[str], layer: int) -> Figure:
     """The curves named in `shown` against the layer, a panel for tasks and one for languages; `layer` is pointed at."""
     labels = {"task": "what a linear probe reads (%)", "language": "translation found first (%)"}
     kinds = [kind for kind in labels if kind in set(curves.loc[curves["curve"].isin(shown), "kind"])]
-    figure, axes, _ = figures._panels(f"What does layer {layer} know?", len(kinds), 2, 4.2, sharex=True, sharey=True)
+    figure, axes, _ = style.panels(f"What does layer {layer} know?", len(kinds), 2, 4.2, sharex=True, sharey=True)
     handles = []
     looks = {name: (_colour(i), MARKERS[i % 10]) for i, name in enumerate(curves["curve"].unique())}
     for ax, kind in zip(axes, kinds):
         mine = curves[curves["kind"] == kind]
         for name in [name for name in mine["curve"].unique() if name in shown]:
             colour, marker = looks[name]
-            figures._band(ax, mine[mine["curve"] == name], "layer", colour, marker=marker, markersize=6)
-            handles.append(Line2D([], [], color=colour, marker=marker, markersize=6, label=figures._wrap(name, 30)))
+            style.band(ax, mine[mine["curve"] == name], "layer", colour, marker=marker, markersize=6)
+            handles.append(Line2D([], [], color=colour, marker=marker, markersize=6, label=style.wrap(name, 30)))
         ax.axvline(layer, color=INK, linewidth=1.5, linestyle=":")
-        figures._percent(ax.yaxis, labels[kind])
-        figures._layer_axis(ax)
-    figures._legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
+        style.percent(ax.yaxis, labels[kind])
+        style.layer_axis(ax)
+    style.legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
     return figure
 
 
@@ -405,17 +405,17 @@ def shared_attention(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.minimum(a, b).sum(-1).mean())
 
 
-@figures._styled
+@style.styled
 def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
     """Attention of one head each: title -> pieces and probabilities [from, to]. Pieces are numbered along the axes."""
-    figure, axes, _ = figures._panels("Which token looks at which?", len(maps), 2, 3.4)
+    figure, axes, _ = style.panels("Which token looks at which?", len(maps), 2, 3.4)
     most = max(matrix.max() for _, matrix in maps.values())
     for ax, (title, (pieces, matrix)) in zip(axes, maps.items()):
         # The root, for most of what is worth seeing is small beside the attention on a first or last token.
         image = ax.imshow(matrix, cmap="Blues", norm=PowerNorm(0.5, 0, most))
         named = range(0, len(pieces), -(-len(pieces) // 18))
         ax.set_xticks(named, [str(i + 1) for i in named], fontsize=10)
-        ax.set_yticks(named, [f"{figures.legible(pieces[i])} {i + 1}" for i in named], fontsize=10)
+        ax.set_yticks(named, [f"{style.legible(pieces[i])} {i + 1}" for i in named], fontsize=10)
         ax.grid(False)
         ax.set(title=title, xlabel="token that is looked at")
     axes[0].set_ylabel("token that looks")
@@ -503,7 +503,7 @@ def comparable(table: pd.DataFrame) -> pd.DataFrame:
         (arm or model) + ("" if language in (language_of_study, "") else f" {language}")
         for arm, model, language in zip(rows["arm"], rows["model"], rows["language"])
     ]
-    summary = figures._summary(rows, "what", "task", "name", "model")
+    summary = figures.summary(rows, "what", "task", "name", "model")
     summary = summary[summary.groupby(["what", "task", "metric"])["name"].transform("size") > 1]
     if summary.empty:
         raise UserError(NOTHING)
@@ -533,17 +533,17 @@ def _spread(metric: str) -> str:
     return "quartiles of the timings" if metric in TIMED else "95% interval"
 
 
-@figures._styled
+@style.styled
 def results_figure(rows: pd.DataFrame) -> Figure:
     """Values with intervals, a line of the picture per row of `comparable` rows that share what, task and metric."""
     first = rows.iloc[0]
     scale, unit, label = _unit(first["metric"])
     task = {"average": "average of tasks"}.get(first["task"], first["task"])
-    figure = figures._figure(", ".join(filter(None, [first["what"], task])), 1.9 + 0.55 * len(rows))
+    figure = style.new_figure(", ".join(filter(None, [first["what"], task])), 1.9 + 0.55 * len(rows))
     ax = figure.subplots()
     for i, row in enumerate(rows.itertuples()):
-        look = LOOKS.get(row.model, figures.SPARE_LOOKS[0])
-        errors = figures._errors(rows.iloc[[i]]) * scale
+        look = LOOKS.get(row.model, SPARE_LOOKS[0])
+        errors = style.whiskers(rows.iloc[[i]]) * scale
         ax.errorbar(
             row.value * scale, i, xerr=errors, fmt=look.marker, color=look.colour, markersize=9,
             markeredgecolor="white", capsize=4, elinewidth=2,
@@ -553,7 +553,7 @@ def results_figure(rows: pd.DataFrame) -> Figure:
             _number(row.value * scale, unit), (row.value * scale, i), (0, 10), textcoords="offset points", ha="center",
             bbox=ground, fontsize=11,
         )  # fmt: skip
-    ax.set_yticks(range(len(rows)), [figures._wrap(name, 26) for name in rows["name"]])
+    ax.set_yticks(range(len(rows)), [style.wrap(name, 26) for name in rows["name"]])
     ax.set_ylim(len(rows) - 0.5, -0.75)
     ax.margins(x=0.1)
     ax.yaxis.grid(False)

@@ -6,12 +6,21 @@ from importlib import resources
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share the machine, before torch is imported
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // workers)))
 
 import pytest
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+LONG = ["notebooks", "runner", "browser", "exercises", "soak", "distill"]  # files of tests that take minutes
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first, so that no worker is left with one at the end."""
+    names = [f"test_{name}" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 
 
 def read_rows(name):

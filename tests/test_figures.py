@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 
-from kdlib import figures
+from kdlib import figures, style
 from kdlib.errors import UserError
 from kdlib.store import COLUMNS, read_results
 
@@ -274,12 +274,12 @@ def test_an_empty_table_is_refused(tmp_path):
 
 
 def test_letters_that_no_font_has_are_dots_and_the_font_to_install_is_told(monkeypatch):
-    monkeypatch.setattr(figures, "_letters", lambda: frozenset(range(0x250)))
-    figures._tell.cache_clear()
+    monkeypatch.setattr(style, "_letters", lambda: frozenset(range(0x250)))
+    style._tell.cache_clear()
     with pytest.warns(UserWarning, match="Noto Sans Thai"):
-        assert figures.legible("task กข 1") == "task ·· 1"
+        assert style.legible("task กข 1") == "task ·· 1"
     with warnings.catch_warnings(action="error"):
-        assert figures.legible("ก") == "·"  # told once
+        assert style.legible("ก") == "·"  # told once
 
 
 @pytest.mark.filterwarnings("error:Glyph .* missing from")
@@ -294,7 +294,7 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     figure = figures.benchmark_probe(table)
     figures.save(figure, tmp_path, "benchmark_probe")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
-    assert figures.legible("主题 分类") + "\nmacro F1, n = 100" in texts(figure)
+    assert style.legible("主题 分类") + "\nmacro F1, n = 100" in texts(figure)
 
 
 def test_a_model_looks_the_same_in_every_table(table):

@@ -1,0 +1,246 @@
+"""The house style: palette, fonts, how each model looks, and the parts that figures and pictures are drawn with."""
+
+import functools
+import io
+import re
+import textwrap
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from fontTools.unicodedata import script as script_of
+from fontTools.unicodedata import script_name
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+PALETTE = sns.color_palette("colorblind").as_hex()
+GREY, PALE, INK = PALETTE[7], "#d9d9d9", "#333333"
+MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*", "<", ">"]
+LINES = ["-", "--", "-.", ":"]
+# For scripts that DejaVu has no letters of; what a machine lacks is passed over.
+SCRIPT_FONTS = re.compile(
+    r"Noto Sans|Noto Sans (?!.*(Mono|Math|Symbols)).*|Arial Unicode MS|Nirmala UI|Leelawadee UI|Ebrima|Microsoft YaHei"
+    r"|Malgun Gothic|Yu Gothic|PingFang SC|Hiragino Sans|Apple SD Gothic Neo|WenQuanYi.*|Unifont"
+)
+FALLBACKS = sorted({font.name for font in font_manager.fontManager.ttflist if SCRIPT_FONTS.fullmatch(font.name)})
+STYLE = {
+    **sns.axes_style("whitegrid"),
+    # DejaVu comes with matplotlib: the same letters, so the same bytes, on every machine
+    "font.family": ["DejaVu Sans", *FALLBACKS],
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "axes.labelsize": 12,
+    "figure.titlesize": 15,
+    "xtick.labelsize": 12,
+    "ytick.labelsize": 12,
+    "legend.fontsize": 12,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "lines.markersize": 7,
+    "hatch.linewidth": 0.8,
+    "grid.color": "#e5e5e5",
+    "axes.edgecolor": "#999999",
+    "text.parse_math": False,  # a task may be called "$x$"
+    "pdf.fonttype": 42,
+}
+WIDTH = 10.0
+
+
+class Look(NamedTuple):
+    """How a model is drawn, everywhere."""
+
+    colour: str
+    marker: str
+    hatch: str
+
+
+LOOKS = {
+    "teacher": Look(PALETTE[0], "o", ""),
+    "pruned teacher": Look(PALETTE[9], "s", "//"),
+    "student": Look(PALETTE[3], "D", ""),
+    "no distillation": Look(GREY, "^", "\\\\"),
+    "from scratch": Look(PALETTE[4], "v", ".."),
+}
+SPARE_LOOKS = [Look(PALETTE[2], "P", "xx"), Look(PALETTE[5], "X", "++"), Look(PALETTE[8], "*", "--")]
+BASELINES = ["majority", "word overlap"]
+SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
+
+
+class _Figure(Figure):
+    """A figure that a notebook shows as a picture with no `%matplotlib inline` before."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with matplotlib.style.context(["default", STYLE]):
+            self.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw in the house style, whatever the notebook's own settings are, and leave those as they were."""
+
+    @functools.wraps(draw)
+    def wrapper(*arguments, **named) -> Figure:
+        with matplotlib.style.context(["default", STYLE]):
+            figure = draw(*arguments, **named)
+            figure.draw_without_rendering()  # ticks are made at the first drawing, in the style of that moment
+            figure.set_layout_engine("none")  # all is in its place: drawing again need not look for it
+        return figure
+
+    return wrapper
+
+
+def looks(table: pd.DataFrame) -> dict[str, Look]:
+    """The look of every model of the table, in the order in which models are named."""
+    found = [model for model in table["model"].dropna().unique() if model not in BASELINES]
+    others = [model for model in found if model not in LOOKS]
+    spare = {model: SPARE_LOOKS[i % len(SPARE_LOOKS)] for i, model in enumerate(others)}
+    return {model: look for model, look in (LOOKS | spare).items() if model in found}
+
+
+def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
+    figure = _Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure.suptitle(title)
+    return figure
+
+
+def panels(title: str, count: int, most: int, height: float, **share: bool) -> tuple[Figure, list[Axes], int]:
+    """A figure of `count` panels, at most `most` side by side; its axes; how many are side by side.
+
+    height: of a row of panels, in inches. Panels that share an axis with the first still show its numbers.
+    """
+    rows = -(-count // most)
+    columns = -(-count // rows)
+    figure = new_figure(title, 1.4 + height * rows)
+    grid = figure.add_gridspec(rows, columns)
+    axes: list[Axes] = []
+    for i in range(count):
+        shared = {name: axes[0] for name, wanted in share.items() if wanted and axes}
+        axes.append(figure.add_subplot(grid[i], **shared))
+    return figure, axes, columns
+
+
+def wrap(label: str, width: int = 18) -> str:
+    return textwrap.fill(legible(str(label)), width)
+
+
+def legible(label: str) -> str:
+    """The label with a dot for every letter that no font of this machine has, where a box would be drawn.
+
+    The first time a script is met so, a warning says which font to install.
+    """
+    found = _letters()
+    lacking = {c for c in label if ord(c) not in found and not c.isspace() and unicodedata.category(c)[0] != "C"}
+    for script in sorted({script_name(script_of(c), "its") for c in lacking}):
+        _tell(script)
+    return "".join("·" if c in lacking else c for c in label)
+
+
+@functools.cache
+def _letters() -> frozenset[int]:
+    """The code points that the fonts of figures have, on this machine."""
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in STYLE["font.family"]]
+    return frozenset(code for font in fonts for code in font.get_charmap())
+
+
+@functools.cache
+def _tell(script: str) -> None:
+    warnings.warn(
+        f"Glyph of {script} script missing: figures have dots in their place, until a font such as Noto Sans {script} "
+        "is installed",
+        stacklevel=2,
+    )
+
+
+def count(values: Iterable[float]) -> str:
+    """`n = 204`, or `n = 200 to 204` where the counts differ; nothing where there are none."""
+    counts = sorted({int(value) for value in values if pd.notna(value)})
+    if not counts:
+        return ""
+    return f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
+
+
+def whiskers(rows: pd.DataFrame) -> np.ndarray:
+    """Distances from value to low and to high, [2, rows]; 0 where there is no interval."""
+    value, low, high = (rows[column].to_numpy(float) for column in ("value", "low", "high"))
+    return np.nan_to_num(np.maximum([value - low, high - value], 0))
+
+
+def percent(axis: Axis, label: str) -> None:
+    """Shares from 0 to 1 as percent."""
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+    axis.set_major_formatter(lambda value, place: f"{100 * value:.4g}")
+    axis.set_label_text(label)
+
+
+def score_label(rows: pd.DataFrame) -> str:
+    """Name of the metric of `rows`, with its unit."""
+    metric = rows["metric"].iloc[0]
+    return f"{SCORES.get(metric, metric)} (%)"
+
+
+def panel_title(task: str, rows: pd.DataFrame) -> str:
+    """Task, with the number of test items."""
+    if task == "average":
+        return "average of tasks"
+    return f"{wrap(task)}\n{count(rows['n'])}".strip()
+
+
+def layer_axis(axes: Axes) -> None:
+    axes.set_xlabel("layer (0 = embeddings)")
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+
+
+def band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, **line) -> None:
+    """A line with its interval."""
+    rows = rows.sort_values(x).astype({x: float, "value": float, "low": float, "high": float})
+    axes.plot(rows[x], rows["value"], color=colour, **line)
+    axes.fill_between(rows[x], rows["low"], rows["high"], color=colour, alpha=0.18, linewidth=0)
+
+
+def legend(figure: Figure, handles: list) -> None:
+    """Below all panels, so never over data."""
+    # In letters; 8 of them are the room of the line and the gaps.
+    widths = np.array([max(map(len, handle.get_label().split("\n"))) + 8 for handle in handles])
+    for columns in range(len(handles), 0, -1):
+        if sum(part.max() for part in np.array_split(widths, columns)) <= 95:
+            break
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)
+
+
+def dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], looks: dict[str, Look]) -> None:
+    """Values with intervals, one line of dots per entry of `labels` (value of `column` -> label), downwards."""
+    models = [model for model in looks if model in set(rows["model"])]
+    step = min(0.8 / len(models), 0.2)
+    for i, model in enumerate(models):
+        mine = rows[rows["model"] == model]
+        place = mine[column].map({name: place for place, name in enumerate(labels)})
+        offset = (i - (len(models) - 1) / 2) * step
+        axes.errorbar(
+            mine["value"], place + offset, xerr=whiskers(mine), fmt=looks[model].marker, color=looks[model].colour,
+            markeredgecolor="white", capsize=3, elinewidth=1.8,
+        )  # fmt: skip
+    for place in range(1, len(labels), 2) if len(models) > 1 else ():
+        axes.axhspan(place - 0.5, place + 0.5, color="#f5f5f5", zorder=0)
+    axes.set_yticks(range(len(labels)), labels.values())
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.yaxis.grid(False)
+    axes.margins(x=0.06)
+
+
+def model_handles(models: Iterable[str], looks: dict[str, Look]) -> list[Line2D]:
+    return [
+        Line2D([], [], color=looks[m].colour, marker=looks[m].marker, markeredgecolor="white", label=wrap(m, 40))
+        for m in looks
+        if m in set(models)
+    ]
