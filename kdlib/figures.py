@@ -125,9 +125,10 @@ def summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
 
 
 def _tasks(rows: pd.DataFrame) -> list[str]:
-    """Tasks in the table's order, the average last."""
+    """Tasks in the table's order, the average last, where it is of several."""
     found = list(rows["task"].dropna().unique())
-    return sorted(found, key=lambda task: task == "average")
+    tasks = [task for task in found if task != "average"]
+    return tasks if len(tasks) == 1 else tasks + ["average"] * ("average" in found)
 
 
 # --- probing the teacher
@@ -428,6 +429,7 @@ def _task_labels(rows: pd.DataFrame) -> dict[str, str]:
 def _benchmark_figure(table: pd.DataFrame, method: str, title: str) -> Figure:
     rows, looks = _benchmark(table, method), style.looks(table)
     labels = _task_labels(rows)
+    rows = rows[rows["task"].isin(labels)]
     figure = style.new_figure(title, 1.7 + 0.85 * len(labels))
     ax = figure.subplots()
     style.dots(ax, rows, "task", labels, looks)

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import logging as logs
 import os
 from importlib import resources
 
@@ -14,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+logs.getLogger("traitlets").setLevel(logs.ERROR)  # a kernel's client that is collected late warns in another test
 LONG = ["notebooks", "runner", "browser", "exercises", "soak", "distill"]  # files of tests that take minutes
 
 
