@@ -1,7 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
-import logging as logs
+import logging
 import os
 from importlib import resources
 
@@ -12,10 +12,10 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # they share
 
 import pytest
 from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
-logging.disable_progress_bar()
-logs.getLogger("traitlets").setLevel(logs.ERROR)  # a kernel's client that is collected late warns in another test
+disable_progress_bar()
+logging.getLogger("traitlets").setLevel(logging.ERROR)  # a kernel's client that is collected late warns in another test
 LONG = ["notebooks", "runner", "browser", "exercises", "soak", "distill"]  # files of tests that take minutes
 
 
