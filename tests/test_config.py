@@ -1,6 +1,5 @@
 """Profiles: they load, can be overridden, and every wrong key or value is a UserError that says what would be right."""
 
-
 import pytest
 
 from kdlib.config import Profile, all_keys, load_profile, parse_overrides, profile_names
