@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -23,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFor
 from kdlib import style
 from kdlib.errors import UserError
 from kdlib.store import new_file
-from kdlib.style import GREY, INK, LINES, LOOKS, MARKERS, PALE, PALETTE, SCORES, STYLE, Look
+from kdlib.style import GREY, INK, LINES, LOOKS, MARKERS, PALE, PALETTE, SCORES, Look
 
 NUMBERS = ["x", "value", "low", "high", "n"]
 LOSSES = {
@@ -55,7 +54,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
         ".pdf": {"CreationDate": None, "Producer": "kdlib", "Creator": "kdlib"},
     }
     paths = [Path(folder) / f"{name}{suffix}" for suffix in metadata]
-    with matplotlib.style.context(["default", STYLE]):
+    with style.context():
         for path in paths:
             with new_file(path) as work:
                 figure.savefig(work, dpi=150, metadata=metadata[path.suffix])

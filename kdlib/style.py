@@ -7,6 +7,7 @@ import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import matplotlib.style
@@ -75,22 +76,27 @@ BASELINES = ["majority", "word overlap"]
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
 
 
+def context() -> AbstractContextManager[None]:
+    """The house style, whatever the notebook's own settings are; those are as they were after it."""
+    return matplotlib.style.context(["default", STYLE])
+
+
 class _Figure(Figure):
     """A figure that a notebook shows as a picture with no `%matplotlib inline` before."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
-        with matplotlib.style.context(["default", STYLE]):
+        with context():
             self.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
         return buffer.getvalue()
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw in the house style, whatever the notebook's own settings are, and leave those as they were."""
+    """Draw in the house style (`context`)."""
 
     @functools.wraps(draw)
     def wrapper(*arguments, **named) -> Figure:
-        with matplotlib.style.context(["default", STYLE]):
+        with context():
             figure = draw(*arguments, **named)
             figure.draw_without_rendering()  # ticks are made at the first drawing, in the style of that moment
             figure.set_layout_engine("none")  # all is in its place: drawing again need not look for it

@@ -29,7 +29,7 @@ from kdlib import ablate, figures, sources, store, teacher
 from kdlib.config import Source, load_profile
 from kdlib.errors import LONGEST, UserError
 
-CASES = 12
+CASES = 20
 
 
 # -- the short run: this file is also the script that makes it, in a process of its own

@@ -142,9 +142,11 @@ def test_second_run_does_nothing_again(smoke):
 
 def test_figures_drawn_twice_are_the_same_bytes(smoke, tmp_path):
     out, _ = smoke
-    figures.draw_all(read_results(out / "results.csv"), tmp_path)
+    table = read_results(out / "results.csv")
+    figures.draw_all(table, tmp_path)
+    figures.main_table(table).to_csv(tmp_path / "main_table.csv")
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert drawn and drawn == {path.name: path.read_bytes() for path in (out / "figures").glob("*.p*")}
+    assert drawn and drawn == {path.name: path.read_bytes() for path in (out / "figures").iterdir()}
 
 
 def test_student_is_a_plain_folder_that_loads_without_kdlib(smoke, tmp_path):
