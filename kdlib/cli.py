@@ -29,17 +29,20 @@ def run(
     ] = None,
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: the same command again goes on where it stopped."""
-    from kdlib import runner
+    from kdlib.kernels import kernel
 
-    out = out or Path("runs") / Path(profile).stem
-    try:
-        runner.run_study(out, profile, list(set_ or []), list(only or []), start, list(arms or []))
-    except UserError as error:
-        runner.fail(str(error), 2)
-    except runner.NotebookError as error:
-        runner.fail(str(error), 2 if error.user else 1)
-    except KeyboardInterrupt:
-        runner.fail("stopped; the same command again goes on from the notebook that was running", 130)
+    with kernel(preload="kdlib.study") as shared:  # loads the libraries while this process does, too
+        from kdlib import runner
+
+        out = out or Path("runs") / Path(profile).stem
+        try:
+            runner.run_study(out, profile, list(set_ or []), list(only or []), start, list(arms or []), shared=shared)
+        except UserError as error:
+            runner.fail(str(error), 2)
+        except runner.NotebookError as error:
+            runner.fail(str(error), 2 if error.user else 1)
+        except KeyboardInterrupt:
+            runner.fail("stopped; the same command again goes on from the notebook that was running", 130)
 
 
 @app.command()

@@ -11,8 +11,6 @@ from IPython import get_ipython
 from IPython.display import display
 from tqdm import tqdm
 
-from kdlib import processes
-
 Item = TypeVar("Item")
 FILE = "KDLIB_PROGRESS"  # set by the runner: where the kernel writes how far it is
 INTERVAL = 0.5  # seconds between two reports
@@ -22,6 +20,8 @@ class Progress:
     """Reports how far a piece of work is: `label`, steps done of `total`, and a few words such as the loss."""
 
     def __init__(self, label: str, total: int):
+        from kdlib import processes  # brings torch, for which the command line need not wait
+
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
         kernel, other = hasattr(get_ipython(), "kernel"), processes.place() > 0

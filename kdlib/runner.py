@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import pandas as pd
 import papermill
 from jupyter_client import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
-from nbclient.util import run_sync
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from rich import box
@@ -29,10 +27,10 @@ from rich.table import Table
 
 from kdlib import ablate, figures, processes, progress
 from kdlib.errors import UserError
+from kdlib.kernels import ARGUMENTS, START_SECONDS, empty, kernel
 from kdlib.store import Run
 from kdlib.study import NOTEBOOKS, STAGES, Study
 
-START_SECONDS = 300  # that a kernel may take to start: a laptop may be busy with others
 MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that a user can mend, such as a full disk
 PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
 
@@ -74,11 +72,13 @@ def run_study(
     start: str | None = None,
     arms: list[str] = (),
     console: Console | None = None,
+    shared: AsyncKernelManager | None = None,
 ) -> None:
     """Run the notebooks of a study into the run folder `out`.
 
     A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after
     `start`. arms: of the ablations only these, "family" or "family/arm"; the stage then counts as unfinished.
+    shared: a kernel to run them in; None: one is made.
     Raises UserError for bad input, before anything runs, and NotebookError when a notebook stops.
     """
     console = console or Console()
@@ -90,7 +90,7 @@ def run_study(
     source = notebook_folder()
     target = study.run.folder("notebooks")
     begun = time.time()
-    with study.run.lock(), kernel() as shared:
+    with study.run.lock(), nullcontext(shared) if shared else kernel() as shared:
         for stage in stages:
             key, data = study.key(stage), study.data_of(stage)
             if not only and not start and study.run.done(stage, key) and study.intact(stage):
@@ -129,35 +129,6 @@ def distill(out: Path, profile: str, overrides: list[str], console: Console | No
         console.print(f"{study.run.path / 'student'}: held-out loss {loss:.4f}, trained {seconds}", soft_wrap=True)
 
 
-@contextmanager
-def kernel() -> Iterator[AsyncKernelManager]:
-    """A kernel for one notebook after the other, started with the first: loading the libraries takes longer than some
-    of them. What it works on is told in a file of its own (`progress.FILE`)."""
-    manager, before = AsyncKernelManager(kernel_name="python3"), os.environ.get(progress.FILE)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[progress.FILE] = str(Path(folder) / "progress.json")
-        try:
-            yield manager
-        finally:
-            if manager.has_kernel:
-                run_sync(manager.shutdown_kernel)(now=True)
-            os.environ.pop(progress.FILE)
-            if before is not None:
-                os.environ[progress.FILE] = before
-
-
-async def _empty(manager: AsyncKernelManager) -> None:
-    """Have a kernel forget all names and objects of the notebook before, as if it were new."""
-    client = manager.client()
-    client.start_channels()
-    try:
-        await client.wait_for_ready(timeout=START_SECONDS)
-        code = "get_ipython().reset()\nimport gc\ngc.collect()\ndel gc"
-        await client.execute(code, silent=True, store_history=False, reply=True)
-    finally:
-        client.stop_channels()
-
-
 def execute(
     source: Path,
     target: Path,
@@ -175,7 +146,7 @@ def execute(
             return execute(source, target, parameters, console, shared)
     try:
         if shared.has_kernel:
-            run_sync(_empty)(shared)
+            empty(shared)
         with _report(source.stem, Path(os.environ[progress.FILE]), console) as _Engine.report:
             papermill.execute_notebook(
                 source,
@@ -186,7 +157,7 @@ def execute(
                 km=shared,
                 progress_bar=False,
                 start_timeout=START_SECONDS,
-                extra_arguments=["--IPKernelApp.log_level=40"],
+                extra_arguments=ARGUMENTS,
             )
     except PapermillExecutionError as error:
         mendable = error.ename in MENDABLE

@@ -24,8 +24,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
+from kdlib.batches import budget_batches
 from kdlib.documents import parts
-from kdlib.encoder import Encoder, save_tokenizer
+from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad, save_tokenizer
 from kdlib.errors import UserError
 from kdlib.mlm import HEAD_FILE, prune_head, save_head
 from kdlib.store import new_folder
@@ -527,22 +528,30 @@ def prove(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: Sequence[str],
         same += sum(np.array_equal(ids[b.ids], a.ids) for a, b in zip(before, after))
     small, rows = pruned.model.state_dict(), torch.as_tensor(np.asarray(ids).copy())
     weights = sum(_same_weights(name, value, small.get(name), rows) for name, value in full.model.state_dict().items())
-    equal, sample = 0, texts[:states_of]
-    device = next(full.model.parameters()).device
-    for text in sample:
-        states = []
-        for encoder in (full, pruned):
-            row = torch.tensor([encoder.tokenize([text])[0].ids], device=device)
-            with torch.inference_mode():
-                output = encoder.model(input_ids=row, attention_mask=torch.ones_like(row), output_hidden_states=True)
-            states.append(output.hidden_states)
-        equal += states[0][0].shape == states[1][0].shape and all(torch.equal(a, b) for a, b in zip(*states))
+    sample = texts[:states_of]
     claims = [
         ("texts whose token ids map exactly", len(texts), same),
         ("weight tensors that are the teacher's", len(full.model.state_dict()), weights),
-        ("texts whose hidden states are equal bit for bit", len(sample), int(equal)),
+        ("texts whose hidden states are equal bit for bit", len(sample), _same_states(full, pruned, sample)),
     ]
     return pd.DataFrame(claims, columns=["claim", "checked", "holds"])
+
+
+@torch.inference_mode()
+def _same_states(full: Encoder, pruned: Encoder, texts: Sequence[str]) -> int:
+    """How many texts have the same states in both, of every token at every layer."""
+    ids = [[encoding.ids for encoding in encoder.tokenize(texts)] for encoder in (full, pruned)]
+    alike = [i for i, (before, after) in enumerate(zip(*ids)) if len(before) == len(after)]
+    equal = 0
+    for batch in budget_batches([len(ids[0][i]) for i in alike], TOKENS_PER_BATCH):
+        states = []
+        for encoder, rows in zip((full, pruned), ids):
+            padded, mask = pad([rows[alike[i]] for i in batch], encoder.tokenizer.pad_token_id)
+            inputs = {"input_ids": padded.to(encoder.model.device), "attention_mask": mask.to(encoder.model.device)}
+            states.append(encoder.model(**inputs, output_hidden_states=True).hidden_states)
+        layers = [(before == after).flatten(1).all(1) for before, after in zip(*states)]
+        equal += int(torch.stack(layers).all(0).sum())
+    return equal
 
 
 def _same_weights(name: str, full: torch.Tensor, pruned: torch.Tensor | None, rows: torch.Tensor) -> bool:

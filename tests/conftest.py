@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,11 @@ def pytest_collection_modifyitems(items):
     """The long files first, so that no worker is left with one at the end."""
     names = [f"test_{name}" for name in LONG]
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
+
+
+def pytest_collection_finish():
+    """What the libraries have made is no garbage: the Trainer looks for some at every start, a third of a second."""
+    gc.freeze()
 
 
 def read_rows(name):
