@@ -1,7 +1,8 @@
 """The command line: `kdlib run`, `distill`, `parameters`, `figures`, `reset`, `push`."""
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -13,6 +14,11 @@ app = typer.Typer(
     no_args_is_help=True,
     help="From a multilingual teacher to a small single-language encoder, measured.",
 )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"kdlib: {message}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 @app.command()
@@ -29,20 +35,25 @@ def run(
     ] = None,
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: the same command again goes on where it stopped."""
+    from kdlib import config
     from kdlib.kernels import kernel
 
+    overrides, out = list(set_ or []), out or Path("runs") / Path(profile).stem
+    try:
+        config.load_profile(profile, overrides)  # a slip in a parameter is told at once
+    except UserError as error:
+        _fail(str(error), 2)
     with kernel(preload="kdlib.study") as shared:  # loads the libraries while this process does, too
         from kdlib import runner
 
-        out = out or Path("runs") / Path(profile).stem
         try:
-            runner.run_study(out, profile, list(set_ or []), list(only or []), start, list(arms or []), shared=shared)
+            runner.run_study(out, profile, overrides, list(only or []), start, list(arms or []), shared=shared)
         except UserError as error:
-            runner.fail(str(error), 2)
+            _fail(str(error), 2)
         except runner.NotebookError as error:
-            runner.fail(str(error), 2 if error.user else 1)
+            _fail(str(error), 2 if error.user else 1)
         except KeyboardInterrupt:
-            runner.fail("stopped; the same command again goes on from the notebook that was running", 130)
+            _fail("stopped; the same command again goes on from the notebook that was running", 130)
 
 
 @app.command()
@@ -62,9 +73,9 @@ def distill(
     try:
         runner.distill(out or Path("runs") / Path(profile).stem, profile, list(set_ or []))
     except UserError as error:
-        runner.fail(str(error), 2)
+        _fail(str(error), 2)
     except KeyboardInterrupt:
-        runner.fail("stopped; the same command again goes on from the last checkpoint", 130)
+        _fail("stopped; the same command again goes on from the last checkpoint", 130)
 
 
 @app.command()
@@ -74,14 +85,14 @@ def parameters(
     """Print every parameter of a profile, with its value, as YAML."""
     import yaml
 
-    from kdlib import config, runner
+    from kdlib import config
 
     try:
         typer.echo(
             yaml.safe_dump(config.load_profile(profile).model_dump(), sort_keys=False, allow_unicode=True), nl=False
         )
     except UserError as error:
-        runner.fail(str(error), 2)
+        _fail(str(error), 2)
 
 
 @app.command()
@@ -97,7 +108,7 @@ def figures(
         for path in runner.refresh_figures(Run(run_dir), to):
             typer.echo(path)
     except UserError as error:
-        runner.fail(str(error), 2)
+        _fail(str(error), 2)
 
 
 @app.command()
@@ -105,12 +116,12 @@ def reset(
     folder: Annotated[Path, typer.Option(help="a checkout of the project, or an unpacked offline bundle")] = Path("."),
 ) -> None:
     """Back to the start: notebooks as they were handed out, no own runs. What was there is set aside, not lost."""
-    from kdlib import handout, runner
+    from kdlib import handout
 
     try:
         aside = handout.reset(folder)
     except UserError as error:
-        runner.fail(str(error), 2)
+        _fail(str(error), 2)
     typer.echo("the notebooks are as they were handed out" + (f"; what was there lies in {aside}" if aside else ""))
 
 
@@ -121,7 +132,7 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="make a new repository public; without: private")] = False,
 ) -> None:
     """Upload a run's student, with its model card, to the model hub. Nothing else of the kit ever uploads anything."""
-    from kdlib import hub, runner
+    from kdlib import hub
     from kdlib.card import write_card
     from kdlib.store import Run, flaw
 
@@ -134,4 +145,4 @@ def push(
         write_card(student, Run(run_dir))
         typer.echo(hub.push(student, to, public))
     except UserError as error:
-        runner.fail(str(error), 2)
+        _fail(str(error), 2)

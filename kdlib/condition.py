@@ -2,7 +2,6 @@
 
 import copy
 import random
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from kdlib import checkpoints, config
 from kdlib.batches import BudgetSampler, budget_batches
+from kdlib.curve import Curve
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
 from kdlib.mlm import MaskedHead, mask_id, mask_tokens, new_head, perplexity
-from kdlib.progress import Progress
 from kdlib.tokens import tokenise
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
@@ -165,8 +164,8 @@ class ConditionTrainer(Trainer):
         return self.accelerator.prepare(DataLoader(rows, batch_sampler=sampler, collate_fn=rows.collate))
 
 
-class _Curve(TrainerCallback):
-    """Keeps the points of the curve, also in the checkpoints; shows progress, and tells whoever draws."""
+class _Curve(Curve):
+    """The training loss, at LOGS steps, and the held-out one, where `evaluate` says it; tells whoever draws."""
 
     def __init__(
         self,
@@ -175,35 +174,25 @@ class _Curve(TrainerCallback):
         evaluate: Callable[[], dict[str, float]] | None = None,
         on_point: Callable[[list[dict]], None] | None = None,
     ):
-        self.split, self.label, self.evaluate, self.on_point = split, label, evaluate, on_point
+        super().__init__(label, split)
+        self.evaluate, self.on_point = evaluate, on_point
         self.trainer: ConditionTrainer = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.points = [point for point in state.log_history if "split" in point]
-        self.started = time.time() - (self.points[-1]["seconds"] if self.points else 0.0)
-        self.progress = Progress(self.label, state.max_steps)
+        super().on_train_begin(args, state, control, **kwargs)
         if self.evaluate and not self.points:
-            self._add(state, "heldout", self.evaluate())
+            self.add(state, "heldout", self.evaluate())
 
     def on_step_end(self, args, state, control, **kwargs):
-        last = next((point for point in reversed(self.points) if point["split"] == self.split), None)
-        self.progress.update(state.global_step, f"loss {last['loss']:.3f}" if last else "")
+        super().on_step_end(args, state, control, **kwargs)
         end = state.global_step == state.max_steps
         if end or state.global_step % max(1, state.max_steps // LOGS) == 0:
             loss = float(torch.stack(self.trainer.losses).mean())
             self.trainer.losses.clear()
-            self._add(state, self.split, {"loss": loss, "perplexity": float(np.exp(loss))})
+            self.add(state, self.split, {"loss": loss, "perplexity": float(np.exp(loss))})
         if self.evaluate and (end or state.global_step % args.eval_steps == 0):
-            self._add(state, "heldout", self.evaluate())
+            self.add(state, "heldout", self.evaluate())
             self.on_point(self.points)
-
-    def _add(self, state, split: str, values: dict) -> None:
-        point = {"split": split, "step": state.global_step, "seconds": round(time.time() - self.started, 2), **values}
-        self.points.append(point)
-        state.log_history.append(point)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.close()
 
 
 def condition(

@@ -1,7 +1,6 @@
 """Distillation: a `transformers.Trainer` that trains a student to have the teacher's states."""
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +12,17 @@ import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from kdlib import checkpoints, config, processes, tokens
 from kdlib.batches import BudgetSampler
 from kdlib.cache import TeacherStates, gigabytes, teacher_states
+from kdlib.curve import Curve
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
 from kdlib.mlm import MaskedHead, mask_id, mask_tokens, new_head
 from kdlib.objectives import Needs, States, check_objectives, total_loss
-from kdlib.progress import Progress
 from kdlib.student import layer_map
 from kdlib.tokens import Ragged
 
@@ -291,8 +290,8 @@ class Stopped(Exception):
         return [f"Stopped {self}"]
 
 
-class _History(TrainerCallback):
-    """Keeps the curve of the training and held-out loss, shows progress, tells whoever draws, and stops when asked."""
+class _History(Curve):
+    """The training loss, at LOGS steps, and the held-out one; tells whoever draws, and stops when asked."""
 
     def __init__(
         self,
@@ -300,16 +299,14 @@ class _History(TrainerCallback):
         on_point: Callable[[pd.DataFrame], None] | None,
         should_stop: Callable[[], bool] | None,
     ):
-        self.label, self.on_point, self.should_stop, self.points = label, on_point, should_stop, []
+        super().__init__(label)
+        self.on_point, self.should_stop = on_point, should_stop
         self.trainer: DistillTrainer = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.progress, self.started = Progress(self.label, state.max_steps), time.time()
-        last = state.log_history[-1] if state.log_history else {}
-        self.seconds_before = last.get("seconds", 0.0)
-        sums = last.get("sums", {}).items()
-        self.trainer.sums = {name: list(torch.tensor(values, device=args.device)) for name, values in sums}
-        self.points = [point for point in state.log_history if "split" in point]
+        super().on_train_begin(args, state, control, **kwargs)
+        sums = state.log_history[-1].get("sums", {}) if state.log_history else {}
+        self.trainer.sums = {name: list(torch.tensor(values, device=args.device)) for name, values in sums.items()}
         if not self.points:
             self._evaluate(state)
         self._tell()
@@ -319,24 +316,20 @@ class _History(TrainerCallback):
         pending, self.trainer.sums = self.trainer.sums, {}
         for batch in self.trainer.get_eval_dataloader():
             self.trainer.prediction_step(self.trainer.model, batch, True)
-        self._add("heldout", state)
+        self._add(state, "heldout")
         self.trainer.sums = pending
         self.trainer.model.train()
 
-    def _add(self, split: str, state) -> None:
+    def _add(self, state, split: str) -> None:
         means = self.trainer.take_means()
         if means:
-            point = {"split": split, "step": state.global_step, "seconds": self._seconds(), **means}
-            point = dict(sorted(point.items()))  # as it comes out of a checkpoint: columns keep their order
-            self.points.append(point)
-            state.log_history.append(point)
+            self.add(state, split, means)
 
     def on_step_end(self, args, state, control, **kwargs):
-        train = next((p["loss"] for p in reversed(self.points) if p["split"] == "train"), None)
-        self.progress.update(state.global_step, f"loss {train:.3f}" if train is not None else "")
+        super().on_step_end(args, state, control, **kwargs)
         known = len(self.points)
         if state.global_step % max(1, state.max_steps // LOGS) == 0:
-            self._add("train", state)
+            self._add(state, "train")
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
             self._evaluate(state)
         if len(self.points) > known:
@@ -345,18 +338,11 @@ class _History(TrainerCallback):
             control.should_save = control.should_training_stop = True
         if control.should_save:  # the losses since the last point go into the checkpoint, too
             sums = {name: torch.stack(values).tolist() for name, values in self.trainer.sums.items()}
-            state.log_history.append({"seconds": self._seconds(), "sums": sums})
-
-    def _seconds(self) -> float:
-        """Of training, with what went before a stop."""
-        return round(self.seconds_before + time.time() - self.started, 2)
+            state.log_history.append({"seconds": self.seconds(), "sums": sums})
 
     def _tell(self) -> None:
         if self.on_point:
             self.on_point(self.curve())
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.close()
 
     def curve(self) -> pd.DataFrame:
         return _curve(self.points, self.trainer.spec)

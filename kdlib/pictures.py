@@ -25,6 +25,7 @@ from kdlib import figures, probe, style, vocabulary
 from kdlib.device import autocast
 from kdlib.encoder import Encoder, text_vectors
 from kdlib.errors import UserError
+from kdlib.progress import clock
 from kdlib.style import GREY, INK, LOOKS, MARKERS, PALETTE, SCORES, SPARE_LOOKS
 from kdlib.tasks import Task
 
@@ -459,19 +460,14 @@ def training_facts(curve: pd.DataFrame, steps: int, tokens: int) -> dict[str, fl
 def training_html(facts: Mapping[str, float], curve: pd.DataFrame, stopped: bool = False) -> str:
     """Where training stands, or where it stopped, in a line."""
     held = curve[curve["split"] == "heldout"]["loss"]
-    parts = [f"step <b>{facts['step']:,}</b> of {facts['steps']:,}", f"{_clock(facts['seconds'])} so far"]
+    parts = [f"step <b>{facts['step']:,}</b> of {facts['steps']:,}", f"{clock(facts['seconds'])} so far"]
     if np.isfinite(facts["left"]):
         parts.append(f"{facts['tokens_per_second']:,.0f} tokens a second")
-        parts += [] if stopped else [f"<b>{_clock(facts['left'])} left</b>"]
+        parts += [] if stopped else [f"<b>{clock(facts['left'])} left</b>"]
     if len(held):
         parts.append(f"held-out loss {held.iloc[-1]:.3f}")
     note = "<b>Stopped.</b> Run the cell again to go on from the checkpoint." if stopped else ""
     return page(paragraph(" · ".join(parts)), paragraph(note))
-
-
-def _clock(seconds: float) -> str:
-    seconds = round(seconds)
-    return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
 
 
 # --- results

@@ -73,3 +73,9 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
             progress.update(done)
     finally:
         progress.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people say them: 45 s, 3 min 20 s."""
+    seconds = round(seconds)
+    return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"

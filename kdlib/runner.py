@@ -6,7 +6,6 @@ A failure leaves the partial notebook and a plain message.
 import json
 import os
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from rich.table import Table
 from kdlib import ablate, figures, processes, progress
 from kdlib.errors import UserError
 from kdlib.kernels import ARGUMENTS, START_SECONDS, empty, kernel
+from kdlib.progress import clock
 from kdlib.store import Run
 from kdlib.study import NOTEBOOKS, STAGES, Study
 
@@ -246,12 +246,6 @@ def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
         report.bar.stop()
 
 
-def clock(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 3 min 20 s."""
-    seconds = round(seconds)
-    return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
-
-
 def summary(run: Run, seconds: float, console: Console) -> None:
     """Where everything is, and the headline: size, speed and accuracy of the student against the teacher."""
     shown = [
@@ -284,8 +278,3 @@ def refresh_figures(run: Run, target: Path) -> list[Path]:
         raise UserError(f"{run.path}: no figures yet; finish the run first")
     target.mkdir(parents=True, exist_ok=True)
     return [Path(shutil.copy(file, target / file.name)) for file in files]
-
-
-def fail(message: str, code: int) -> None:
-    print(f"kdlib: {message}", file=sys.stderr)
-    raise SystemExit(code)

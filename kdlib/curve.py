@@ -1,0 +1,39 @@
+"""The curve of a training: its points are kept in the checkpoints too, so that a run that goes on has all of them."""
+
+import time
+
+from transformers import TrainerCallback
+
+from kdlib.progress import Progress
+
+
+class Curve(TrainerCallback):
+    """Keeps the points of a curve and shows progress; who trains says when there is a point, and what it holds.
+
+    points: each with its split ("train", "heldout", ...), the step, and the seconds of training, without those between
+    a stop and the next start. split: whose last loss is shown beside the progress.
+    """
+
+    def __init__(self, label: str, split: str = "train"):
+        self.label, self.split, self.points = label, split, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress, self.started = Progress(self.label, state.max_steps), time.time()
+        self.seconds_before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
+        self.points = [point for point in state.log_history if "split" in point]
+
+    def seconds(self) -> float:
+        return round(self.seconds_before + time.time() - self.started, 2)
+
+    def add(self, state, split: str, values: dict[str, float]) -> None:
+        point = {"split": split, "step": state.global_step, "seconds": self.seconds(), **values}
+        point = dict(sorted(point.items()))  # as it comes out of a checkpoint: columns keep their order
+        self.points.append(point)
+        state.log_history.append(point)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        loss = next((point["loss"] for point in reversed(self.points) if point["split"] == self.split), None)
+        self.progress.update(state.global_step, f"loss {loss:.3f}" if loss is not None else "")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.progress.close()
