@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -98,10 +99,15 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def _clear(folder: Path, stem: str, suffix: str) -> None:
-    """Remove what processes that are no more had begun to write in place of a file or folder."""
-    for left in folder.glob(f".{glob.escape(stem)}-*{glob.escape(suffix)}"):
-        process = left.name[len(stem) + 2 : len(left.name) - len(suffix)]
-        if not process.isdigit() or alive(int(process)):
+    """Remove what processes that are no more had begun to write in place of a file or folder.
+
+    Whoever fills a new folder may begin another in its place: one more dot before the name, one more number after it.
+    """
+    begun = re.compile(rf"(\.+){re.escape(stem)}((?:-\d+)+){re.escape(suffix)}")
+    for left in folder.glob(f".*{glob.escape(stem)}-*{glob.escape(suffix)}"):
+        found = begun.fullmatch(left.name)
+        processes = [int(number) for number in found[2].split("-")[1:]] if found else []
+        if not found or len(processes) != len(found[1]) or any(map(alive, processes)):
             continue
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -115,7 +121,7 @@ def alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except (PermissionError, OverflowError):  # somebody else's; no process's number
         pass
     return True
 

@@ -5,7 +5,8 @@ that names the file or key. Everything else fails the case: another exception, m
 that dies, code of the input that ran, anything written outside the folder that was given.
 
 The cases, of `hostile.READERS`, are the same for the same --seed. A batch of them is read in a forked process, so that
-a crash of native code is one failed case. The first case of every kind of failure is kept in a folder.
+a crash of native code is one failed case. The first case of every kind of failure is kept in a folder. As many readers
+are fuzzed at a time as there are cores.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -256,6 +258,11 @@ def fuzz(reader: Reader, cases: int, seed: int, keep: Path) -> Tally:
     return tally
 
 
+def _named(name: str, *arguments) -> Tally:
+    """`fuzz` for a reader by its name: what a reader is made of cannot be sent to another process."""
+    return fuzz(next(reader for reader in hostile.READERS if reader.name == name), *arguments)
+
+
 def _note(tally: Tally, outcome: str | tuple[str, str], around: Path, kept: Path) -> None:
     tally.cases += 1
     if isinstance(outcome, str):
@@ -283,16 +290,16 @@ def main(arguments: list[str] | None = None) -> int:
     hostile.prepare()
     for reader in hostile.READERS:  # hypothesis, too, gets its tables ready only once
         draw(reader, lambda values: None, 2, "")
-    tallies = []
-    for reader in hostile.READERS:
-        if reader.name not in (given.reader or names):
-            continue
-        tally = fuzz(reader, given.cases, given.seed, keep)
-        tallies.append(tally)
-        print(f"{reader.name:>10} {tally.cases:>7,} cases {tally.seconds:>8.1f} s  seed {given.seed}  "
-              f"{tally.refused:>6,} refused {tally.failed:>4} failed", flush=True)  # fmt: skip
-        for kind, (count, text, place) in tally.kinds.items():
-            print(f"{'':>10} {count} x {kind}: {text.partition(chr(10))[0][:200]} [{place}]", flush=True)
+    chosen, tallies = [name for name in names if name in (given.reader or names)], []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        runs = {pool.submit(_named, name, given.cases, given.seed, keep): name for name in chosen}
+        for run in as_completed(runs):
+            tally = run.result()
+            tallies.append(tally)
+            print(f"{runs[run]:>10} {tally.cases:>7,} cases {tally.seconds:>8.1f} s  seed {given.seed}  "
+                  f"{tally.refused:>6,} refused {tally.failed:>4} failed", flush=True)  # fmt: skip
+            for kind, (count, text, place) in tally.kinds.items():
+                print(f"{'':>10} {count} x {kind}: {text.partition(chr(10))[0][:200]} [{place}]", flush=True)
     failed = sum(tally.failed for tally in tallies)
     if not failed:
         keep.rmdir()

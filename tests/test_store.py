@@ -67,13 +67,16 @@ def test_a_seal_that_names_files_that_cannot_be(tmp_path, name):
 def test_what_a_killed_process_had_begun_is_cleared_away(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for name in (f".a-{gone.pid}", f".a-{gone.pid}.txt", f".b-{gone.pid}", ".a-b", f".a-{os.getppid()}"):
+    ours = [f".a-{gone.pid}", f".a-{gone.pid}.txt", f"..a-{gone.pid}-{gone.pid}"]  # the last: begun within the first
+    others = [f".b-{gone.pid}", ".a-b", f".a-{os.getppid()}", f"..a-{os.getppid()}-{os.getppid()}", f".a-1-{gone.pid}",
+              f"..a-{gone.pid}", f".a-{2**64}"]  # fmt: skip
+    for name in ours + others:
         (tmp_path / name).mkdir()
     with new_folder(tmp_path / "a"):
         pass
     with new_file(tmp_path / "a.txt") as path:
         path.write_text("")
-    assert listing(tmp_path) == sorted([f".b-{gone.pid}", ".a-b", f".a-{os.getppid()}", "a", "a.txt"])
+    assert listing(tmp_path) == sorted([*others, "a", "a.txt"])
 
 
 # -- atomic writes
