@@ -47,9 +47,9 @@ tags: [distillation, vocabulary-pruning]
 
 # A small {profile.language} encoder, distilled from {teacher}
 
-{profile.student.layers} layers started from the teacher ({profile.student.init}), \
+{_counted(profile.student.layers, "layer")} started from the teacher ({profile.student.init}), \
 a vocabulary pruned to the language, and
-{profile.distill.epochs:g} passes of distillation (objectives {", ".join(profile.distill.objectives)}) over {corpus}.
+{_counted(profile.distill.epochs, "pass", "passes")} of distillation (objectives {", ".join(profile.distill.objectives)}) over {corpus}.
 After Cruz and Aji 2025 (arXiv 2501.12660).
 
 ## Use
@@ -146,3 +146,7 @@ def _numbers(results: pd.DataFrame) -> str:
             f"| {first['n']} |"
         )
     return "\n".join(lines) + "\n\nBrackets: 95% bootstrap intervals over seeds and test items."
+
+
+def _counted(number: float, one: str, more: str = "") -> str:
+    return f"{number:g} {one if number == 1 else more or one + 's'}"
