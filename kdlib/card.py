@@ -49,7 +49,8 @@ tags: [distillation, vocabulary-pruning]
 
 {_counted(profile.student.layers, "layer")} started from the teacher ({profile.student.init}), \
 a vocabulary pruned to the language, and
-{_counted(profile.distill.epochs, "pass", "passes")} of distillation (objectives {", ".join(profile.distill.objectives)}) over {corpus}.
+{_counted(profile.distill.epochs, "pass", "passes")} of distillation \
+(objectives {", ".join(profile.distill.objectives)}) over {corpus}.
 After Cruz and Aji 2025 (arXiv 2501.12660).
 
 ## Use

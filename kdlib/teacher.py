@@ -22,6 +22,7 @@ from kdlib import config, embedded, hub
 from kdlib.encoder import Encoder, positions
 from kdlib.errors import UserError
 from kdlib.mlm import HEAD_FILE, MaskedHead, build_head, head_eps, load_head
+from kdlib.weights import stored_tensors, weights_folder
 
 FAMILIES = ("bert", "xlm-roberta", "roberta", "distilbert", "deberta-v2")
 HEADS = {  # how checkpoints name the head: the dense layer, its norm, what holds the bias, and the output matrix
@@ -92,6 +93,8 @@ def load_encoder(
             raise UserError(f"{source}: a model of kind {kind!r}; teachers are of kind {', '.join(FAMILIES)}")
         if not 1 <= settings.num_hidden_layers <= MOST_LAYERS:  # each is built before any weight is looked for
             raise UserError(f"{source}: a model of {settings.num_hidden_layers} layers; must lie in 1..{MOST_LAYERS}")
+        if local:
+            _check_sizes(source, settings)
         model, info = hub.retried(
             lambda: AutoModel.from_pretrained(
                 source,
@@ -126,6 +129,22 @@ def load_encoder(
     encoder = Encoder(model.eval(), tokenizer, name, prefix, limit, head=head)
     _check(encoder, source, info["missing_keys"])
     return encoder
+
+
+def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
+    """Raises UserError where a folder's config.json and its weights do not agree on a size, before there is room made
+    for what the config says."""
+    folder = weights_folder(source)
+    if folder is None:
+        return
+    stored = stored_tensors(folder)
+    with torch.device("meta"):
+        model = AutoModel.from_config(settings)
+    for name, value in model.state_dict().items():
+        for key in (name, f"{model.base_model_prefix}.{name}"):
+            if key in stored and stored[key].shape != list(value.shape):
+                sizes = [" x ".join(map(str, shape)) for shape in (stored[key].shape, value.shape)]
+                raise UserError(f"{source}: weight {key} is {sizes[0]}, by config.json it should be {sizes[1]}")
 
 
 def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:

@@ -1,5 +1,7 @@
 """Teachers from local folders of every supported kind, and what is refused."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -79,6 +81,18 @@ def test_missing_source_is_one_line_that_says_how_to_go_on(source):
 def test_unknown_kind_is_refused(tmp_path):
     with pytest.raises(UserError, match="gpt2"):
         load_teacher(save(tmp_path, GPT2Model(GPT2Config(vocab_size=80, n_embd=16, n_layer=1, n_head=2))))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_config_that_goes_with_other_weights_is_told_which(tmp_path, monkeypatch, masked):
+    size = len(tiny.tokenizer())
+    spec = save(tmp_path / "m", (BertForMaskedLM if masked else BertModel)(BertConfig(vocab_size=size, **SMALL)))
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 10**12}))
+    monkeypatch.setattr(AutoModel, "from_pretrained", None)  # would make room for so many
+    told = rf"weight {'bert.' * masked}embeddings.position_embeddings.weight is 40 x 16, by .*be 1000000000000 x 16"
+    with pytest.raises(UserError, match=told):
+        load_teacher(spec)
 
 
 def test_pickled_weights_need_to_be_allowed_by_name(tmp_path):
