@@ -7,20 +7,19 @@ import importlib
 import json
 import sys
 import time
+from pathlib import Path
 
 from benchmarks.common import HERE, PAGES, RESULTS, quiet, show, write_results
 
 NAMES = ("batches", "pruning", "step", "distillation", "brewer", "cache", "fast")
 
 
-def run(names: list[str], quick: bool) -> list[dict]:
-    """The rows of some benchmarks, each shown when it is done."""
-    rows = []
-    for name in names:
-        start = time.perf_counter()
-        found = importlib.import_module(f"benchmarks.{name}").measure(quick)
-        rows += [{"benchmark": name, **row} for row in found]
-        show(found, f"{name}, {time.perf_counter() - start:.0f} s")
+def keep(rows: list[dict], target: Path, pages: tuple[Path, ...]) -> list[dict]:
+    """Write the rows of a benchmark, beside those of the others that are there; returns all of them."""
+    before = json.loads(target.read_text("utf-8")) if target.is_file() else []
+    rows = [row for row in before if row["benchmark"] != rows[0]["benchmark"]] + rows
+    rows.sort(key=lambda row: NAMES.index(row["benchmark"]))
+    write_results(rows, target, pages)
     return rows
 
 
@@ -30,14 +29,14 @@ def main() -> None:
     names = [name for name in sys.argv[1:] if not name.startswith("-")]
     if unknown := set(names) - set(NAMES):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
-    rows = run(names or list(NAMES), quick)
-    target = HERE / ".work" / "quick.json" if quick else RESULTS  # a try says nothing about speed
-    if names and target.is_file():
-        before = json.loads(target.read_text("utf-8"))
-        rows = sorted(
-            [r for r in before if r["benchmark"] not in names] + rows, key=lambda r: NAMES.index(r["benchmark"])
-        )
-    write_results(rows, target, () if quick else PAGES)
+    target, pages = (HERE / ".work" / "quick.json", ()) if quick else (RESULTS, PAGES)  # a try says nothing about speed
+    if not names:
+        target.unlink(missing_ok=True)
+    for name in names or NAMES:
+        start = time.perf_counter()
+        found = importlib.import_module(f"benchmarks.{name}").measure(quick)
+        rows = keep([{"benchmark": name, **row} for row in found], target, pages)  # as soon as there are any
+        show(found, f"{name}, {time.perf_counter() - start:.0f} s")
     goals = [row for row in rows if row["goal"]]
     print(f"{sum(bool(row['met']) for row in goals)} of {len(goals)} goals met; written: {target}")
 

@@ -68,11 +68,13 @@ def row(
     """One line of the results.
 
     ours, other: numbers, or one a round, of which the medians count; ratio: how many times better ours is, where lower
-    says that less is better. The goal is for the ratio where there is an other, else for ours: at_least or at_most.
+    says that less is better, and None where that is a number divided by 0. The goal is for the ratio where there is an
+    other, else for ours: at_least or at_most.
     peers: packages whose versions belong to it. missing: why the other could not be run; then no goal is met.
     """
     mine, theirs = _median(ours), _median(other)
-    ratio = None if mine is None or theirs is None else theirs / mine if lower else mine / theirs
+    better, worse = (theirs, mine) if lower else (mine, theirs)
+    ratio = better / worse if better is not None and worse else None
     judged = mine if ratio is None else ratio
     goal, met = None, None
     if at_least is not None:
@@ -156,7 +158,7 @@ def markdown(rows: Sequence[dict]) -> str:
 
 
 def main(measure: Callable[[bool], list[dict]]) -> None:
-    """What `python -m benchmarks.<claim>` does: measure, show, and print the rows as JSON with --json. --quick: small."""
+    """What `python -m benchmarks.<claim>` does: measure, show, print the rows as JSON with --json. --quick: small."""
     quiet()
     rows = measure("--quick" in sys.argv)
     show(rows, measure.__module__)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import BertWordPieceTokenizer
+from tokenizers.processors import BertProcessing
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedConfig, XLMRobertaConfig
 
 from benchmarks.common import HERE, WORK, PeerMissing, in_turns, main, peer, row, run_peer, workshop
@@ -92,8 +93,6 @@ def measure(quick: bool = False) -> list[dict]:
                     note=f"{tool}, {kind}: {theirs['error']}" if "error" in theirs else "",
                     peers=["vocabtrimmer", "textpruner"])
             )  # fmt: skip
-            if not rows[-1]["other"]:
-                rows[-1]["ratio"] = None
     shutil.rmtree(work)
     return rows
 
@@ -164,6 +163,8 @@ def wordpiece_model(folder: Path, lines: list[str]) -> None:
     """A small cased masked BERT with random weights, and a tokenizer learnt from `lines`."""
     tokenizer = BertWordPieceTokenizer(lowercase=False, strip_accents=False)
     tokenizer.train_from_iterator(lines, vocab_size=8000, show_progress=False)
+    ends = [(piece, tokenizer.token_to_id(piece)) for piece in ("[SEP]", "[CLS]")]
+    tokenizer.post_processor = BertProcessing(*ends)  # transformers 4 takes the file as it is
     with new_folder(folder) as new:
         save_random(BertConfig(vocab_size=tokenizer.get_vocab_size(), **SMALL), new)
         tokenizer.save(str(new / "tokenizer.json"))

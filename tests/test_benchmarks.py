@@ -72,6 +72,19 @@ def test_a_row_says_how_many_times_better_and_whether_the_goal_is_met():
     assert (costs["ratio"], costs["met"]) == (5, False)
     assert common.row("difference", 1e-6, at_most=1e-4)["met"] is True
     assert common.row("size", 3.0)["met"] is None
+    assert common.row("right results", 1.0, 0.0)["ratio"] is None
+    assert common.row("time", 0.0, 2.0, lower=True)["ratio"] is None
+
+
+def test_rows_are_kept_beside_those_of_other_benchmarks(tmp_path):
+    def rows(name, claim):
+        return [{"benchmark": name, **common.row(claim, 1.0)}]
+
+    target = tmp_path / "results.json"
+    every.keep(rows("step", "a"), target, ())
+    every.keep(rows("pruning", "b"), target, ())
+    kept = every.keep(rows("step", "c"), target, ())
+    assert [row["claim"] for row in kept] == ["b", "c"] and json.loads(target.read_text()) == kept
 
 
 def test_a_peer_that_cannot_be_run_meets_nothing():
