@@ -30,8 +30,6 @@ def main() -> None:
     if unknown := set(names) - set(NAMES):
         sys.exit(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     target, pages = (HERE / ".work" / "quick.json", ()) if quick else (RESULTS, PAGES)  # a try says nothing about speed
-    if not names:
-        target.unlink(missing_ok=True)
     for name in names or NAMES:
         start = time.perf_counter()
         found = importlib.import_module(f"benchmarks.{name}").measure(quick)

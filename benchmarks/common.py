@@ -75,12 +75,13 @@ def row(
     mine, theirs = _median(ours), _median(other)
     better, worse = (theirs, mine) if lower else (mine, theirs)
     ratio = better / worse if better is not None and worse else None
-    judged = mine if ratio is None else ratio
+    judged = mine if theirs is None else ratio
+    known = missing is None and judged is not None
     goal, met = None, None
     if at_least is not None:
-        goal, met = f">= {at_least:g}", missing is None and judged >= at_least
+        goal, met = f">= {at_least:g}", known and judged >= at_least
     elif at_most is not None:
-        goal, met = f"<= {at_most:g}", missing is None and judged <= at_most
+        goal, met = f"<= {at_most:g}", known and judged <= at_most
     return {
         "claim": claim,
         "ours": mine,

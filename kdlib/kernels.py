@@ -31,8 +31,8 @@ def kernel(preload: str | None = None) -> Iterator[AsyncKernelManager]:
         os.environ[progress.FILE] = str(Path(folder) / "progress.json")
         try:
             if preload:
-                lines = [*ARGUMENTS, f"--IPKernelApp.exec_lines=import gc, {preload}; gc.freeze()"]
-                run_sync(manager.start_kernel)(extra_arguments=lines)
+                first = f"--IPKernelApp.exec_lines=import gc, {preload}; gc.freeze()"
+                run_sync(manager.start_kernel)(extra_arguments=[*ARGUMENTS, first])
             yield manager
         finally:
             if manager.has_kernel:

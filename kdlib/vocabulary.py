@@ -26,7 +26,7 @@ from transformers.initialization import no_init_weights
 
 from kdlib.batches import budget_batches
 from kdlib.documents import parts
-from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad, save_tokenizer
+from kdlib.encoder import TOKENS_PER_BATCH, Encoder, model_inputs, save_tokenizer
 from kdlib.errors import UserError
 from kdlib.mlm import HEAD_FILE, prune_head, save_head
 from kdlib.store import new_folder
@@ -546,8 +546,8 @@ def _same_states(full: Encoder, pruned: Encoder, texts: Sequence[str]) -> int:
     for batch in budget_batches([len(ids[0][i]) for i in alike], TOKENS_PER_BATCH):
         states = []
         for encoder, rows in zip((full, pruned), ids):
-            padded, mask = pad([rows[alike[i]] for i in batch], encoder.tokenizer.pad_token_id)
-            inputs = {"input_ids": padded.to(encoder.model.device), "attention_mask": mask.to(encoder.model.device)}
+            inputs = model_inputs([rows[alike[i]] for i in batch], None, encoder.tokenizer.pad_token_id)
+            inputs = {name: value.to(encoder.model.device) for name, value in inputs.items()}
             states.append(encoder.model(**inputs, output_hidden_states=True).hidden_states)
         layers = [(before == after).flatten(1).all(1) for before, after in zip(*states)]
         equal += int(torch.stack(layers).all(0).sum())
