@@ -15,7 +15,10 @@ from jupyter_client.utils import run_sync
 from kdlib import progress
 
 START_SECONDS = 300  # that a kernel may take to start: a laptop may be busy with others
-ARGUMENTS = ["--IPKernelApp.log_level=40"]
+ARGUMENTS = [
+    "--IPKernelApp.log_level=40",
+    "--HistoryManager.enabled=False",  # what a person typed is not to be mixed with this, and a full disk not to matter
+]
 
 
 @contextmanager

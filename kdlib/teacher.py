@@ -144,7 +144,7 @@ def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
         for key in (name, f"{model.base_model_prefix}.{name}"):
             if key in stored and stored[key].shape != list(value.shape):
                 sizes = [" x ".join(map(str, shape)) for shape in (stored[key].shape, value.shape)]
-                raise UserError(f"{source}: weight {key} is {sizes[0]}, by config.json it should be {sizes[1]}")
+                raise UserError(f"{source}: size mismatch, weight {key} is {sizes[0]}, by config.json {sizes[1]}")
 
 
 def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
