@@ -8,9 +8,9 @@ import pandas as pd
 from kdlib import embedded
 from kdlib.errors import UserError
 from kdlib.metrics import headline
-from kdlib.mlm import HEAD_FILE
 from kdlib.store import Run, new_file, read_json, write_json
 from kdlib.teacher import prefix_of
+from kdlib.weights import HEAD_FILE
 
 
 def write_card(folder: Path, run: Run) -> None:

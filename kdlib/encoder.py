@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from kdlib.batches import budget_batches
 from kdlib.device import autocast
 from kdlib.memory import Memory
-from kdlib.mlm import HEAD_FILE, MaskedHead, save_head
+from kdlib.mlm import MaskedHead, save_head
 from kdlib.progress import track
+from kdlib.weights import HEAD_FILE
 
 TOKENS_PER_BATCH = 4096
 

@@ -17,7 +17,6 @@ from transformers.activations import ACT2FN
 from kdlib.errors import UserError
 
 IGNORE = -100
-HEAD_FILE = "mlm_head.safetensors"
 
 
 class MaskedHead(nn.Module):

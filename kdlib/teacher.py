@@ -21,10 +21,10 @@ from transformers.utils import (
 from kdlib import config, embedded, hub
 from kdlib.encoder import Encoder, positions
 from kdlib.errors import UserError
-from kdlib.mlm import HEAD_FILE, MaskedHead, build_head, head_eps, load_head
-from kdlib.weights import stored_tensors, weights_folder
+from kdlib.mlm import MaskedHead, build_head, head_eps, load_head
+from kdlib.prune import FAMILIES
+from kdlib.weights import HEAD_FILE, stored_tensors, weights_folder
 
-FAMILIES = ("bert", "xlm-roberta", "roberta", "distilbert", "deberta-v2")
 HEADS = {  # how checkpoints name the head: the dense layer, its norm, what holds the bias, and the output matrix
     "cls": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
     "lm_head": ("lm_head.dense", "lm_head.layer_norm", "lm_head"),

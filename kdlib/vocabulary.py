@@ -7,11 +7,8 @@ any unseen word can be spelled with; tokenizer and embeddings are renumbered tog
 
 import copy
 import functools
-import gc
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +18,19 @@ import pandas as pd
 import torch
 from fontTools import unicodedata as unicode_scripts
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
 
 from kdlib.batches import budget_batches
 from kdlib.documents import parts
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, model_inputs, save_tokenizer
 from kdlib.errors import UserError
-from kdlib.mlm import HEAD_FILE, prune_head, save_head
+from kdlib.mlm import prune_head, save_head
+from kdlib.prune import check_rows, merged_pair, new_ids, parse_tokenizer, prune_files, prune_spec, renumbered
 from kdlib.store import new_folder
-from kdlib.weights import copy_tensors, read_header, runs, stored_tensors
+from kdlib.weights import HEAD_FILE, stored_tensors
 
 NEUTRAL_SCRIPTS = {"Zyyy", "Zinh"}  # digits, punctuation, symbols, emoji; combining marks
-# Tensors with a row for every piece, by their names in the files of these families: the embeddings, and of the
-# masked-language head the decoder (BERT and DeBERTa-v2; RoBERTa and XLM-R; DistilBERT) and the bias beside it.
-FAMILIES = ("bert", "xlm-roberta", "roberta", "distilbert", "deberta-v2")
-BY_ROW = re.compile(
-    r"(.+\.)?(word_embeddings\.weight|(predictions|lm_head)\.(bias|decoder\.(weight|bias))|vocab_projector\.(weight|bias))"
-)
 SPACE_MARKS = ("▁", "##", "Ġ")
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # pieces that spell unknown characters byte by byte
 
@@ -227,7 +219,7 @@ class _Merges:
     def __init__(self, model: dict):
         self.parents: dict[int, set[int]] = {}
         vocabulary = model["vocab"]
-        for left, right in map(_pair, model["merges"]):
+        for left, right in map(merged_pair, model["merges"]):
             if left + right in vocabulary:
                 self.parents.setdefault(vocabulary[left + right], set()).update((vocabulary[left], vocabulary[right]))
 
@@ -243,11 +235,6 @@ class _Merges:
         return list(found)
 
 
-def _pair(merge: str | list[str]) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
-
-
 def _model(tokenizer: PreTrainedTokenizerFast) -> dict:
     return _spec(tokenizer)["model"]
 
@@ -256,25 +243,7 @@ def _spec(tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the tokenizer's tokenizer.json holds."""
     if not tokenizer.is_fast:
         raise UserError(f"cannot prune a {type(tokenizer).__name__}: it is not a fast tokenizer")
-    return _parse(tokenizer.backend_tokenizer.to_str())
-
-
-def _parse(text: str | bytes) -> dict:
-    """A tokenizer.json's contents, checked to be of a kind that can be pruned."""
-    collecting = gc.isenabled()
-    gc.disable()  # hundreds of thousands of new objects would set it off again and again, for nine tenths of the time
-    try:
-        spec = json.loads(text)
-    finally:
-        if collecting:
-            gc.enable()
-    model = spec["model"]
-    if model["type"] not in ("Unigram", "WordPiece", "BPE"):
-        raise UserError(f"cannot prune a {model['type']} tokenizer; known are Unigram, WordPiece and BPE")
-    marks = (model.get("continuing_subword_prefix") or "") + (model.get("end_of_word_suffix") or "")
-    if marks != ("##" if model["type"] == "WordPiece" else ""):
-        raise UserError(f"cannot prune a {model['type']} tokenizer that marks parts of words by {marks!r}")
-    return spec
+    return parse_tokenizer(tokenizer.backend_tokenizer.to_str())
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedTokenizerFast:
@@ -283,48 +252,10 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> P
     Normaliser, pre-tokenizer, decoder, casing and special tokens stay as they were; the ids inside the
     post-processor are renumbered too, since transformers 4 reads them from the file.
     """
-    spec = _prune_spec(_spec(tokenizer), _numbers(ids))
+    spec = prune_spec(_spec(tokenizer), new_ids(ids))
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
     # The copy has the new backend wherever it had the old, which is slow to copy.
     return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
-
-
-def _numbers(ids: Sequence[int]) -> dict[int, int]:
-    """The new id of each kept one, ascending."""
-    return {old: i for i, old in enumerate(sorted(int(i) for i in ids))}
-
-
-def _prune_spec(spec: dict, new: dict[int, int]) -> dict:
-    """What a tokenizer.json holds, changed in place to the pieces that `new` numbers."""
-    model = spec["model"]
-    if model["type"] == "Unigram":
-        model["vocab"] = [model["vocab"][i] for i in new if i < len(model["vocab"])]
-        if model["unk_id"] is not None:
-            model["unk_id"] = new[model["unk_id"]]
-    else:
-        model["vocab"] = {piece: new[i] for piece, i in model["vocab"].items() if i in new}
-    if model["type"] == "BPE":
-        kept = model["vocab"]
-        pairs = map(_pair, model["merges"])
-        model["merges"] = [[a, b] for a, b in pairs if a in kept and b in kept and a + b in kept]
-    spec["added_tokens"] = [{**token, "id": new[token["id"]]} for token in spec["added_tokens"] if token["id"] in new]
-    spec["post_processor"] = _renumber(spec["post_processor"], new)
-    if spec.get("padding"):  # left on by an earlier call
-        spec["padding"]["pad_id"] = new.get(spec["padding"]["pad_id"], 0)
-    return spec
-
-
-def _renumber(node, new: dict[int, int]):
-    """A post-processor with its token ids renumbered, whatever its type nests them in."""
-    if isinstance(node, dict):
-        out = {key: _renumber(value, new) for key, value in node.items()}
-        if isinstance(node.get("ids"), list):  # TemplateProcessing
-            out["ids"] = [new[i] for i in node["ids"]]
-        for key in ("sep", "cls"):  # BertProcessing, RobertaProcessing: ["</s>", 2]
-            if isinstance(node.get(key), list):
-                out[key] = [node[key][0], new[node[key][1]]]
-        return out
-    return [_renumber(item, new) for item in node] if isinstance(node, list) else node
 
 
 def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedModel:
@@ -333,11 +264,13 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     `tokenizer` is the full one: it says which special ids of the config to renumber. Hidden states of the
     pruned model on pruned ids equal the full model's bit for bit.
     """
-    new = _numbers(ids)
+    new = new_ids(ids)
     rows = torch.tensor(list(new))
     old_rows = model.get_input_embeddings().weight.shape[0]
-    _check_rows(new, old_rows)
-    config = _renumber_config(copy.deepcopy(model.config), new)
+    check_rows(new, old_rows)
+    config = copy.deepcopy(model.config)
+    for key, value in renumbered(config.to_dict(), new).items():
+        setattr(config, key, value)
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     by_row = {id(p) for p in (embedding, *(head.parameters() if head is not None else ())) if len(p) == old_rows}
@@ -357,92 +290,17 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     return with_state(type(model), config, state).train(model.training)
 
 
-def _check_rows(new: dict[int, int], rows: int) -> None:
-    if max(new) >= rows:
-        raise UserError(f"the tokenizer has ids up to {max(new)}, the model only {rows} embedding rows")
-
-
-def _renumber_config(config: PreTrainedConfig, new: dict[int, int]) -> PreTrainedConfig:
-    """The config, changed in place: vocabulary size and special ids."""
-    config.vocab_size = len(new)
-    for key, value in config.to_dict().items():
-        if re.fullmatch(r"\w+_token_id", key) and isinstance(value, int):
-            setattr(config, key, new.get(value))
-    return config
-
-
-def prune_files(
-    source: str | Path, target: str | Path, ids: Sequence[int], tokenizer: PreTrainedTokenizerFast | None = None
-) -> None:
-    """Write to `target` what `prune_model` and `prune_tokenizer` make of the model folder `source`; no model is built.
-
-    Of tensors by vocabulary the rows `ids` are read from the safetensors files (one, or shards with an index), all
-    other tensors are copied byte for byte: each keeps its name and data type, and memory is what a buffer takes.
-    tokenizer: the full one, if it is at hand; else it is read from `source`. `target` is whole or absent; an older
-    folder there is replaced. Raises UserError for a source that is no such folder or of no known kind.
-    """
-    source, target = Path(source), Path(target)
-    if target.resolve() == source.resolve():
-        raise UserError(f"{target}: cannot be pruned into itself")
-    tensors = stored_tensors(source)
+def full_tokenizer(source: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder, as transformers builds it. Raises UserError where there is none that can be read."""
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no config of a model ({str(error).splitlines()[0]})") from None
-    if config.model_type not in FAMILIES:
-        raise UserError(f"{source}: a model of kind {config.model_type!r}; known are {', '.join(FAMILIES)}")
-    old_rows = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("word_embeddings.weight")}
-    if len(old_rows) != 1:
-        raise UserError(f"{source}: must have one tensor word_embeddings.weight")
-    new, old_pad = _numbers(ids), config.pad_token_id
-    _check_rows(new, min(old_rows))
-    _renumber_config(config, new)
-    kept = runs(list(new))
-    rows = {name: kept for name, t in tensors.items() if BY_ROW.fullmatch(name) and t.shape[0] in old_rows}
-    if config.model_type in ("roberta", "xlm-roberta") and old_pad != config.pad_token_id:  # as in `prune_model`
-        shift = old_pad - config.pad_token_id
-        config.max_position_embeddings -= shift
-        rows |= {n: [(shift, t.shape[0])] for n, t in tensors.items() if n.endswith("position_embeddings.weight")}
-    with new_folder(target) as folder:
-        config.save_pretrained(folder)
-        copy_tensors(folder / "model.safetensors", tensors, rows, {"format": "pt"})
-        if (source / HEAD_FILE).is_file():
-            head, settings = read_header(source / HEAD_FILE)
-            copy_tensors(folder / HEAD_FILE, head, {"bias": kept}, settings)
-        save_tokenizer(_prune_stored(source, ids) if tokenizer is None else prune_tokenizer(tokenizer, ids), folder)
-
-
-def _prune_stored(source: Path, ids: Sequence[int]) -> PreTrainedTokenizerFast:
-    """The pruned tokenizer of a folder: from its tokenizer.json, since to build the full tokenizer takes far longer.
-
-    Where that file does not say all (or is absent), the full tokenizer is built after all.
-    """
-    try:
-        spec = _parse((source / "tokenizer.json").read_bytes())
-        vocabulary = spec["model"]["vocab"]
-        new = _numbers(ids)
-        if isinstance(vocabulary, dict):
-            pieces = {i: piece for piece, i in vocabulary.items() if i in new}
-        else:
-            pieces = {i: vocabulary[i][0] for i in new if i < len(vocabulary)}
-        pieces |= {token["id"]: token["content"] for token in spec["added_tokens"]}
-        wanted = [pieces[i] for i in new]
-        with tempfile.TemporaryDirectory() as work:
-            for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if (source / name).is_file():
-                    shutil.copy(source / name, work)
-            text = json.dumps(_prune_spec(spec, new), ensure_ascii=False)
-            (Path(work) / "tokenizer.json").write_text(text, "utf-8")
-            pruned = AutoTokenizer.from_pretrained(work)
-        if piece_list(pruned) == wanted:
-            return pruned
-    except (OSError, ValueError, KeyError, TypeError):  # old formats, or tokens that only tokenizer_config.json has
-        pass
-    try:
-        full = AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the readers raise a dozen kinds; people need one line
         raise UserError(f"{source}: no tokenizer that can be read ({str(error).splitlines()[0]})") from None
-    return prune_tokenizer(full, ids)
+
+
+def save_pruned_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], folder: Path) -> None:
+    """Write what `prune_tokenizer` makes of the full tokenizer to `folder`."""
+    save_tokenizer(prune_tokenizer(tokenizer, ids), folder)
 
 
 def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, source: Path | None = None) -> None:
@@ -457,7 +315,7 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
             prune_files(source, folder, ids, encoder.tokenizer)
         else:
             prune_model(encoder.model, encoder.tokenizer, ids).save_pretrained(folder)
-            save_tokenizer(prune_tokenizer(encoder.tokenizer, ids), folder)
+            save_pruned_tokenizer(encoder.tokenizer, ids, folder)
         if encoder.head is not None:
             save_head(prune_head(encoder.head, ids), folder / HEAD_FILE)
 

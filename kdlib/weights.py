@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from kdlib.errors import UserError
 
 NAMES = ("model.safetensors", "model.safetensors.index.json")
+HEAD_FILE = "mlm_head.safetensors"  # beside them: the head of the kit, see `mlm`
 CHUNK = 1 << 22  # bytes
 
 

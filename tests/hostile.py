@@ -38,6 +38,7 @@ from kdlib.encoder import text_vectors
 from kdlib.errors import UserError
 from kdlib.objectives import check_objectives
 from kdlib.study import Study, stage_key
+from kdlib.weights import HEAD_FILE
 
 CANARY = "KDLIB_FUZZ_CANARY"  # the variable that names the file which code of the input would write
 
@@ -731,7 +732,7 @@ def read_weights(here: Path, case: Case) -> None:
 
 
 def read_head(here: Path, case: Case) -> None:
-    mlm.load_head(here / "model" / mlm.HEAD_FILE, small_model())
+    mlm.load_head(here / "model" / HEAD_FILE, small_model())
 
 
 # -- run folders
@@ -889,8 +890,8 @@ READERS = [
     Reader("task", PARTS, build_task, read_task),
     Reader("profile", st.tuples(TEXTS, ODDS, st.lists(st.sampled_from(KEYS), max_size=4)), build_profile, read_profile),
     Reader("weights", ODDS, build_model("model.safetensors"), read_weights),
-    Reader("head", ODDS, build_model(mlm.HEAD_FILE), read_head),
-    Reader("model", ODDS, build_model("config.json", "model.safetensors", mlm.HEAD_FILE), read_model),
+    Reader("head", ODDS, build_model(HEAD_FILE), read_head),
+    Reader("model", ODDS, build_model("config.json", "model.safetensors", HEAD_FILE), read_model),
     Reader("tokenizer", ODDS, build_model("tokenizer.json", "tokenizer_config.json"), read_model),
     Reader("run", PARTS, build_run, read_run, 2),
     Reader("names", TEXTS, build_names, read_names, 2),

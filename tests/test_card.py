@@ -10,8 +10,8 @@ import yaml
 from kdlib.card import write_card
 from kdlib.config import load_profile
 from kdlib.errors import UserError
-from kdlib.mlm import HEAD_FILE
 from kdlib.store import Run, write_json
+from kdlib.weights import HEAD_FILE
 
 
 @pytest.fixture
