@@ -4,7 +4,21 @@ import shutil
 
 import torch
 
-from benchmarks.common import HERE, WORK, Job, PeerMissing, in_turns, main, peer, row, run_peer, workshop
+from benchmarks.common import (
+    HERE,
+    KEPT,
+    WORK,
+    Job,
+    PeerMissing,
+    in_turns,
+    keep_memory,
+    main,
+    peer,
+    row,
+    run_peer,
+    workshop,
+)
+from benchmarks.reference import BATCH
 from kdlib.batches import BudgetSampler
 from kdlib.distill import Watched, compared_layers, with_states
 from kdlib.objectives import Needs, total_loss
@@ -17,8 +31,10 @@ CLAIMS = (
 
 
 def measure(quick: bool = False) -> list[dict]:
+    keep_memory()
     job = workshop(64 if quick else 768)
-    job.spec = job.spec.model_copy(update={"objectives": OBJECTIVE, "precision": "fp32"})
+    budget = round(BATCH * job.train.tokens / len(job.texts))
+    job.spec = job.spec.model_copy(update={"objectives": OBJECTIVE, "precision": "fp32", "batch_tokens": budget})
     source, depth, texts = job.study.source, job.study.profile.student.layers, len(job.texts)
     source.bf16 = False  # TextBrewer computes in float32
     cached = with_states(job.train, source, job.spec, job.study.run.path / "cache", depth)
@@ -30,14 +46,14 @@ def measure(quick: bool = False) -> list[dict]:
         batches = write_job(job, folder)
 
         def theirs() -> float:
-            reports.append(run_peer(python, HERE / "peers" / "brew.py", folder))
+            reports.append(run_peer(python, HERE / "peers" / "brew.py", folder, variables=KEPT))
             return texts / reports[-1]["seconds"]
 
         found = in_turns(
             {
-                "live": lambda: texts / job.epoch(job.train),
+                "live": lambda: job.rate(job.train),
                 "TextBrewer": theirs,
-                "cached": lambda: texts / job.epoch(cached),
+                "cached": lambda: job.rate(cached),
             },
             1 if quick else 3,
         )

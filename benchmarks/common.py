@@ -1,5 +1,6 @@
 """What the benchmarks share: rows of results, timing in turns, the job that is measured, and peers' environments."""
 
+import ctypes
 import json
 import logging
 import os
@@ -8,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +24,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kdlib import config
+from kdlib.batches import BudgetSampler
 from kdlib.corpus import windows
 from kdlib.distill import Texts, distill, tokenise
 from kdlib.store import new_file, write_json
@@ -174,7 +177,20 @@ def quiet() -> None:
     logging.getLogger("kdlib").setLevel(logging.ERROR)
 
 
-# -- time and memory
+# -- time
+
+
+# Memory that is freed stays with the process (glibc's parameters 4 and 1, and as variables of a peer's environment). On
+# some machines fresh pages take as long as the arithmetic, at times and by chance.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**60)}
+
+
+def keep_memory() -> None:
+    """Set KEPT for this process, where its C library has such parameters."""
+    with suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no blocks of their own, which would be given back
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the end of the heap is not given back either
 
 
 def in_turns(jobs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -192,23 +208,12 @@ def seconds(job: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak_megabytes() -> float:
-    """The most memory that this process has held so far."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count the parent's memory too, which a child begins with
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
-
-
 # -- the job: what `kdlib run --profile workshop` distils
 
 
 @dataclass
 class Job:
-    """The workshop's teacher and student, and texts of its corpus: sentences and pairs of neighbours, drawn at random.
+    """The workshop's teacher and student, and texts of its corpus: runs of one to three sentences, drawn at random.
 
     train: their ids in the pruned vocabulary; spec: the workshop's settings.
     """
@@ -232,12 +237,30 @@ class Job:
         with tempfile.TemporaryDirectory() as work:
             return seconds(lambda: distill(self.study.source, student, train, heldout, spec, Path(work)))
 
+    def rate(self, train: Texts) -> float:
+        """Texts per second of an epoch's steps, but for the first and the last: what comes before and after, such as
+        evaluations and a checkpoint, does not grow with the length of a training, and other loops have none of it."""
+        spec = self.spec.model_copy(update={"epochs": 1.0, "evaluations": 1})
+        ends: list[float] = []
 
-def workshop(texts: int) -> Job:
-    """The job with so many texts."""
+        def stop() -> bool:
+            ends.append(time.perf_counter())
+            return False
+
+        student, heldout = self.student(), train.part(range(8))
+        with tempfile.TemporaryDirectory() as work:
+            distill(self.study.source, student, train, heldout, spec, Path(work), should_stop=stop)
+        between = [len(batch) for batch in BudgetSampler(train.lengths, spec.batch_tokens)][1:-1]
+        if len(between) != len(ends) - 1:
+            raise RuntimeError(f"{len(ends)} steps were timed, {len(between)} batches lie between the first and last")
+        return sum(between) / (ends[-1] - ends[0])
+
+
+def workshop(texts: int, lengths: list[int] | None = None) -> Job:
+    """The job with so many texts. lengths: of their runs of sentences, by default as the workshop has them."""
     study = Study(WORK / "study", "workshop")
     spec = study.profile.distill
-    every = windows(study.corpus.train, spec.windows)
+    every = windows(study.corpus.train, lengths or spec.windows)
     chosen = np.random.default_rng(0).permutation(len(every))[:texts]
     return Job(study, [every[i] for i in chosen], spec)
 
@@ -263,7 +286,9 @@ def peer(name: str) -> Path:
     return python
 
 
-def run_peer(python: Path | str, script: Path, *arguments: object, limit: float = 600) -> dict:
+def run_peer(
+    python: Path | str, script: Path, *arguments: object, limit: float = 600, variables: Mapping[str, str] | None = None
+) -> dict:
     """What a script printed as JSON in its last line, run with as many threads as this process has.
 
     Raises PeerMissing where it fails or takes longer than `limit` seconds.
@@ -271,6 +296,7 @@ def run_peer(python: Path | str, script: Path, *arguments: object, limit: float 
     threads = str(torch.get_num_threads())
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))  # the kit's script needs it
     environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    environment |= variables or {}
     command = [str(part) for part in (python, script, *arguments)]
     try:
         found = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=limit)

@@ -11,6 +11,8 @@ from tiny import encoder, texts
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib import config
+from kdlib.batches import BudgetSampler
+from kdlib.distill import Texts
 from kdlib.encoder import Encoder
 from kdlib.student import build_student
 from kdlib.vocabulary import prune_model, prune_tokenizer
@@ -44,7 +46,7 @@ def job(teacher, tmp_path, monkeypatch):
     study = TinyStudy(tmp_path, teacher)
     made = common.Job(study, texts(160), study.profile.distill)
     for module in (batches, brewer, cache, distillation, step):
-        monkeypatch.setattr(module, "workshop", lambda count: made)
+        monkeypatch.setattr(module, "workshop", lambda count, lengths=None: made)
     for module in (batches, reference, distillation):
         monkeypatch.setattr(module, "LENGTH", 32)
     for module in (brewer, cache):
@@ -176,9 +178,35 @@ def by_claim(rows, words):
     return next(row for row in rows if words in row["claim"])
 
 
+def test_rate_is_that_of_the_steps_between_the_first_and_the_last(job, monkeypatch):
+    batches_ = [len(batch) for batch in BudgetSampler(job.train.lengths, job.spec.batch_tokens)]
+    clock = iter(range(0, 1000, 2))  # two seconds a step
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+
+    def steps(*_, should_stop):
+        next(clock)  # what the first step takes
+        for _ in batches_[:-1]:
+            should_stop()
+
+    monkeypatch.setattr(common, "distill", steps)
+    assert job.rate(job.train) == sum(batches_[1:-1]) / (2 * (len(batches_) - 2))
+    monkeypatch.setattr(common, "distill", lambda *_, should_stop: [should_stop() for _ in batches_])
+    with pytest.raises(RuntimeError, match="steps were timed"):
+        job.rate(job.train)
+
+
+def test_rate_asks_the_kit_for_the_batches_it_counts(job, monkeypatch):
+    seen = []
+    collate = Texts.collate
+    monkeypatch.setattr(Texts, "collate", lambda texts, batch: seen.append(list(batch)) or collate(texts, batch))
+    assert job.rate(job.train) > 0
+    planned = list(BudgetSampler(job.train.lengths, job.spec.batch_tokens))
+    assert [batch for batch in seen if batch in planned] == planned
+
+
 def test_the_distillation_benchmark_compares_the_same_loss(job):
     rows = distillation.measure(quick=True)
-    assert all(row["ours"] > 0 and row["other"] > 0 for row in rows[:3])
+    assert all(row["ours"] > 0 and row["other"] > 0 for row in rows[:5])
     assert by_claim(rows, "the same loss")["met"] is True
 
 

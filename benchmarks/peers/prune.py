@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import peak_megabytes
+from benchmarks.peak import peak_megabytes
 from kdlib.prune import prune_files
 
 folder, out, ids = Path(sys.argv[1]), Path(sys.argv[2]), np.load(sys.argv[3])
