@@ -23,7 +23,7 @@ from kdlib.device import autocast
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, pad
 from kdlib.errors import UserError
 from kdlib.progress import track
-from kdlib.store import alive, checksum, new_file, write_json
+from kdlib.store import checksum, clear_unfinished, new_file, write_json
 
 log = logging.getLogger(__name__)
 SPARE = 0.9  # share of the free disk that a cache may take
@@ -123,7 +123,8 @@ def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget
             budget,
         )
         return False
-    _sweep(folder)
+    for file in missing.values():  # what processes that were killed left is as large as the cache
+        clear_unfinished(file.parent, file.stem, file.suffix)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free * SPARE / 1e9
@@ -136,15 +137,6 @@ def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget
 
 def _tell_full(root: Path, size: float) -> None:
     log.warning("%s: no room for the teacher's states (%.2f GB): the teacher runs live, at every step", root, size)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes that were killed left unfinished: it is as large as the cache."""
-    for file in folder.glob(".layer-*"):
-        process = file.stem.rpartition("-")[2]
-        with contextlib.suppress(OSError):
-            if process.isdigit() and not alive(int(process)):
-                file.unlink()
 
 
 def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> bool:

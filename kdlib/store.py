@@ -62,7 +62,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     work = target.with_name(f".{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear(target.parent, target.name, "")
+        clear_unfinished(target.parent, target.name, "")
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
     except OSError as error:
@@ -88,7 +88,7 @@ def new_file(target: Path) -> Iterator[Path]:
     work = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clear(target.parent, target.stem, target.suffix)
+        clear_unfinished(target.parent, target.stem, target.suffix)
         yield work
         work.replace(target)
     except (OSError, SafetensorError) as error:
@@ -98,7 +98,7 @@ def new_file(target: Path) -> Iterator[Path]:
             work.unlink()
 
 
-def _clear(folder: Path, stem: str, suffix: str) -> None:
+def clear_unfinished(folder: Path, stem: str, suffix: str) -> None:
     """Remove what processes that are no more had begun to write in place of a file or folder.
 
     Whoever fills a new folder may begin another in its place: one more dot before the name, one more number after it.
