@@ -86,7 +86,7 @@ def _config(source: Path) -> dict[str, Any]:
         raise UserError(f"{source}: a model of kind {kind!r}; known are {', '.join(FAMILIES)}")
     settings = {"max_position_embeddings": 512} | FAMILIES[kind] | settings
     for name in ("pad_token_id", "max_position_embeddings"):
-        if type(settings[name]) is not int:
+        if type(settings[name]) is not int and (settings[name] is not None or "roberta" in kind):
             raise UserError(f"{source}: no config of a model ({name} is {settings[name]!r}, must be a whole number)")
     return settings
 
@@ -145,9 +145,15 @@ def _prune_stored_tokenizer(source: Path, target: Path, new: dict[int, int]) -> 
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # old formats
         return False
     for name, described in settings.items():
-        write_json(target / name, described)
+        write_json(target / name, known_to_version_4(described))
     (target / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
     return True
+
+
+def known_to_version_4(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json's contents under a class name that transformers 4 knows too."""
+    unknown = settings.get("tokenizer_class") == "TokenizersBackend"
+    return settings | ({"tokenizer_class": "PreTrainedTokenizerFast"} if unknown else {})
 
 
 def _special_tokens(settings: dict[str, Any]) -> set[str]:

@@ -72,7 +72,25 @@ def test_settings_that_say_nothing_of_the_vocabulary_stay(full, tmp_path):
     assert settings_of(tmp_path / "few") == before | {"vocab_size": 40}
 
 
-@pytest.mark.parametrize("changes", [{"pad_token_id": "0"}, {"pad_token_id": None}, {"max_position_embeddings": [5]}])
+@pytest.mark.parametrize("kind, refused", [("bert", False), ("roberta", True)])
+def test_padding_may_be_nothing_where_positions_are_not_counted_from_it(full, tmp_path, kind, refused):
+    edit(full / "config.json", pad_token_id=None, model_type=kind)
+    if refused:
+        with pytest.raises(UserError, match="pad_token_id is None, must be a whole number"):
+            prune_files(full, tmp_path / "few", range(40))
+    else:
+        prune_files(full, tmp_path / "few", range(40))
+        assert settings_of(tmp_path / "few")["pad_token_id"] is None
+
+
+def test_class_that_only_version_5_knows_gets_its_old_name(full, tmp_path):
+    edit(full / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
+    prune_files(full, tmp_path / "few", range(40))
+    saved = json.loads((tmp_path / "few" / "tokenizer_config.json").read_text("utf-8"))
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("changes", [{"pad_token_id": "0"}, {"max_position_embeddings": [5]}])
 def test_config_with_a_number_that_is_none_is_refused(full, tmp_path, changes):
     edit(full / "config.json", **changes)
     with pytest.raises(UserError, match=f"no config of a model .{next(iter(changes))}"):
