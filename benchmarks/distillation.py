@@ -17,12 +17,15 @@ OBJECTIVES = {"tinybert_hidden": 1.0, "tinybert_attention": 1.0}
 
 def measure(quick: bool = False) -> list[dict]:
     keep_memory()
-    jobs = {"sentences": workshop(64 if quick else 1024, [1]), "1 to 3 sentences": workshop(64 if quick else 768)}
-    job, rounds = jobs["sentences"], 1 if quick else 3
+    jobs = {
+        "single sentences": workshop(64 if quick else 1024, [1]),
+        "texts of 1 to 3 sentences": workshop(64 if quick else 768),
+    }
+    job, rounds = jobs["single sentences"], 1 if quick else 3
     full, depth = job.study.teacher, job.study.profile.student.layers
     loop = Loop(full.model, build_student(full.model, Student(layers=depth)))
     rows = {kind: [encoding.ids for encoding in full.tokenize(job.texts)] for kind, job in jobs.items()}
-    feed = batches(rows["sentences"], full.tokenizer.pad_token_id)
+    feed = batches(rows["single sentences"], full.tokenizer.pad_token_id)
     for _ in range(2):  # the first step makes the optimiser's state, the second is the first to find its memory there
         loop.step(*next(feed))
 
@@ -40,15 +43,15 @@ def measure(quick: bool = False) -> list[dict]:
     found = in_turns(turns, rounds)
     lines = []
     for kind, job in jobs.items():
-        how = f"{kind}: {len(job.texts)} texts of the corpus, {means[kind]:.0f} tokens on average, {BATCH} a batch; "
+        how = f"{kind}: {len(job.texts)} of the corpus, {means[kind]:.0f} tokens on average, {BATCH} a batch; "
         how += f"the plain loop pads each to {LENGTH}"
         lines += [
-            row(f"distillation of texts of {kind}, teacher live, beside the plain loop", found[f"{kind}, live"],
+            row(f"distillation of {kind}, teacher live, beside the plain loop", found[f"{kind}, live"],
                 found["reference"], "texts/s", at_least=4, note=how),
-            row(f"distillation of texts of {kind}, from the second epoch on (teacher cached), beside the plain loop",
+            row(f"distillation of {kind}, from the second epoch on (teacher cached), beside the plain loop",
                 found[f"{kind}, cached"], found["reference"], "texts/s", at_least=8),
         ]  # fmt: skip
-    long = "1 to 3 sentences"
+    long = "texts of 1 to 3 sentences"
     return [
         *lines,
         row("distillation, teacher live, beside the plain loop if all its rows were full",
