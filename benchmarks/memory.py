@@ -53,6 +53,11 @@ class Watch:
     def enter(self, stage: str) -> None:
         self._note()
         self.seconds[self.stage] = time.perf_counter() - self.began
+        print(
+            f"{self.stage}: {self.peaks[self.stage]:.0f} MB, {self.seconds[self.stage]:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         self.stage, self.began = stage, time.perf_counter()
 
 
