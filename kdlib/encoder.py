@@ -16,7 +16,7 @@ from kdlib.device import autocast
 from kdlib.memory import Memory
 from kdlib.mlm import MaskedHead, save_head
 from kdlib.progress import track
-from kdlib.prune import known_to_version_4
+from kdlib.prune import portable
 from kdlib.weights import HEAD_FILE
 
 TOKENS_PER_BATCH = 4096
@@ -91,7 +91,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
     file = Path(folder) / "tokenizer_config.json"
-    settings = known_to_version_4(json.loads(file.read_text("utf-8")))
+    settings = portable(json.loads(file.read_text("utf-8")))
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
 
 

@@ -145,15 +145,17 @@ def _prune_stored_tokenizer(source: Path, target: Path, new: dict[int, int]) -> 
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # old formats
         return False
     for name, described in settings.items():
-        write_json(target / name, known_to_version_4(described))
+        write_json(target / name, portable(described))
     (target / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False), "utf-8")
     return True
 
 
-def known_to_version_4(settings: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json's contents under a class name that transformers 4 knows too."""
+def portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json's contents under a class name that transformers 4 knows too, and without how it was
+    loaded here."""
     unknown = settings.get("tokenizer_class") == "TokenizersBackend"
-    return settings | ({"tokenizer_class": "PreTrainedTokenizerFast"} if unknown else {})
+    settings = settings | ({"tokenizer_class": "PreTrainedTokenizerFast"} if unknown else {})
+    return {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
 
 
 def _special_tokens(settings: dict[str, Any]) -> set[str]:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertTokenizer, XLMRobertaTokenizer
 
+from benchmarks.peak import peak_megabytes
+
 logging.disable(logging.WARNING)
 
 
@@ -92,9 +94,7 @@ def main() -> None:
         start = time.perf_counter()
         tool(folder, out, ids)
         report = {"seconds": time.perf_counter() - start}
-    status = Path("/proc/self/status").read_text().splitlines()
-    memory = next(line for line in status if line.startswith("VmHWM"))
-    print("\n" + json.dumps({**report, "megabytes": int(memory.split()[1]) / 1024}))
+    print("\n" + json.dumps({**report, "megabytes": peak_megabytes()}))
 
 
 main()
