@@ -180,14 +180,25 @@ def word_vectors(
     skip = len(encoder.prefix.split())
     firsts = [first_tokens(encoding.word_ids, skip) for encoding in encodings]
     places = np.array([(t, word) for t, words in enumerate(firsts) for word, _ in words], int).reshape(-1, 2)
-    starts = np.cumsum([0] + [len(words) for words in firsts])
-    out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
-    for batch, states, _ in _run(encoder, encodings, label):
-        rows = torch.tensor([r for r, t in enumerate(batch) for _ in firsts[t]], dtype=torch.long)
-        columns = torch.tensor([at for t in batch for _, at in firsts[t]], dtype=torch.long)
-        target = np.concatenate([np.arange(starts[t], starts[t + 1]) for t in batch])
-        for k, layer in enumerate(layers):
-            out[target, k] = states[layer][rows, columns].float().cpu().numpy()
+    rows, starts = [encoding.ids for encoding in encodings], [[at for _, at in words] for words in firsts]
+
+    def states_of(some: Sequence[int]) -> np.ndarray:
+        ends = np.cumsum([0] + [len(starts[i]) for i in some])
+        out = np.empty((ends[-1], len(layers), encoder.hidden), np.float32)
+        for batch, states, _ in _run(encoder, [encodings[i] for i in some], label):
+            at = [starts[some[b]] for b in batch]
+            lines = torch.tensor([r for r, words in enumerate(at) for _ in words], dtype=torch.long)
+            columns = torch.tensor([column for words in at for column in words], dtype=torch.long)
+            target = np.concatenate([np.arange(ends[b], ends[b + 1]) for b in batch])
+            for k, layer in enumerate(layers):
+                out[target, k] = states[layer][lines, columns].float().cpu().numpy()
+        return out
+
+    if encoder.memory is not None and layers == [encoder.layers]:
+        return encoder.memory.words(rows, starts, lambda some: states_of(some)[:, 0])[:, None], places
+    out = states_of(range(len(rows)))
+    if encoder.memory is not None and layers[-1] == encoder.layers:
+        encoder.memory.keep_words(rows, starts, out[:, -1])
     return out, places
 
 

@@ -6,10 +6,11 @@ import tiny
 
 from kdlib import encoder as module
 from kdlib import memory
-from kdlib.encoder import text_vectors
+from kdlib.encoder import text_vectors, word_vectors
 from kdlib.memory import Memory, body_key
 from kdlib.vocabulary import prune_model, prune_tokenizer
 
+WORDS = [["maganda", "ang", "araw"], ["ulan", "sa", "gabi"], ["ang"], ["maganda", "ang", "araw"]]
 TEXTS = ["maganda ang araw", "ulan sa gabi", "ang bata at ang aso", "maganda ang araw"]
 
 
@@ -74,3 +75,33 @@ def test_a_torn_file_is_named_and_read_again(tmp_path, reads, caplog):
     file.write_bytes(file.read_bytes()[:-40])
     assert np.array_equal(text_vectors(remembering(tmp_path / "v"), TEXTS), wanted)
     assert reads == [3, 3] and file.name in caplog.text
+
+
+def test_words_are_read_once_at_the_last_layer(tmp_path, reads):
+    plain, first, later = tiny.encoder(layers=2), remembering(tmp_path / "v"), remembering(tmp_path / "v")
+    wanted, places = word_vectors(plain, WORDS, [0, 1, 2])
+    reads.clear()
+    np.testing.assert_allclose(word_vectors(first, WORDS[:2], [0, 1, 2])[0], wanted[:6], atol=1e-6)
+    for encoder, layers, k in ((later, None, 2), (first, [2], 2), (later, [1], 1)):
+        vectors, found = word_vectors(encoder, WORDS, layers)
+        np.testing.assert_allclose(vectors[:, 0], wanted[:, k], atol=1e-6)
+        assert np.array_equal(found, places)
+    assert reads == [2, 1, 4]  # all layers; what was new; another layer than the last
+    assert word_vectors(later, [])[0].shape == (0, 1, plain.hidden)
+
+
+def test_words_are_not_taken_for_the_text_they_make_up(tmp_path):
+    encoder, plain = remembering(tmp_path / "v"), tiny.encoder(layers=2)
+    text_vectors(encoder, [" ".join(WORDS[0])])
+    np.testing.assert_allclose(word_vectors(encoder, WORDS)[0], word_vectors(plain, WORDS)[0], atol=1e-6)
+    joined = ["".join(WORDS[2] * 2)]  # the same letters, other words
+    np.testing.assert_allclose(
+        word_vectors(encoder, [WORDS[2] * 2, joined])[0], word_vectors(plain, [WORDS[2] * 2, joined])[0], atol=1e-6
+    )
+
+
+def test_words_without_room_are_read_every_time(tmp_path, reads, monkeypatch):
+    monkeypatch.setattr(memory, "ROOM", 100)
+    encoder = remembering(tmp_path / "v")
+    assert np.array_equal(word_vectors(encoder, WORDS)[0], word_vectors(encoder, WORDS)[0])
+    assert reads == [3, 3] and not (tmp_path / "v").exists()
