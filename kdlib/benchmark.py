@@ -61,7 +61,7 @@ def _finetuning(encoder: Encoder, task: Task, spec: config.Benchmark) -> Attempt
 
 
 METHODS = {"probe": _probing, "finetune": _finetuning, "fewshot": _finetuning}
-_TUNING = ["test_rows", "epochs", "rate", "batch", "max_length", "fp16"]
+_TUNING = ["test_rows", "head", "epochs", "rate", "batch", "max_length", "fp16"]
 SETTINGS = {  # the keys of the profile's benchmark section that a trial's result depends on
     "probe": ["probe_share", "probe_rows", "probe_test_rows"],
     "finetune": [f"finetune_{key}" for key in [*_TUNING, "rows"]] + ["freeze_embeddings"],

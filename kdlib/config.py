@@ -194,6 +194,10 @@ class Benchmark(Section):
     probe_test_rows: int | None = Field(None, ge=20)
     finetune_rows: int | None = Field(None, ge=20, description="training rows of a fine-tuning run at most")
     finetune_test_rows: int | None = Field(None, ge=20)
+    finetune_head: Literal["random", "probe"] = Field(
+        "random",
+        description="how the new head starts; probe: as the linear probe on the training rows, for few of them",
+    )
     finetune_epochs: float = Field(3.0, gt=0)
     finetune_rate: float = Field(2e-5, gt=0)
     finetune_batch: int = Field(32, ge=1, description="texts a step; the paper: 4 times 8")

@@ -18,10 +18,12 @@ from kdlib.batches import BudgetSampler, budget_batches
 from kdlib.device import autocast, training_attention
 from kdlib.encoder import TOKENS_PER_BATCH, Encoder, first_tokens, mean_pool, model_inputs, positions
 from kdlib.metrics import Metric, score
+from kdlib.probe import PENALTY
 from kdlib.progress import Progress
 from kdlib.tasks import Split, Task
 
 IGNORE = -100
+HEAD_STEPS = 100  # of L-BFGS at most, which a head's start takes
 TEXTS_AT_ONCE = 4096  # texts tokenised in one call: the tokenizer's own records take a hundred times the room of ids
 
 
@@ -35,17 +37,20 @@ class TaskModel(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, labels)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+        logits = self.head(self.dropout(self.states(input_ids, attention_mask, token_type_ids))).float()
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+    def states(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
+        """What the head reads: [batch, hidden] of texts, [batch, tokens, hidden] of words."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        states = states if self.kind == "tokens" else mean_pool(states, attention_mask)
-        logits = self.head(self.dropout(states)).float()
-        if labels is None:
-            return {"logits": logits}
+        return states if self.kind == "tokens" else mean_pool(states, attention_mask)
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, mean over texts or words; of each label by itself for kind multilabel."""
         if self.kind == "multilabel":
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels)
-        else:
-            loss = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
-        return {"loss": loss, "logits": logits}
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
 
 
 @dataclass
@@ -152,7 +157,8 @@ def finetune(
 ) -> list[Metric]:
     """Train a copy of the encoder and a new head on the task's training rows; its metrics on the test rows.
 
-    Settings: Cruz and Aji 2025 (learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says otherwise.
+    Settings: Cruz and Aji 2025 (a random head, learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says
+    otherwise.
     seed: draws the head, dropout and the order of the rows. tokens: keeps tokenised texts for the next run of the same
     encoder. min_steps: more epochs where those of the profile come to fewer steps. work: a folder for checkpoints,
     which a training of minutes writes and goes on from; whoever names it removes it.
@@ -164,6 +170,8 @@ def finetune(
     if spec.freeze_embeddings:
         model.encoder.get_input_embeddings().weight.requires_grad_(False)
     rows = _Rows(tokens, task.kind, task.train)
+    if spec.finetune_head == "probe":
+        fit_head(model, rows, encoder.bf16)
     sampler = rows.sampler(spec.finetune_batch, seed)
     fp16 = spec.finetune_fp16 and device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch:
@@ -189,6 +197,46 @@ def finetune(
         with training_attention(model.encoder):
             checkpoints.train(trainer, checkpoints.newest(work) if work else None)
     return score(task, predict(model.eval(), _Rows(tokens, task.kind, task.test), task, encoder.bf16))
+
+
+def fit_head(model: TaskModel, rows: _Rows, bf16: bool) -> None:
+    """Start the head as the linear probe of the encoder as it is, on the rows (Kumar et al. 2022).
+
+    From there on, fine-tuning moves the encoder to what the head asks for, and not to what noise asked for. A logistic
+    regression on standardised states with the penalty of `probe.linear_probe`, by L-BFGS.
+    """
+    device, found, wanted = model.head.weight.device, [], []
+    model.eval()
+    for batch in budget_batches(rows.lengths, TOKENS_PER_BATCH):
+        inputs = {name: value.to(device) for name, value in rows.collate(batch).items()}
+        labels = inputs.pop("labels")
+        with torch.no_grad(), autocast(device, bf16):
+            states = model.states(**inputs).float()
+        keep = labels != IGNORE if model.kind == "tokens" else slice(None)
+        found.append(states[keep])
+        wanted.append(labels[keep])
+    states, labels = torch.cat(found), torch.cat(wanted)
+    mean, scale = states.mean(0), states.std(0, correction=0).clamp(min=1e-6)
+    states, weight, bias = (states - mean) / scale, model.head.weight, model.head.bias
+    with torch.no_grad():
+        weight.zero_()
+        bias.zero_()
+    # As scikit-learn weighs loss and penalty: each of several labels by itself; of two classes the difference.
+    share = len(weight) if model.kind == "multilabel" else 1
+    penalty = (2 if model.kind != "multilabel" and len(weight) == 2 else 1) / (2 * PENALTY * len(states))
+    solver = torch.optim.LBFGS([weight, bias], max_iter=HEAD_STEPS, line_search_fn="strong_wolfe")
+
+    def step() -> torch.Tensor:
+        solver.zero_grad()
+        loss = share * model.loss(model.head(states), labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(step)
+    solver.zero_grad()
+    with torch.no_grad():
+        weight /= scale
+        bias -= weight @ mean
 
 
 @torch.inference_mode()

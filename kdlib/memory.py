@@ -15,8 +15,8 @@ ROOM = 2**29  # bytes that are kept of one encoder; texts beyond that are read e
 
 
 class Memory:
-    """What an encoder made of the texts it read, by the ids of their tokens, float32, in files: of whole texts the
-    mean-pooled states of all layers [layers + 1, hidden]; of lists of words their states in the last one [words, hidden].
+    """What an encoder made of the texts it read, by the ids of their tokens, float32, in files: the mean-pooled states
+    of all layers of a text [layers + 1, hidden]; of a list of words their states in the last one [words, hidden].
 
     folder: for one encoder alone. ids: of an encoder with a pruned vocabulary, the whole vocabulary's id of each of its
     own; so it remembers what the whole encoder has read, and the other way round, since both compute the same from the
@@ -70,7 +70,7 @@ class Memory:
     def keep_words(
         self, rows: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], states: np.ndarray
     ) -> dict[bytes, np.ndarray]:
-        """Remember the words' last states [words of all texts, hidden], where there is room; gives them text by text."""
+        """Remember the words' last states [words of all texts, hidden], where there is room; gives them by name."""
         names = [self._name(row, places) for row, places in zip(rows, starts, strict=True)]
         parts = np.split(np.ascontiguousarray(states), np.cumsum([len(places) for places in starts])[:-1])
         made = dict(zip(names, parts))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from kdlib import ablate, condition, config, device, embedded, processes, sources, vocabulary
-from kdlib.benchmark import Trial, average_row, probe_runs, rows_of
+from kdlib.benchmark import Trial, average_row, rows_of
 from kdlib.benchmark import run as run_trials
 from kdlib.card import write_card
 from kdlib.cloze import mlm_rows
@@ -508,7 +508,7 @@ class Study:
             self.distill()
         if processes.place() == 0:
             shutil.rmtree(self._distill_work, ignore_errors=True)
-        return self._load(target, "student")
+        return self._remembering(self._load(target, "student"))
 
     @property
     def _distill_work(self) -> Path:
@@ -623,7 +623,7 @@ class Study:
         """
         rows = []
         for name, encoder in (("teacher", lambda: self.pruned), ("no distillation", self.undistilled)):
-            made = self._kept("reference", name, lambda folder: self._arm_scores(encoder()))
+            made = self._kept("reference", name, lambda folder: self._arm_scores(encoder(), kept=True))
             rows += [row | dict(model=name, method="reference") for row in made]
         chosen = {(arm.family, arm.name) for arm in ablate.arms(self.profile, wanted)}
         for arm in ablate.arms(self.profile):
@@ -680,10 +680,16 @@ class Study:
         scores = self._arm_scores(self._encoder(outcome.student, label))
         return [dict(metric="heldout_loss", value=float(last["loss"])), *scores]
 
-    def _arm_scores(self, encoder: Encoder) -> list[dict]:
-        """Probe scores on the tasks that the profile ablates on, their mean, and similarity to the teacher."""
-        spec = self.profile.benchmark
-        runs = {task.name: probe_runs(encoder, task, spec) for task in self._tasks_that("ablate") or self.tasks}
+    def _arm_scores(self, encoder: Encoder, kept: bool = False) -> list[dict]:
+        """Probe scores on the tasks that the profile ablates on, their mean, and similarity to the teacher.
+
+        kept: of a contestant of the benchmark, whose trials are the benchmark's.
+        """
+        spec, tasks = self.profile.benchmark, self._tasks_that("ablate") or self.tasks
+        place = (self.run.folder("benchmark"), self._contestant_keys()) if kept else ()
+        runs: dict[str, list] = {}
+        for trial in run_trials({encoder.name: encoder}, tasks, spec, "probe", *place):
+            runs.setdefault(trial.task, []).append(trial.metrics)
         rows = [row for task, task_runs in runs.items() for row in rows_of(task_runs, spec, task=task)]
         rows.append(average_row(runs, spec))
         held, target = self._heldout_vectors

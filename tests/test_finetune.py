@@ -9,7 +9,9 @@ from tokenizers import processors
 from kdlib import config
 from kdlib import finetune as module
 from kdlib.efficiency import size_rows, speed_rows
-from kdlib.finetune import Tokens, _Report, finetune
+from kdlib.finetune import TaskModel, Tokens, _Report, finetune, fit_head, predict
+from kdlib.metrics import score
+from kdlib.probe import linear_probe, task_vectors, train_targets
 from kdlib.tasks import Split, Task
 
 SPEC = config.Benchmark(
@@ -52,6 +54,38 @@ def test_every_kind_runs_and_scores_lie_between_0_and_1(kind):
 def test_what_can_be_learned_is_learned():
     assert finetune(tiny.encoder(layers=2), task("classify"), SPEC)[0].value > 0.85
     assert finetune(tiny.encoder(layers=2), task("tokens"), SPEC)[0].value > 0.85
+
+
+@pytest.mark.parametrize("kind", ["classify", "multilabel", "tokens"])
+def test_a_head_starts_as_the_linear_probe_of_the_encoder_as_it_is(kind):
+    encoder, rows = tiny.encoder(layers=2), task(kind)
+    tokens = Tokens(encoder)
+    model = TaskModel(encoder.model, kind, len(rows.labels)).eval()
+    fit_head(model, module._Rows(tokens, kind, rows.train), False)
+    mine = score(rows, predict(model, module._Rows(tokens, kind, rows.test), rows, False))
+    train, test, places = task_vectors(encoder, rows)
+    probed = linear_probe(rows, train[:, 0], train_targets(encoder, rows), test[:, 0], places)
+    assert [metric.name for metric in mine] == [metric.name for metric in probed]
+    for found, wanted in zip(mine, probed):
+        np.testing.assert_array_equal(found.items, wanted.items)
+
+
+def test_a_head_that_starts_as_a_probe_is_no_worse_for_a_step_of_training():
+    few, spec = task("classify").few(8, 40, 0), SPEC.model_copy(update=dict(finetune_epochs=0.1, finetune_rate=1e-5))
+    scores = {}
+    for head in ("random", "probe"):
+        changed = spec.model_copy(update=dict(finetune_head=head))
+        scores[head] = finetune(tiny.encoder(layers=2), few, changed)[0].value
+    assert scores["probe"] > scores["random"]
+
+
+def test_a_head_of_examples_that_lack_a_class_guesses_the_others():
+    rows = task("classify")
+    one = Task("one class", "classify", rows.labels, Split(rows.train.texts[:5], [1] * 5), rows.test)
+    model, tokens = TaskModel(tiny.encoder(layers=2).model, "classify", 2), Tokens(tiny.encoder(layers=2))
+    fit_head(model, module._Rows(tokens, "classify", one.train), False)
+    assert all(torch.isfinite(value).all() for value in model.head.parameters())
+    assert set(predict(model.eval(), module._Rows(tokens, "classify", one.test), one, False)) == {1}
 
 
 def test_same_seed_same_score_and_the_encoder_is_left_alone():
