@@ -6,7 +6,7 @@ batch, the mean of their losses is the loss of the whole batch. A student that i
 teacher is compared through a learned projection: its `States` hold what came out of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -96,8 +96,7 @@ def attention_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT (Jiao et al. 2020, eq. 7) with scores Q K^T / sqrt(head size), on the scale of `hidden_loss`. Needs as many
     heads in the student as in the teacher.
     """
-    scores = _scores(student, teacher)
-    losses = [_mean_square_scores(mine, theirs) / _variance(theirs) for mine, theirs in scores]
+    losses = [_mean_square_scores(*pair) / _variance(pair[1][pair[2]]) for pair in _scores(student, teacher)]
     return torch.stack(losses).mean()
 
 
@@ -107,26 +106,24 @@ def tinybert_attention_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT (Jiao et al. 2020, eq. 7) as its script adds it up. Needs as many heads in the student as in the teacher.
     Of DeBERTa's scores the content's part is compared; that of relative positions is left out.
     """
-    return torch.stack([_mean_square_scores(mine, theirs) for mine, theirs in _scores(student, teacher)]).sum()
+    return torch.stack([_mean_square_scores(*pair) for pair in _scores(student, teacher)]).sum()
 
 
-def _mean_square_scores(mine: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    return _over(F.mse_loss(mine, theirs, reduction="sum"), mine.numel())
+def _mean_square_scores(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """MSE over the pairs of real tokens; zeroed, not cut out, as in `_mean_square`."""
+    return _over((mine - theirs).masked_fill(~keep, 0).square().sum(), keep.sum())
 
 
-def _scores(student: States, teacher: States) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Student's and teacher's scores of each layer between real tokens, each flat."""
+def _scores(student: States, teacher: States) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Student's and teacher's scores of each layer and where both tokens are real: [batch, heads, tokens, tokens]."""
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
             "they must be as many, and some"
         )
     pairs = (student.mask[:, None, :, None] * student.mask[:, None, None, :]).bool()
-    scores = []
     for mine, theirs in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), strict=True):
-        keep = pairs.expand(-1, mine[0].shape[1], -1, -1)
-        scores.append((attention_scores(*mine)[keep], attention_scores(*theirs)[keep]))
-    return scores
+        yield attention_scores(*mine), attention_scores(*theirs), pairs.expand(-1, mine[0].shape[1], -1, -1)
 
 
 def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
