@@ -16,9 +16,18 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from kdlib import checkpoints, config
 from kdlib.batches import BudgetSampler, budget_batches
 from kdlib.device import autocast, training_attention
-from kdlib.encoder import TOKENS_PER_BATCH, Encoder, first_tokens, mean_pool, model_inputs, positions
+from kdlib.encoder import (
+    TOKENS_PER_BATCH,
+    Encoder,
+    first_tokens,
+    mean_pool,
+    model_inputs,
+    positions,
+    text_vectors,
+    word_vectors,
+)
 from kdlib.metrics import Metric, score
-from kdlib.probe import PENALTY
+from kdlib.probe import PENALTY, train_targets
 from kdlib.progress import Progress
 from kdlib.tasks import Split, Task
 
@@ -119,9 +128,12 @@ class _Rows:
                 for word, at in rows[r].firsts:
                     labels[r, at] = self.targets[i][word]
         else:
-            dtype = torch.float32 if self.kind == "multilabel" else torch.long
-            labels = torch.tensor([self.targets[i] for i in batch], dtype=dtype)
+            labels = torch.tensor([self.targets[i] for i in batch], dtype=_label_type(self.kind))
         return inputs | {"labels": labels}
+
+
+def _label_type(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "multilabel" else torch.long
 
 
 class _Trainer(Trainer):
@@ -171,7 +183,7 @@ def finetune(
         model.encoder.get_input_embeddings().weight.requires_grad_(False)
     rows = _Rows(tokens, task.kind, task.train)
     if spec.finetune_head == "probe":
-        fit_head(model, rows, encoder.bf16)
+        fit_head(model, tokens.encoder, task)
     sampler = rows.sampler(spec.finetune_batch, seed)
     fp16 = spec.finetune_fp16 and device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch:
@@ -199,23 +211,20 @@ def finetune(
     return score(task, predict(model.eval(), _Rows(tokens, task.kind, task.test), task, encoder.bf16))
 
 
-def fit_head(model: TaskModel, rows: _Rows, bf16: bool) -> None:
-    """Start the head as the linear probe of the encoder as it is, on the rows (Kumar et al. 2022).
+def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
+    """Start the head as the linear probe of the encoder as it is, on the task's training rows (Kumar et al. 2022).
 
     From there on, fine-tuning moves the encoder to what the head asks for, and not to what noise asked for. A logistic
-    regression on standardised states with the penalty of `probe.linear_probe`, by L-BFGS.
+    regression on standardised states with the penalty of `probe.linear_probe`, by L-BFGS. encoder: which the model is a
+    copy of; what it remembers it does not read again.
     """
-    device, found, wanted = model.head.weight.device, [], []
-    model.eval()
-    for batch in budget_batches(rows.lengths, TOKENS_PER_BATCH):
-        inputs = {name: value.to(device) for name, value in rows.collate(batch).items()}
-        labels = inputs.pop("labels")
-        with torch.no_grad(), autocast(device, bf16):
-            states = model.states(**inputs).float()
-        keep = labels != IGNORE if model.kind == "tokens" else slice(None)
-        found.append(states[keep])
-        wanted.append(labels[keep])
-    states, labels = torch.cat(found), torch.cat(wanted)
+    texts, device = task.train.texts, model.head.weight.device
+    if task.kind == "tokens":
+        states, labels = word_vectors(encoder, texts)[0], train_targets(encoder, task)
+    else:
+        states, labels = text_vectors(encoder, texts), np.asarray(task.train.targets)
+    states = torch.from_numpy(states[:, 0]).to(device)
+    labels = torch.as_tensor(labels, dtype=_label_type(task.kind), device=device)
     mean, scale = states.mean(0), states.std(0, correction=0).clamp(min=1e-6)
     states, weight, bias = (states - mean) / scale, model.head.weight, model.head.bias
     with torch.no_grad():

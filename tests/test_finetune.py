@@ -61,7 +61,7 @@ def test_a_head_starts_as_the_linear_probe_of_the_encoder_as_it_is(kind):
     encoder, rows = tiny.encoder(layers=2), task(kind)
     tokens = Tokens(encoder)
     model = TaskModel(encoder.model, kind, len(rows.labels)).eval()
-    fit_head(model, module._Rows(tokens, kind, rows.train), False)
+    fit_head(model, encoder, rows)
     mine = score(rows, predict(model, module._Rows(tokens, kind, rows.test), rows, False))
     train, test, places = task_vectors(encoder, rows)
     probed = linear_probe(rows, train[:, 0], train_targets(encoder, rows), test[:, 0], places)
@@ -83,7 +83,7 @@ def test_a_head_of_examples_that_lack_a_class_guesses_the_others():
     rows = task("classify")
     one = Task("one class", "classify", rows.labels, Split(rows.train.texts[:5], [1] * 5), rows.test)
     model, tokens = TaskModel(tiny.encoder(layers=2).model, "classify", 2), Tokens(tiny.encoder(layers=2))
-    fit_head(model, module._Rows(tokens, "classify", one.train), False)
+    fit_head(model, tokens.encoder, one)
     assert all(torch.isfinite(value).all() for value in model.head.parameters())
     assert set(predict(model.eval(), module._Rows(tokens, "classify", one.test), one, False)) == {1}
 
