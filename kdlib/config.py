@@ -95,6 +95,7 @@ class Task(Source):
     label: str | list[str] = Field("label", description="label column; a list of 0/1 columns (kind multilabel)")
     test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
     fallbacks: list[TaskFallback] = Field([], description="other places for the same rows, tried in order")
+    probe: bool = Field(True, description="compare models on it by probe; notebook 01 probes the teacher on all")
     finetune: bool = Field(True, description="fine-tune on it in the benchmark")
     fewshot: bool = Field(True, description="fine-tune on a few examples per class (where benchmark.fewshot has sizes)")
     ablate: bool = Field(True, description="probe the ablation arms on it")

@@ -587,10 +587,8 @@ class Study:
             "fewshot": ["pruned teacher", "no distillation", "from scratch"],
         }
         encoders = {name: encoder for name, encoder in self.contestants.items() if name not in out[method]}
-        tasks = self.tasks if method == "probe" else self._tasks_that(method)
-        return run_trials(
-            encoders, tasks, self.profile.benchmark, method, self.run.folder("benchmark"), self._contestant_keys()
-        )
+        spec, tasks, folder = self.profile.benchmark, self._tasks_that(method), self.run.folder("benchmark")
+        return run_trials(encoders, tasks, spec, method, folder, self._contestant_keys())
 
     def paired_rows(self, trials: list[Trial]) -> list[dict]:
         """The student against every other contestant, tested on the same seeds and items."""
@@ -599,8 +597,10 @@ class Study:
         return rows + [dict(model="student", metric="margin", value=self.profile.benchmark.margin)]
 
     def _tasks_that(self, flag: str) -> list[Task]:
-        """The tasks that the profile wants for "finetune", "fewshot" or "ablate"."""
-        return [task for task, spec in zip(self.tasks, self.profile.tasks) if getattr(spec, flag)]
+        """The tasks that the profile wants for "finetune" or "fewshot"; for "probe" or "ablate": all, where it wants none.
+        """
+        wanted = [task for task, spec in zip(self.tasks, self.profile.tasks) if getattr(spec, flag)]
+        return wanted or (self.tasks if flag in ("probe", "ablate") else [])
 
     def efficiency_rows(self) -> list[dict]:
         """Sizes of all contestants, speeds of those that differ in speed."""
@@ -685,7 +685,7 @@ class Study:
 
         kept: of a contestant of the benchmark, whose trials are the benchmark's.
         """
-        spec, tasks = self.profile.benchmark, self._tasks_that("ablate") or self.tasks
+        spec, tasks = self.profile.benchmark, self._tasks_that("ablate")
         place = (self.run.folder("benchmark"), self._contestant_keys()) if kept else ()
         runs: dict[str, list] = {}
         for trial in run_trials({encoder.name: encoder}, tasks, spec, "probe", *place):

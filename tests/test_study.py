@@ -232,3 +232,15 @@ def test_what_comes_beside_a_model_later_is_no_damage(study):
 def test_contradictions_between_parameters_are_told(sources, tmp_path, change, word):
     with pytest.raises(UserError, match=word):
         Study(tmp_path, "smoke", overrides(sources, **change)).undistilled()
+
+
+def test_tasks_are_compared_where_the_profile_says_so(tmp_path):
+    def compared(first, second):
+        tasks = [{"name": "topic"} | first, {"name": "dengue", "kind": "multilabel"} | second]
+        study = Study(tmp_path / "run", "smoke", {"tasks": tasks})
+        return {flag: [task.name for task in study._tasks_that(flag)] for flag in ("probe", "finetune", "ablate")}
+
+    both, off = ["topic", "dengue"], {"probe": False, "finetune": False, "ablate": False}
+    assert compared({}, {}) == {"probe": both, "finetune": both, "ablate": both}
+    assert compared({}, off) == {"probe": ["topic"], "finetune": ["topic"], "ablate": ["topic"]}
+    assert compared(off, off) == {"probe": both, "finetune": [], "ablate": both}
