@@ -232,28 +232,29 @@ class Job:
 
     def epoch(self, train: Texts, student: PreTrainedModel | None = None) -> float:
         """Seconds of one epoch of `distill`, its checkpoints included, on `student` or on a new one."""
-        spec = self.spec.model_copy(update={"epochs": 1.0, "evaluations": 1})
-        student, heldout = student or self.student(), train.part(range(8))
-        with tempfile.TemporaryDirectory() as work:
-            return seconds(lambda: distill(self.study.source, student, train, heldout, spec, Path(work)))
+        student = student or self.student()
+        return seconds(lambda: self._distill(train, student))
 
     def rate(self, train: Texts) -> float:
         """Texts per second of an epoch's steps, but for the first and the last: what comes before and after, such as
         evaluations and a checkpoint, does not grow with the length of a training, and other loops have none of it."""
-        spec = self.spec.model_copy(update={"epochs": 1.0, "evaluations": 1})
         ends: list[float] = []
 
         def stop() -> bool:
             ends.append(time.perf_counter())
             return False
 
-        student, heldout = self.student(), train.part(range(8))
-        with tempfile.TemporaryDirectory() as work:
-            distill(self.study.source, student, train, heldout, spec, Path(work), should_stop=stop)
-        between = [len(batch) for batch in BudgetSampler(train.lengths, spec.batch_tokens)][1:-1]
+        self._distill(train, self.student(), stop)
+        between = [len(batch) for batch in BudgetSampler(train.lengths, self.spec.batch_tokens)][1:-1]
         if len(between) != len(ends) - 1:
             raise RuntimeError(f"{len(ends)} steps were timed, {len(between)} batches lie between the first and last")
         return sum(between) / (ends[-1] - ends[0])
+
+    def _distill(self, train: Texts, student: PreTrainedModel, should_stop: Callable[[], bool] | None = None) -> None:
+        """One epoch, watched with a few of the texts."""
+        spec, heldout = self.spec.model_copy(update={"epochs": 1.0, "evaluations": 1}), train.part(range(8))
+        with tempfile.TemporaryDirectory() as work:
+            distill(self.study.source, student, train, heldout, spec, Path(work), should_stop=should_stop)
 
 
 def workshop(texts: int, lengths: list[int] | None = None) -> Job:

@@ -597,7 +597,7 @@ class Study:
         return rows + [dict(model="student", metric="margin", value=self.profile.benchmark.margin)]
 
     def _tasks_that(self, flag: str) -> list[Task]:
-        """The tasks that the profile wants for "finetune" or "fewshot"; for "probe" or "ablate" all, if it wants none."""
+        """The tasks the profile wants for "finetune" or "fewshot"; for "probe" or "ablate" all, where it wants none."""
         wanted = [task for task, spec in zip(self.tasks, self.profile.tasks) if getattr(spec, flag)]
         return wanted or (self.tasks if flag in ("probe", "ablate") else [])
 
