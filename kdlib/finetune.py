@@ -46,14 +46,11 @@ class TaskModel(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, labels)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
-        logits = self.head(self.dropout(self.states(input_ids, attention_mask, token_type_ids))).float()
-        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
-
-    def states(self, input_ids, attention_mask, token_type_ids=None) -> torch.Tensor:
-        """What the head reads: [batch, hidden] of texts, [batch, tokens, hidden] of words."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        return states if self.kind == "tokens" else mean_pool(states, attention_mask)
+        states = states if self.kind == "tokens" else mean_pool(states, attention_mask)
+        logits = self.head(self.dropout(states)).float()
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy, mean over texts or words; of each label by itself for kind multilabel."""

@@ -48,15 +48,15 @@ def hidden_loss(student: States, teacher: States) -> torch.Tensor:
     keep = student.mask.bool()
     losses = []
     for mine, theirs in zip(student.hidden, teacher.hidden, strict=True):
-        losses.append(_mean_square(mine, theirs, keep) / _variance(theirs[keep].float()))
+        losses.append(_mean_square(mine, theirs, keep.unsqueeze(-1)) / _variance(theirs[keep].float()))
     return torch.stack(losses).mean()
 
 
 def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """MSE over real tokens of [batch, tokens, hidden]."""
+    """MSE over real tokens, or pairs of them: where `keep` is true, bool, with size 1 along what all have in common."""
     # Padding is zeroed rather than cut out: the gradient of a cut is a slow scatter.
-    difference = (mine.float() - theirs.float()).masked_fill(~keep.unsqueeze(-1), 0)
-    return _over(difference.square().sum(), keep.sum() * mine.shape[-1])
+    difference = (mine.float() - theirs.float()).masked_fill(~keep, 0)
+    return _over(difference.square().sum(), keep.sum() * (difference.numel() // keep.numel()))
 
 
 def _over(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def tinybert_hidden_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT's general distillation (Jiao et al. 2020, eq. 8 and 9) as its script adds it up: l + 1 terms of weight 1,
     none divided by a variance.
     """
-    keep = student.mask.bool()
+    keep = student.mask.bool().unsqueeze(-1)
     pairs = zip([student.embedded, *student.hidden], [teacher.embedded, *teacher.hidden], strict=True)
     return torch.stack([_mean_square(mine, theirs, keep) for mine, theirs in pairs]).sum()
 
@@ -96,7 +96,10 @@ def attention_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT (Jiao et al. 2020, eq. 7) with scores Q K^T / sqrt(head size), on the scale of `hidden_loss`. Needs as many
     heads in the student as in the teacher.
     """
-    losses = [_mean_square_scores(*pair) / _variance(pair[1][pair[2]]) for pair in _scores(student, teacher)]
+    losses = [
+        _mean_square(mine, theirs, keep) / _variance(theirs[keep.expand_as(theirs)])
+        for mine, theirs, keep in _scores(student, teacher)
+    ]
     return torch.stack(losses).mean()
 
 
@@ -106,16 +109,12 @@ def tinybert_attention_loss(student: States, teacher: States) -> torch.Tensor:
     TinyBERT (Jiao et al. 2020, eq. 7) as its script adds it up. Needs as many heads in the student as in the teacher.
     Of DeBERTa's scores the content's part is compared; that of relative positions is left out.
     """
-    return torch.stack([_mean_square_scores(*pair) for pair in _scores(student, teacher)]).sum()
-
-
-def _mean_square_scores(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """MSE over the pairs of real tokens; zeroed, not cut out, as in `_mean_square`."""
-    return _over((mine - theirs).masked_fill(~keep, 0).square().sum(), keep.sum())
+    return torch.stack([_mean_square(*scores) for scores in _scores(student, teacher)]).sum()
 
 
 def _scores(student: States, teacher: States) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Student's and teacher's scores of each layer and where both tokens are real: [batch, heads, tokens, tokens]."""
+    """Student's and teacher's scores of each layer, [batch, heads, tokens, tokens], and where both tokens are real,
+    [batch, 1, tokens, tokens]."""
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
@@ -123,7 +122,7 @@ def _scores(student: States, teacher: States) -> Iterator[tuple[torch.Tensor, to
         )
     pairs = (student.mask[:, None, :, None] * student.mask[:, None, None, :]).bool()
     for mine, theirs in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), strict=True):
-        yield attention_scores(*mine), attention_scores(*theirs), pairs.expand(-1, mine[0].shape[1], -1, -1)
+        yield attention_scores(*mine), attention_scores(*theirs), pairs
 
 
 def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
