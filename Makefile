@@ -21,15 +21,15 @@ test: .venv/ready
 
 # The paper's profile, every stage, arm and objective, small, against a stand-in hub.
 rehearse: .venv/ready
-	$(BIN)/python tests/rehearse.py
+	$(BIN)/python tests/harness/rehearse.py
 
 # Hostile input for every reader: so many cases each, slow readers a share of them.
 fuzz: .venv/ready
-	$(BIN)/python tests/fuzz.py --cases $(CASES)
+	$(BIN)/python tests/harness/fuzz.py --cases $(CASES)
 
 # A small study killed at so many random moments, each time to the same end; SEED=n for the same moments again.
 soak: .venv/ready
-	$(BIN)/python tests/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python tests/harness/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 # Every measurement, beside what else there is; wants both cores for itself.
 bench: .venv/ready

@@ -4,7 +4,7 @@ import numpy as np
 
 from benchmarks.common import main, row, workshop
 from benchmarks.reference import BATCH, LENGTH
-from kdlib.batches import BudgetSampler
+from kdlib.batching import BudgetSampler
 
 
 def measure(quick: bool = False) -> list[dict]:

@@ -19,9 +19,9 @@ from benchmarks.common import (
     workshop,
 )
 from benchmarks.reference import BATCH
-from kdlib.batches import BudgetSampler
-from kdlib.distill import Watched, compared_layers, with_states
-from kdlib.objectives import Needs, total_loss
+from kdlib.batching import BudgetSampler
+from kdlib.distillation.distill import StateCapture, compared_layers, with_states
+from kdlib.distillation.objectives import RequiredOutputs, total_loss
 
 OBJECTIVE = {"tinybert_hidden": 1.0}  # the sum over layers of the MSE of hidden states: TextBrewer's hidden_mse
 CLAIMS = (
@@ -50,11 +50,7 @@ def measure(quick: bool = False) -> list[dict]:
             return texts / reports[-1]["seconds"]
 
         found = in_turns(
-            {
-                "live": lambda: job.rate(job.train),
-                "TextBrewer": theirs,
-                "cached": lambda: job.rate(cached),
-            },
+            {"live": lambda: job.rate(job.train), "TextBrewer": theirs, "cached": lambda: job.rate(cached)},
             1 if quick else 3,
         )
     except PeerMissing as reason:
@@ -80,7 +76,7 @@ def write_job(job: Job, folder) -> list[dict[str, torch.Tensor]]:
     job.study.source.model.save_pretrained(folder / "teacher")
     sampler = BudgetSampler([len(ids) for ids in job.train.ids], job.spec.batch_tokens, job.study.profile.seed)
     batches = [job.train.collate(batch) for batch in sampler]
-    layers = compared_layers(Needs.of(OBJECTIVE), student.config.num_hidden_layers, job.study.source.layers)
+    layers = compared_layers(RequiredOutputs.of(OBJECTIVE), student.config.num_hidden_layers, job.study.source.layers)
     pairs = [[0, 0], *([mine, theirs] for mine, theirs in zip(*layers))]
     facts = {"layers": pairs, "rate": job.spec.learning_rate, "decay": job.spec.weight_decay, "clip": 1.0}
     torch.save({"batches": batches, **facts}, folder / "job.pt")
@@ -90,9 +86,9 @@ def write_job(job: Job, folder) -> list[dict[str, torch.Tensor]]:
 @torch.no_grad()
 def first_loss(job: Job, batch: dict[str, torch.Tensor]) -> float:
     """The kit's value of the objective for a batch, before any training."""
-    needs, student, source = Needs.of(OBJECTIVE), job.student().eval(), job.study.source
+    needs, student, source = RequiredOutputs.of(OBJECTIVE), job.student().eval(), job.study.source
     layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, source.layers)
-    watched = Watched(student, layers, needs), Watched(source.model, teacher_layers, needs)
+    watched = StateCapture(student, layers, needs), StateCapture(source.model, teacher_layers, needs)
     return float(total_loss(OBJECTIVE, *(one(batch["input_ids"], batch["attention_mask"]) for one in watched))[0])
 
 

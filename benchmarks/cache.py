@@ -5,17 +5,17 @@ import shutil
 import torch
 
 from benchmarks.common import WORK, Job, in_turns, main, row, seconds, workshop
-from kdlib.batches import BudgetSampler
+from kdlib.batching import BudgetSampler
 from kdlib.device import autocast
-from kdlib.distill import Texts, Watched, compared_layers, with_states
-from kdlib.objectives import Needs, States, total_loss
+from kdlib.distillation.distill import StateCapture, TokenizedCorpus, compared_layers, with_states
+from kdlib.distillation.objectives import ModelOutputs, RequiredOutputs, total_loss
 
 
 def measure(quick: bool = False) -> list[dict]:
     job = workshop(64 if quick else 512)
     root, depth = WORK / "fresh cache", job.study.profile.student.layers
     shutil.rmtree(root, ignore_errors=True)
-    made: list[Texts] = []
+    made: list[TokenizedCorpus] = []
     making = seconds(lambda: made.append(with_states(job.train, job.study.source, job.spec, root, depth)))
     cached = made[0]
     bytes_ = sum(file.stat().st_size for file in root.rglob("layer-*.f16"))
@@ -34,16 +34,16 @@ def measure(quick: bool = False) -> list[dict]:
 
 
 @torch.no_grad()
-def disagreement(job: Job, cached: Texts, count: int) -> tuple[float, int]:
+def disagreement(job: Job, cached: TokenizedCorpus, count: int) -> tuple[float, int]:
     """The largest relative difference between the loss with cached and with live states, and over how many batches."""
-    needs, student, source = Needs.of(job.spec.objectives), job.student().eval(), job.study.source
+    needs, student, source = RequiredOutputs.of(job.spec.objectives), job.student().eval(), job.study.source
     layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, source.layers)
-    mine, theirs = Watched(student, layers, needs), Watched(source.model, teacher_layers, needs)
+    mine, theirs = StateCapture(student, layers, needs), StateCapture(source.model, teacher_layers, needs)
     gaps = []
     for batch in list(BudgetSampler([len(ids) for ids in cached.ids], job.spec.batch_tokens))[:count]:
         given = cached.collate(batch)
         ids, mask = given["input_ids"], given["attention_mask"]
-        kept = States([given[f"layer {layer}"] for layer in teacher_layers], mask)
+        kept = ModelOutputs([given[f"layer {layer}"] for layer in teacher_layers], mask)
         with autocast(ids.device, source.bf16):
             states, live = mine(ids, mask), theirs(ids, mask)
         a, b = (float(total_loss(job.spec.objectives, states, target)[0]) for target in (kept, live))

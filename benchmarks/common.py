@@ -24,11 +24,11 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from kdlib import config
-from kdlib.batches import BudgetSampler
-from kdlib.corpus import windows
-from kdlib.distill import Texts, distill, tokenise
-from kdlib.store import new_file, write_json
-from kdlib.study import Study
+from kdlib.batching import BudgetSampler
+from kdlib.data.corpus import windows
+from kdlib.distillation.distill import TokenizedCorpus, distill, tokenise
+from kdlib.files import new_file, write_json
+from kdlib.study.study import Study
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -221,7 +221,7 @@ class Job:
     study: Study
     texts: list[str]
     spec: config.Distill
-    train: Texts = field(init=False)
+    train: TokenizedCorpus = field(init=False)
 
     def __post_init__(self):
         self.train = tokenise(self.study.source, self.texts)
@@ -230,12 +230,12 @@ class Job:
         """A new student, as the workshop begins with."""
         return self.study.undistilled().model
 
-    def epoch(self, train: Texts, student: PreTrainedModel | None = None) -> float:
+    def epoch(self, train: TokenizedCorpus, student: PreTrainedModel | None = None) -> float:
         """Seconds of one epoch of `distill`, its checkpoints included, on `student` or on a new one."""
         student = student or self.student()
         return seconds(lambda: self._distill(train, student))
 
-    def rate(self, train: Texts) -> float:
+    def rate(self, train: TokenizedCorpus) -> float:
         """Texts per second of an epoch's steps, but for the first and the last: what comes before and after, such as
         evaluations and a checkpoint, does not grow with the length of a training, and other loops have none of it."""
         ends: list[float] = []
@@ -250,7 +250,9 @@ class Job:
             raise RuntimeError(f"{len(ends)} steps were timed, {len(between)} batches lie between the first and last")
         return sum(between) / (ends[-1] - ends[0])
 
-    def _distill(self, train: Texts, student: PreTrainedModel, should_stop: Callable[[], bool] | None = None) -> None:
+    def _distill(
+        self, train: TokenizedCorpus, student: PreTrainedModel, should_stop: Callable[[], bool] | None = None
+    ) -> None:
         """One epoch, watched with a few of the texts."""
         spec, heldout = self.spec.model_copy(update={"epochs": 1.0, "evaluations": 1}), train.part(range(8))
         with tempfile.TemporaryDirectory() as work:

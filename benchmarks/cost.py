@@ -21,12 +21,12 @@ from rich.table import Table
 from transformers import BertConfig, BertModel
 
 from benchmarks.memory import encoder
-from kdlib.cache import gigabytes
 from kdlib.config import Distill, Student
-from kdlib.distill import Texts, distill, with_states
-from kdlib.encoder import Encoder
-from kdlib.student import build_student
-from kdlib.tokens import Ragged
+from kdlib.distillation.distill import TokenizedCorpus, distill, with_states
+from kdlib.distillation.student_init import build_student
+from kdlib.distillation.teacher_cache import gigabytes
+from kdlib.models.encoder import Encoder
+from kdlib.models.token_store import Ragged
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def measure(job: Job) -> dict:
     teacher = Encoder(BertModel(config).eval(), encoder().tokenizer, "teacher")
     lengths = np.full(job.texts, job.length, np.int32)
     ids = np.random.default_rng(0).integers(5, job.vocabulary, job.tokens, np.int32)
-    texts = Texts(Ragged(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths), 0)
+    texts = TokenizedCorpus(Ragged(ids, np.cumsum(lengths, dtype=np.int64) - lengths, lengths), 0)
     spec = Distill(
         cache=job.cached, batch_tokens=job.rows * job.length, epochs=1.0, evaluations=1, precision="fp32", compile=False
     )

@@ -8,9 +8,9 @@ import torch
 from benchmarks.common import Job, in_turns, keep_memory, main, row, seconds, workshop
 from benchmarks.reference import BATCH, LENGTH, Loop, batches
 from kdlib.config import Student
-from kdlib.distill import Watched, compared_layers, with_states
-from kdlib.objectives import Needs, total_loss
-from kdlib.student import build_student
+from kdlib.distillation.distill import StateCapture, compared_layers, with_states
+from kdlib.distillation.objectives import RequiredOutputs, total_loss
+from kdlib.distillation.student_init import build_student
 
 OBJECTIVES = {"tinybert_hidden": 1.0, "tinybert_attention": 1.0}
 
@@ -83,10 +83,10 @@ def disagreement(job: Job, rows: list[list[int]]) -> float:
 
 def kit_loss(teacher, student, projection, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The kit's value of the plain loop's loss."""
-    needs = Needs.of(OBJECTIVES)
+    needs = RequiredOutputs.of(OBJECTIVES)
     depth = student.config.num_hidden_layers
     layers, teacher_layers = compared_layers(needs, depth, teacher.config.num_hidden_layers)
-    watched = Watched(student, layers, needs, projection), Watched(teacher, teacher_layers, needs)
+    watched = StateCapture(student, layers, needs, projection), StateCapture(teacher, teacher_layers, needs)
     try:
         return total_loss(OBJECTIVES, *(one(ids, mask) for one in watched))[0]
     finally:

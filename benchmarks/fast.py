@@ -5,10 +5,11 @@ import shutil
 import pandas as pd
 
 from benchmarks.common import WORK, main, row, workshop
-from kdlib.corpus import sentences
-from kdlib.distill import with_states
-from kdlib.encoder import Encoder
-from kdlib.export import export_rows, export_student
+from kdlib.data.corpus import sentences
+from kdlib.distillation.distill import with_states
+from kdlib.evaluation.speed import export_rows
+from kdlib.models.encoder import Encoder
+from kdlib.models.onnx import export_student
 
 TORCH, KINDS = "torch fp32", ("onnx fp32", "onnx int8")
 

@@ -67,7 +67,7 @@ def encoder():
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    from kdlib.encoder import Encoder
+    from kdlib.models.encoder import Encoder
 
     torch.manual_seed(0)
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", *SYLLABLES, *("##" + s for s in SYLLABLES)]
@@ -88,12 +88,12 @@ def encoder():
 
 def work(folder: Path) -> dict:
     """Everything once with the text in `folder`: peaks and seconds of each stage, and how much text it was."""
-    from kdlib.batches import BudgetSampler
+    from kdlib.batching import BudgetSampler
     from kdlib.config import Distill, Student, load_profile
-    from kdlib.corpus import load_corpus, sentences, windows
-    from kdlib.distill import distill, prepare
-    from kdlib.student import build_student
-    from kdlib.vocabulary import count_pieces
+    from kdlib.data.corpus import load_corpus, sentences, windows
+    from kdlib.distillation.distill import distill, prepare
+    from kdlib.distillation.student_init import build_student
+    from kdlib.pruning.selection import count_tokens
 
     watch, teacher = Watch(), encoder()
     time.sleep(0.1)
@@ -101,7 +101,7 @@ def work(folder: Path) -> dict:
     overrides = {"language": "xx", "corpus.source": str(folder / "text.txt"), "corpus.heldout": 0.001}
     corpus = load_corpus(load_profile("workshop", overrides), folder)
     watch.enter("counting")
-    count_pieces(teacher.tokenizer, sentences(corpus.train))
+    count_tokens(teacher.tokenizer, sentences(corpus.train))
     watch.enter("tokenising")
     spec = Distill(cache=False, evaluations=1, precision="fp32", compile=False)
     train = prepare(teacher, windows(corpus.train, spec.windows), spec, folder, 2)

@@ -12,10 +12,10 @@ from tokenizers.processors import BertProcessing
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedConfig, XLMRobertaConfig
 
 from benchmarks.common import HERE, WORK, PeerMissing, in_turns, main, peer, row, run_peer, workshop
-from kdlib import embedded
-from kdlib.corpus import sentences
-from kdlib.store import new_folder, write_json
-from kdlib.teacher import load_encoder
+from kdlib.data.corpus import sentences
+from kdlib.files import new_folder, write_json
+from kdlib.models import embedded_teacher
+from kdlib.models.loading import load_encoder
 
 TOOLS = ("textpruner", "vocabtrimmer")
 BASE = {
@@ -151,7 +151,7 @@ def right_on_wordpiece(python: Path, lines: list[str], work: Path) -> dict[str, 
 
 def unigram_model(folder: Path, settings: PreTrainedConfig) -> None:
     """A masked model of XLM-R's kind with random weights, and the embedded teacher's tokenizer."""
-    source = embedded.folder()
+    source = embedded_teacher.folder()
     with new_folder(folder) as new:
         save_random(settings, new)
         shutil.copy(source / "tokenizer.json", new)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from kdlib.encoder import pad
+from kdlib.batching import pad
 
 LENGTH, BATCH, RATE = 128, 32, 5e-5
 

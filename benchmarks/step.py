@@ -5,9 +5,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedConfig
 
 from benchmarks.common import HERE, Job, in_turns, main, row, workshop
-from kdlib.batches import BudgetSampler
+from kdlib.batching import BudgetSampler
 from kdlib.device import matmul_speed
-from kdlib.distill import Texts, with_states
+from kdlib.distillation.distill import TokenizedCorpus, with_states
 
 PROFILE = HERE / "profile.txt"
 SIZES = (384, 768, 1536, 2048)
@@ -53,7 +53,7 @@ def measure(quick: bool = False) -> list[dict]:
     ]  # fmt: skip
 
 
-def where(job: Job, cached: Texts, steps: int = 6) -> str:
+def where(job: Job, cached: TokenizedCorpus, steps: int = 6) -> str:
     """A table of where the time of some steps goes, operation by operation."""
     batches = list(BudgetSampler([len(ids) for ids in cached.ids], job.spec.batch_tokens))[:steps]
     part = cached.part([i for batch in batches for i in batch])

@@ -36,15 +36,15 @@ def run(
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: the same command again goes on where it stopped."""
     from kdlib import config
-    from kdlib.kernels import kernel
+    from kdlib.study.kernel import kernel
 
     overrides, out = list(set_ or []), out or Path("runs") / Path(profile).stem
     try:
         config.load_profile(profile, overrides)  # a slip in a parameter is told at once
     except UserError as error:
         _fail(str(error), 2)
-    with kernel(preload="kdlib.study") as shared:  # loads the libraries while this process does, too
-        from kdlib import runner
+    with kernel(preload="kdlib.study.study") as shared:  # loads the libraries while this process does, too
+        from kdlib.study import runner
 
         try:
             runner.run_study(out, profile, overrides, list(only or []), start, list(arms or []), shared=shared)
@@ -68,7 +68,7 @@ def distill(
 
     On several GPUs: torchrun --nproc_per_node 8 -m kdlib distill --out runs/x
     """
-    from kdlib import runner
+    from kdlib.study import runner
 
     try:
         runner.distill(out or Path("runs") / Path(profile).stem, profile, list(set_ or []))
@@ -101,8 +101,8 @@ def figures(
     to: Annotated[Path, typer.Option(help="where the README looks for its figures")] = Path("figures"),
 ) -> None:
     """Copy the figures of a finished run to where the README shows them."""
-    from kdlib import runner
-    from kdlib.store import Run
+    from kdlib.study import runner
+    from kdlib.study.run import Run
 
     try:
         for path in runner.refresh_figures(Run(run_dir), to):
@@ -116,10 +116,10 @@ def reset(
     folder: Annotated[Path, typer.Option(help="a checkout of the project, or an unpacked offline bundle")] = Path("."),
 ) -> None:
     """Back to the start: notebooks as they were handed out, no own runs. What was there is set aside, not lost."""
-    from kdlib import handout
+    from kdlib.study import reset as reset_module
 
     try:
-        aside = handout.reset(folder)
+        aside = reset_module.reset(folder)
     except UserError as error:
         _fail(str(error), 2)
     typer.echo("the notebooks are as they were handed out" + (f"; what was there lies in {aside}" if aside else ""))
@@ -132,9 +132,10 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="make a new repository public; without: private")] = False,
 ) -> None:
     """Upload a run's student, with its model card, to the model hub. Nothing else of the kit ever uploads anything."""
-    from kdlib import hub
-    from kdlib.card import write_card
-    from kdlib.store import Run, flaw
+    from kdlib.data import hub
+    from kdlib.files import flaw
+    from kdlib.study.model_card import write_card
+    from kdlib.study.run import Run
 
     student = run_dir / "student"
     try:

@@ -3,10 +3,8 @@
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedModel
 
 from kdlib.errors import UserError
 
@@ -45,23 +43,6 @@ def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, devi
         wait()
         runs += 1
     return 2 * size**3 * runs / (time.perf_counter() - start)
-
-
-@contextlib.contextmanager
-def training_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Plain attention while training on a CPU.
-
-    For short texts the gradient of the fused kernel takes several times as long there.
-    """
-    fused = model.config._attn_implementation
-    plain = model.device.type == "cpu" and fused == "sdpa"
-    if plain:
-        model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        if plain:
-            model.set_attn_implementation(fused)
 
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:

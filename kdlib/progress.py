@@ -20,11 +20,11 @@ class Progress:
     """Reports how far a piece of work is: `label`, steps done of `total`, and a few words such as the loss."""
 
     def __init__(self, label: str, total: int):
-        from kdlib import processes  # brings torch, for which the command line need not wait
+        from kdlib import distributed  # brings torch, for which the command line need not wait
 
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
-        kernel, other = hasattr(get_ipython(), "kernel"), processes.place() > 0
+        kernel, other = hasattr(get_ipython(), "kernel"), distributed.rank() > 0
         self.bar = None if self.file or kernel else tqdm(total=total, desc=label, leave=False, delay=1, disable=other)
         self.line = None  # in a notebook a line of text, not tqdm's widget, which leaves a dead one in the saved file
 

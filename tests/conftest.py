@@ -32,7 +32,7 @@ def pytest_collection_finish():
 
 
 def read_rows(name):
-    lines = (resources.files("kdlib") / "data" / name).read_text("utf-8").splitlines()
+    lines = (resources.files("kdlib") / "data" / "bundled" / name).read_text("utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
@@ -45,9 +45,9 @@ def parallel():
 @pytest.fixture(scope="session")
 def teacher_folder():
     """The embedded teacher, converted once into the cache of this machine."""
-    from kdlib import embedded
+    from kdlib.models import embedded_teacher
 
-    return embedded.folder()
+    return embedded_teacher.folder()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from kdlib.encoder import Encoder
+from kdlib.models.encoder import Encoder
 
 WORDS = (
     "ang ng sa mga ay na at si ako ikaw bata aso pusa bahay araw gabi ulan tubig "

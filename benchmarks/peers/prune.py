@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.peak import peak_megabytes
-from kdlib.prune import prune_files
+from kdlib.pruning.files import prune_files
 
 folder, out, ids = Path(sys.argv[1]), Path(sys.argv[2]), np.load(sys.argv[3])
 shutil.rmtree(out, ignore_errors=True)

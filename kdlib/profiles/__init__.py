@@ -1,0 +1,1 @@
+"""Profiles: YAML files with the parameters of a study."""

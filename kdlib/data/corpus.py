@@ -1,0 +1,317 @@
+"""The distillation corpus: documents of sentences, split by document so that nothing leaks into a test."""
+
+import hashlib
+import itertools
+import random
+import re
+import tempfile
+import textwrap
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlib import config
+from kdlib.data.lazy import Document, Lazy, picked, read, write
+from kdlib.data.sources import Origin, digest, embedded_rows, first_of, local_state, row_bytes, stream_rows
+from kdlib.errors import UserError
+from kdlib.files import fingerprint, new_folder, read_json, write_json
+
+ENDS = ".!?…؟۔።፧।॥။។៕༎།։᱾"  # followed by space; Arabic, Ethiopic, Indic, Burmese, Khmer, Tibetan, Armenian, Ol Chiki
+WIDE = "。！？｡።။"  # also without
+CLOSERS, WIDE_CLOSERS = "\"'”’»)", "”’」』）"
+SENTENCE_END = re.compile(
+    rf"(?:(?<=[{ENDS}])|(?<=[{ENDS}][{CLOSERS}])|(?<=[{ENDS}][{CLOSERS}]{{2}}))\s+"
+    rf"|(?:(?<=[{WIDE}])|(?<=[{WIDE}][{WIDE_CLOSERS}]))(?![{WIDE}{WIDE_CLOSERS}…])\s*"
+)
+LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
+TEST_REGISTERS = ("everyday", "story")
+TEST_PER_CELL = 18  # documents of each topic and test register that the tasks are tested on
+HELDOUT_PER_CELL = 2  # documents of each topic and register that watch the distillation
+IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger one lies in files
+
+
+@dataclass
+class Corpus:
+    """train: what students are distilled on; heldout: what watches them; test: what embedded tasks test on; origin:
+    what was read."""
+
+    train: Sequence[Document]
+    heldout: Sequence[Document]
+    test: Sequence[Document]
+    origin: Origin | None = field(default=None, compare=False)
+    temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
+
+
+def load_corpus(profile: config.Profile, cache_root: Path | None = None) -> Corpus:
+    """The profile's corpus, split by document. The split depends on the text alone, not on order or seed.
+
+    It is read from the first of the corpus's source and its fallbacks that can be. With corpus.streaming it is the
+    first max_documents documents, in the source's order; without, max_documents drawn with the profile's seed.
+
+    One of more than IN_MEMORY characters lies in files, and its parts are `Lazy`: under `cache_root`, where it is found
+    again as long as what it was read from stays as it is, or without one in a temporary folder.
+    Raises UserError for sources that cannot be read, an empty text, or too few documents to hold any out.
+    """
+    spec = profile.corpus
+    if spec.source == "embedded":
+        if profile.language != "tgl":
+            raise UserError(
+                f"the embedded corpus is Tagalog (tgl); for language {profile.language!r} set corpus.source to a file"
+            )
+        documents = _embedded()
+        corpus = _split_embedded(documents)
+        if spec.max_documents and len(corpus.train) > spec.max_documents:
+            corpus.train = random.Random(profile.seed).sample(corpus.train, spec.max_documents)
+        corpus.origin = _origin(corpus, spec.source, None, digest(d.sentences for d in documents))
+        check_leaks(corpus)
+    else:
+        corpus, passed_over = first_of(spec, lambda place: _load(place, profile.seed, cache_root), "corpus")
+        corpus.origin = replace(corpus.origin, passed_over=passed_over)
+    return corpus
+
+
+def _origin(corpus: Corpus, place: str, commit: str | None, content: str) -> Origin:
+    sizes = {"train": len(corpus.train), "heldout": len(corpus.heldout), "test": len(corpus.test)}
+    return Origin(place, commit, content, sizes)
+
+
+def _embedded() -> list[Document]:
+    rows = embedded_rows("documents")
+    return [Document(r.id, list(r.sentences), {"topic": r.topic, "register": r.register}) for r in rows.itertuples()]
+
+
+def _load(spec: config.Corpus, seed: int, cache_root: Path | None) -> Corpus:
+    """The corpus of one place."""
+    columns = [spec.text, *([spec.document] if spec.document else [])]
+    rows, commit = stream_rows(spec, columns, whole=not spec.streaming)
+    state = commit or local_state(spec)
+    temporary = None if cache_root else tempfile.TemporaryDirectory(prefix="kdlib-")
+    folder = Path(cache_root or temporary.name) / "corpus" / fingerprint(spec.model_dump(), seed, state)
+    if state and (kept := _kept(folder, spec.source, commit)):
+        return kept
+    documents = itertools.islice(_documents(rows, spec), spec.max_documents if spec.streaming else None)
+    small, size = [], 0
+    for document in documents:
+        small.append(document)
+        size += sum(map(len, document.sentences))
+        if size > IN_MEMORY:
+            _split_in_files(itertools.chain(small, documents), spec, seed, folder)
+            corpus = _kept(folder, spec.source, commit)
+            corpus.temporary = temporary
+            return corpus
+    small = _joined(small)
+    if len(small) < 10:
+        raise UserError(f"{spec.source}: {len(small)} documents with text; at least 10 are needed, some are held out")
+    corpus = _split(small, spec.heldout)
+    if spec.max_documents and len(corpus.train) > spec.max_documents:
+        corpus.train = random.Random(seed).sample(corpus.train, spec.max_documents)
+    corpus.origin = _origin(corpus, spec.source, commit, digest(d.sentences for d in small))
+    check_leaks(corpus)
+    return corpus
+
+
+def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[Document]:
+    """Rows as documents: neighbours of one name together.
+
+    A column `document` that the profile does not name, and that has one value throughout, says nothing: then, as where
+    there is none, every row is a document.
+    """
+    column, several = spec.document or "document", bool(spec.document)
+    name, waiting, size = None, [], 0  # of the document that is being read: its name, and number and text of its rows
+    for number, row in enumerate(rows):
+        text = row.get(spec.text)
+        if not _has_text(text):
+            continue
+        own = str(row[column]) if column in row else None
+        if own is None or own != name or (not several and size > IN_MEMORY):
+            several = several or None not in (own, name) and own != name
+            yield from _together(name, waiting, several)
+            name, waiting, size = own, [], 0
+        waiting.append((number, text))
+        size += len(text)
+        if own is None:
+            yield from _together(name, waiting, several)
+            waiting = []
+    yield from _together(name, waiting, several)
+
+
+def _together(name: str | None, rows: list[tuple[int, str]], several: bool) -> Iterator[Document]:
+    """The document of some rows; one for each, where they have no name, or all documents would have this one."""
+    grouped = several and name is not None
+    for own, texts in [(name, [t for _, t in rows])] if grouped else [(f"row {n}", [t]) for n, t in rows]:
+        sentences = [s for text in texts for s in split_sentences(text)]
+        if sentences:
+            yield Document(own, sentences)
+
+
+def _joined(documents: list[Document]) -> list[Document]:
+    """The documents with those of one name, which need not have been neighbours, made one."""
+    found: dict[str, Document] = {}
+    for document in documents:
+        if document.id in found:
+            found[document.id].sentences += document.sentences
+        else:
+            found[document.id] = document
+    return list(found.values())
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut at sentence ends followed by space (behind 。！？ also without), and at line ends; white space collapsed.
+
+    What is longer than LONGEST is cut at spaces: Thai and Lao have no mark for the end of a sentence, and what does not
+    fit into a teacher would be lost.
+    """
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    whole = [s for line in lines for s in SENTENCE_END.split(line) if s]
+    fits = textwrap.TextWrapper(LONGEST, break_long_words=False, break_on_hyphens=False)
+    return [piece for s in whole for piece in ([s] if len(s) <= LONGEST else fits.wrap(s))]
+
+
+def _rank(document: Document) -> str:
+    return hashlib.sha256("\n".join(document.sentences).encode("utf-8", "replace")).hexdigest()
+
+
+def _split_embedded(documents: list[Document]) -> Corpus:
+    cells: dict[tuple, list[Document]] = {}
+    for document in sorted(documents, key=_rank):
+        cells.setdefault((document.meta["topic"], document.meta["register"]), []).append(document)
+    corpus = Corpus([], [], [])
+    for (_, register), cell in sorted(cells.items()):
+        tests = TEST_PER_CELL if register in TEST_REGISTERS else 0
+        corpus.test += cell[:tests]
+        corpus.heldout += cell[tests : tests + HELDOUT_PER_CELL]
+        corpus.train += cell[tests + HELDOUT_PER_CELL :]
+    return corpus
+
+
+def _split(documents: list[Document], heldout: float) -> Corpus:
+    """Hold out a share of the documents; sentences that stand on both sides are taken from the training side."""
+    ranked = sorted(documents, key=_rank)
+    count = max(1, round(len(ranked) * heldout))
+    held = {sentence for document in ranked[:count] for sentence in document.sentences}
+    train = [Document(d.id, [s for s in d.sentences if s not in held], d.meta) for d in ranked[count:]]
+    train = [d for d in train if d.sentences]
+    if not train:
+        raise UserError("corpus: every document repeats the same sentences; nothing is left to train on")
+    return Corpus(train, ranked[:count], [])
+
+
+def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
+    """`_split`, and the draw of max_documents, for more documents than memory has room for: `train` and `heldout` in
+    `folder`. Of each document 17 bytes are held, and 8 of each sentence that is held out."""
+    ranks, names, content = array("Q"), array("Q"), hashlib.sha256()
+
+    def noted() -> Iterator[Document]:
+        for document in documents:
+            ranks.append(int(_rank(document)[:16], 16))
+            names.append(_mark(document.id))
+            content.update(row_bytes(document.sentences))
+            yield document
+
+    with new_folder(folder) as work:
+        everything = work / "everything"
+        write(everything, noted())
+        if len(np.unique(np.frombuffer(names, np.uint64))) < len(names):
+            raise UserError(
+                f"{spec.source}: rows of one document do not follow one another, which in a corpus of this size they "
+                f"have to; sort it by {spec.document or 'document'}"
+            )
+        order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
+        count = max(1, round(len(order) * spec.heldout))
+        order, heldout = order[count:], order[:count]
+        held = _marks(s for document in picked(everything, heldout) for s in document.sentences)
+
+        def left(document: Document) -> Document:
+            known = _among(document.sentences, held)
+            return Document(document.id, [s for s, k in zip(document.sentences, known) if not k])
+
+        alive = np.fromiter((bool(left(d).sentences) for d in read(everything)), bool)
+        order = order[alive[order]]
+        if not len(order):
+            raise UserError("corpus: every document repeats the same sentences; nothing is left to train on")
+        if spec.max_documents and len(order) > spec.max_documents:
+            order = order[random.Random(seed).sample(range(len(order)), spec.max_documents)]
+        write(work / "train", map(left, picked(everything, order)))
+        write(work / "heldout", picked(everything, heldout))
+        everything.unlink()
+        write_json(work / "corpus.json", {"sha256": content.hexdigest()})
+
+
+def _kept(folder: Path, place: str, commit: str | None) -> Corpus | None:
+    """The corpus that `_split_in_files` left, if it did."""
+    try:
+        content = read_json(folder / "corpus.json")["sha256"]
+        corpus = Corpus(read(folder / "train"), read(folder / "heldout"), [])
+    except (UserError, KeyError, OSError, ValueError):
+        return None
+    corpus.origin = _origin(corpus, place, commit, content)
+    return corpus
+
+
+def _mark(text: str) -> int:
+    """A text's hash, in 8 bytes: that two of a thousand million have the same is not to be expected to matter."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _marks(texts: Iterable[str]) -> np.ndarray:
+    """The marks of texts, each once, sorted: uint64."""
+    return np.unique(np.frombuffer(array("Q", map(_mark, texts)), np.uint64))
+
+
+def _among(texts: Sequence[str], marks: np.ndarray) -> np.ndarray:
+    """Which of the texts are among those of `marks`: bool [texts]."""
+    mine = np.fromiter(map(_mark, texts), np.uint64, len(texts))
+    return marks[np.searchsorted(marks, mine).clip(max=len(marks) - 1)] == mine
+
+
+def check_leaks(corpus: Corpus) -> None:
+    """Raises UserError if a held-out or test sentence stands in the training documents."""
+    train = {sentence for document in corpus.train for sentence in document.sentences}
+    for name in ("heldout", "test"):
+        leaked = [s for document in getattr(corpus, name) for s in document.sentences if s in train]
+        if leaked:
+            raise UserError(
+                f"corpus: {len(leaked)} {name} sentences also stand in the training documents, such as {leaked[0]!r}"
+            )
+
+
+def sentences(documents: Sequence[Document]) -> Sequence[str]:
+    """All sentences, in order; `Lazy` where the documents are."""
+    return windows(documents, [1])
+
+
+def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
+    """Texts to distil on: the documents cut into runs of sentences, joined by a space; the lengths of the runs take
+    turns, so that there are texts of every length and each sentence is in one. `Lazy` where the documents are."""
+
+    def cut() -> Iterator[str]:
+        turns = itertools.cycle(lengths)
+        for document in documents:
+            at = 0
+            while at < len(document.sentences):
+                end = at + next(turns)
+                yield " ".join(document.sentences[at:end])
+                at = end
+
+    return Lazy(cut) if isinstance(documents, Lazy) else list(cut())
+
+
+def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document]:
+    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task). `Lazy` where
+    the documents are."""
+
+    def left() -> Iterator[Document]:
+        for document in documents:
+            kept = [s for s in document.sentences if s not in texts]
+            if kept:
+                yield Document(document.id, kept, document.meta)
+
+    return Lazy(left) if isinstance(documents, Lazy) else list(left())

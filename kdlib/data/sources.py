@@ -1,0 +1,276 @@
+"""Rows from anywhere, and where they came from.
+
+A hub data set, a file of one, a file from the web, a local folder, or a local txt, jsonl, csv, tsv or parquet file
+(each also .gz); a zip of such files is read as a folder, in memory: nothing of it is ever written to disk.
+"""
+
+import hashlib
+import json
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pandas as pd
+
+from kdlib.config import Corpus, Source, Task
+from kdlib.data import hub
+from kdlib.data.readers import SUFFIXES, chunks, parse, suffix, unpacked_limit, with_class_names
+from kdlib.errors import LONGEST, UserError
+
+if TYPE_CHECKING:
+    pass
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
+ADDRESS = re.compile(r"https?://\S+")
+T = TypeVar("T")
+Spec = TypeVar("Spec", Corpus, Task)
+Files = dict[str, Callable[[], Iterable[pd.DataFrame]]]  # what reads each file of a place in pieces, by its path there
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was read. source: as the profile names it; revision: the commit, where a hub gives one; sha256: of the
+    texts and labels as read, the same for the same rows in any kind of file; rows: how many each split has (documents,
+    for a corpus); removed: training rows left out because their text stands in test; passed_over: the sources tried
+    before, each with what was wrong."""
+
+    source: str
+    revision: str | None
+    sha256: str
+    rows: dict[str, int]
+    removed: int = 0
+    passed_over: tuple[str, ...] = ()
+
+
+def digest(rows: Iterable[Any]) -> str:
+    """sha256 of JSON-like rows, in order."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(row_bytes(row))
+    return total.hexdigest()
+
+
+def row_bytes(row: Any) -> bytes:
+    """A row as `digest` takes it in."""
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple[str, ...]]:
+    """`load` of the first place of `spec` that can be read, and why those before it could not.
+
+    The places are the spec's own and its fallbacks; columns that a fallback does not name are the spec's. Raises the
+    error of the only place, or one UserError with all of theirs.
+    """
+    places = [spec]
+    for other in spec.fallbacks:
+        columns = set(type(other).model_fields) - set(Source.model_fields) - {"test"}
+        places.append(
+            spec.model_copy(update={k: v for k, v in other if k not in columns or v is not None} | {"fallbacks": []})
+        )
+    failures: list[str] = []
+    for place in places:
+        try:
+            return load(place), tuple(failures)
+        except UserError as error:
+            if len(places) == 1:
+                raise
+            why = str(error).removesuffix(hub.WAY_ON)
+            failures.append(why if place.source in why else f"{place.source}: {why}")
+    room = (LONGEST - len(what) - 120) // len(places)  # an error is cut in its middle; each place is to be told of
+    listed = "; ".join(
+        f"({number}) {why if len(why) <= room else why[: room - 4] + ' ...'}" for number, why in enumerate(failures, 1)
+    )
+    raise UserError(f"{what}: none of its {len(places)} sources can be read: {listed}{hub.WAY_ON}")
+
+
+def embedded_rows(name: str) -> pd.DataFrame:
+    """One of the files that come with the kit: documents, sentiment, dengue, entities or parallel."""
+    return pd.read_json(
+        (resources.files("kdlib.data") / "bundled" / f"{name}.jsonl").open("rb"), lines=True, dtype=False
+    )
+
+
+def read_rows(source: Source, columns: list[str] = (), split: str | None = None) -> pd.DataFrame:
+    """The rows of a source as a table: `read_table` without the commit."""
+    return read_table(source, columns, split)[0]
+
+
+def read_table(source: Source, columns: list[str] = (), split: str | None = None) -> tuple[pd.DataFrame, str | None]:
+    """The rows of a source as a table, and the commit they are of, where a hub gives one.
+
+    columns: those that must be there. split: overrides `source.split`; it may itself name a place. Of a folder or zip,
+    the files whose path is or holds the split as a word are read; all, where none does and `split` is not given. A txt
+    file gives a column `text`, a line a row, and a column `document` that counts the blocks between empty lines (the
+    lines, where there are none). Raises UserError when the source is missing, empty, not what its name says, or lacks
+    a column.
+    """
+    files, commit = _files(source)
+    if split and _is_place(split) and split not in (files or ()):
+        return read_table(Source(source=split, split="test"), columns)
+    if files is None:
+        rows, commit = hub.dataset(source.source, source.subset, split or source.split, source.revision)
+        rows = with_class_names(rows.to_pandas(), rows.features)
+    else:
+        rows = _join(_chosen(source, files, split))
+    if rows.empty:
+        raise UserError(f"{source.source}: no rows")
+    _check_columns(source, columns, rows.columns)
+    return rows, commit
+
+
+def stream_rows(
+    source: Source, columns: list[str] = (), whole: bool = False
+) -> tuple[Iterator[dict[str, Any]], str | None]:
+    """The rows of a source one by one, as `read_table` has them, fetched as they are asked for; and their commit.
+
+    Files are read in pieces, none before its rows are asked for. Txt rows of different files have different documents.
+    whole: all rows will be asked for. Then a hub data set is loaded first, into the hub's cache, and of several files a
+    column has to be in one, as in `read_table`; else in each.
+    """
+    files, commit = _files(source)
+    if files is None:
+        rows, commit = hub.dataset(source.source, source.subset, source.split, source.revision, streaming=not whole)
+        return _checked(source, columns, rows), commit
+    chosen = _chosen(source, files, None)
+    rows = (row for table in _apart(chosen) for row in table.to_dict("records"))
+    return _checked(source, columns, rows, apart=whole and len(chosen) > 1), commit
+
+
+def _checked(
+    source: Source, columns: list[str], rows: Iterable[dict[str, Any]], apart: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The rows, which have to have the columns, each row or (apart) one of them."""
+    there: dict[str, None] = {}
+    try:
+        for row in rows:
+            if not apart:
+                _check_columns(source, columns, row)
+            elif not row.keys() <= there.keys():
+                there |= dict.fromkeys(row)
+            yield row
+        if apart:
+            _check_columns(source, columns, there)
+    except UserError:
+        raise
+    except Exception as error:  # a stream can break anywhere, in a dozen ways
+        raise UserError(f"{source.source}: reading stopped: {hub.reason(error)}{hub.WAY_ON}") from None
+
+
+def _check_columns(source: Source, columns: list[str], there: Iterable[str]) -> None:
+    missing = [column for column in columns if column not in there]
+    if missing:
+        raise UserError(
+            f"{source.source}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, there))}"
+        )
+
+
+def _files(source: Source) -> tuple[Files | None, str | None]:
+    """The files of a source, and the commit they are of; None for a hub data set, whose files its client picks."""
+    name, commit = source.source, None
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
+        found = [file.relative_to(path) for file in sorted(path.rglob("*")) if suffix(file) and file.is_file()]
+        found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
+        return {str(file): lambda file=file: chunks(path / file) for file in found}, None
+    if match := HUB_FILE.fullmatch(name):
+        path, commit = hub.file(*match.groups(), source.revision)
+    elif ADDRESS.fullmatch(name):
+        path = hub.fetch(name)
+    elif not os.path.isfile(path) and not looks_local(name):
+        if HUB_ID.fullmatch(name):
+            return None, None
+        raise UserError(f"{name!r}: no such file or folder, and not a hub id (owner/name)")
+    if path.name.lower().endswith(".zip"):
+        return _zip_files(path, name), commit
+    return {"": lambda: chunks(path, name)}, commit
+
+
+def local_state(source: Source) -> list[tuple[str, int, int]] | None:
+    """What tells whether a local file, or those of a folder, are still what they were: names, sizes, times of change.
+    None for what is not here."""
+    path = Path(os.path.expanduser(source.source))
+    if not os.path.exists(path):
+        return None
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _zip_files(path: Path, name: str) -> Files:
+    """The files in a zip, read in memory: what members are called never becomes a path on this machine."""
+    if not os.path.isfile(path):
+        raise UserError(f"{name}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+    except Exception as error:  # a damaged list of members fails in many ways
+        raise UserError(f"{name}: not a readable zip ({hub.reason(error)})") from None
+    for member in members:
+        inside = PurePosixPath(member.filename.replace("\\", "/"))
+        if inside.is_absolute() or ".." in inside.parts or stat.S_ISLNK(member.external_attr >> 16):
+            raise UserError(f"{name}: holds {member.filename!r}, a link or a path to elsewhere; not read")
+    hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
+    members = [m for m in members if suffix(Path(m.filename)) and not hidden.search(m.filename)]
+    if sum(member.file_size for member in members) > min(hub.LARGEST, unpacked_limit(path.stat().st_size)):
+        raise UserError(
+            f"{name}: its files are far larger than the zip, or have more than {hub.LARGEST / 2**30:.0f} GB"
+        )
+
+    def read(member: zipfile.ZipInfo) -> pd.DataFrame:
+        where = f"{name}: {member.filename}"
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+                data = b"".join(iter(lambda: stream.read(2**20), b""))  # no more than the size the member states
+        except Exception as error:  # broken, encrypted, or packed in a way that Python has no way for
+            raise UserError(f"{where}: cannot be unpacked ({hub.reason(error)})") from None
+        return parse(member.filename, data, where, hub.LARGEST)
+
+    return {m.filename: lambda member=m: [read(member)] for m in sorted(members, key=lambda m: m.filename)}
+
+
+def _chosen(source: Source, files: Files, split: str | None) -> Files:
+    """The files of a folder or zip that `split` names, else the source's split, else all; a single file as it is."""
+    if list(files) == [""]:
+        if split:
+            raise UserError(f"{source.source}: a file has no split {split!r}; name the file with the test rows")
+        return files
+    wanted = split or source.split
+    word = re.compile(rf"(?<![^\W\d_]){re.escape(wanted)}(?![^\W\d_])")
+    found = [name for name in files if name == wanted] or [name for name in files if word.search(name)]
+    if not found and not split:
+        found = list(files)
+    if not found:
+        named = f" with {split!r} in their name" if split else ""
+        raise UserError(f"{source.source}: no {', '.join(SUFFIXES)} files{named} in it")
+    return {name: files[name] for name in found}
+
+
+def _apart(files: Files) -> Iterator[pd.DataFrame]:
+    """The tables of files, each read when its turn comes; documents of txt files stay apart."""
+    documents = 0
+    for name, read in files.items():
+        before = documents
+        for rows in read():
+            if suffix(Path(name)) == ".txt" and len(rows):
+                rows["document"] += before
+                documents = rows["document"].max() + 1
+            yield rows
+
+
+def _join(files: Files) -> pd.DataFrame:
+    return pd.concat(_apart(files), ignore_index=True)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name is a file's or folder's here: it has the ending of one, or starts as a path does."""
+    return suffix(Path(name)) is not None or name.lower().endswith(".zip") or name.startswith((".", "/", "~"))
+
+
+def _is_place(split: str) -> bool:
+    return bool(HUB_FILE.fullmatch(split) or ADDRESS.fullmatch(split)) or looks_local(split)

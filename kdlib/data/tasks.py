@@ -1,0 +1,406 @@
+"""Labelled tasks: the five that come with the kit, and anybody's own from a file or a hub."""
+
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdlib import config
+from kdlib.data.corpus import Corpus, Document
+from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table
+from kdlib.errors import UserError
+
+TEST_SHARE = 0.3
+OVERLAP = 0.05  # share of test rows that may also stand in train, as they do in real data by accident
+DENGUE_LABELS = ["absent", "dengue", "health", "mosquito", "sick"]
+ENTITY = re.compile(r"\[(PER|LOC|ORG) ([^\]]+)\]|(\S+)")
+TAG = re.compile(r"O|[BIES]-.+")
+WORD = re.compile(r"[^ \t\r\n]+")  # in a string of words; a no-break space stands inside one
+TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
+
+
+@dataclass
+class Split:
+    """texts: str, (str, str) for kind pair, or a list of words for kind tokens.
+
+    targets: int, list of 0/1, or list of int.
+    """
+
+    texts: list
+    targets: list
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, count: int | None, seed: int = 0) -> "Split":
+        """At most `count` rows, drawn at random with `seed`."""
+        if count is None or count >= len(self):
+            return self
+        return self.pick(random.Random(seed).sample(range(len(self)), count))
+
+    def pick(self, rows: Iterable[int]) -> "Split":
+        """The rows with these numbers, in this order."""
+        rows = list(rows)
+        return Split([self.texts[i] for i in rows], [self.targets[i] for i in rows])
+
+
+@dataclass
+class Task:
+    """A task with fixed train and test rows. kind: classify, multilabel, pair or tokens (BIO tags); origin: what was
+    read."""
+
+    name: str
+    kind: str
+    labels: list[str]
+    train: Split
+    test: Split
+    origin: Origin | None = field(default=None, compare=False)
+
+    def small(self, train_rows: int | None, test_rows: int | None, train_seed: int = 0) -> "Task":
+        """The same task with at most so many rows; the test rows drawn are always the same."""
+        return replace(self, train=self.train.take(train_rows, train_seed), test=self.test.take(test_rows))
+
+    def few(self, count: int, test_rows: int | None, train_seed: int = 0) -> "Task":
+        """The same task with the first `count` training rows of every class, all of a class that has fewer, in an order
+        that `train_seed` draws: a larger count adds rows to those of a smaller one."""
+        order = random.Random(train_seed).sample(range(len(self.train)), len(self.train))
+        taken, chosen = Counter(), []
+        for i in order:
+            classes = self.classes(self.train.targets[i])
+            if any(taken[name] < count for name in classes):
+                chosen.append(i)
+            taken.update(classes)
+        return replace(self, train=self.train.pick(chosen), test=self.test.take(test_rows))
+
+    def classes(self, target: int | list[int]) -> set[str]:
+        """The classes that a row with this target is an example of: every label it has (kind multilabel), every kind of
+        entity in it (kind tokens); a row that has none is an example of the class "none"."""
+        if self.kind == "multilabel":
+            found = {label for label, on in zip(self.labels, target) if on}
+        elif self.kind == "tokens":
+            found = {self.labels[i][2:] for i in target if self.labels[i] != "O"}
+        else:
+            found = {self.labels[target]}
+        return found or {"none"}
+
+
+def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:
+    """The profile's tasks, each checked for test rows that also stand in train, and the embedded ones for test
+    sentences in the embedded corpus. (From a corpus of the user's own, `Study.texts` takes test sentences out.)"""
+    own = corpus.train if profile.corpus.source == "embedded" else []
+    distilled = {sentence for document in own for sentence in document.sentences}
+    loaded = [load_task(spec, corpus) for spec in profile.tasks]
+    names = [task.name for task in loaded]
+    if len(set(names)) < len(names):
+        raise UserError(f"two tasks have the same name: {', '.join(names)}")
+    for task in loaded:
+        check(task, distilled)
+    return loaded
+
+
+def origins(corpus: Corpus, tasks: list[Task]) -> dict[str, Any]:
+    """What was read for the corpus and for each task by name, as JSON-like values (the fields of sources.Origin)."""
+    return {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
+
+
+def load_task(spec: config.Task, corpus: Corpus) -> Task:
+    """One task, from the first of its source and its fallbacks that holds it.
+
+    A place is passed over when it cannot be read, a column is missing, the labels are of one class, or more than
+    OVERLAP of the test rows also stand in train, as in mirrors whose test split is a copy of train. Raises UserError
+    when that leaves none.
+    """
+    if spec.source != "embedded":
+        task, passed_over = first_of(spec, _own, f"task {spec.name}")
+        return replace(task, origin=replace(task.origin, passed_over=passed_over))
+    if spec.name not in EMBEDDED:
+        raise UserError(f"no embedded task {spec.name!r}; there are {', '.join(EMBEDDED)}")
+    if spec.name in ("topic", "entailment") and not corpus.test:
+        raise UserError(
+            f"the embedded task {spec.name!r} is made of the embedded corpus; with corpus.source set, name other tasks"
+        )
+    task = EMBEDDED[spec.name](corpus)
+    return replace(task, origin=_origin(task, [task.train, task.test], "embedded"))
+
+
+def _origin(task: Task, read: list[Split], place: str, commit: str | None = None) -> Origin:
+    """The origin of a task whose splits are `task`'s and were `read` in this form: two splits, or one to be cut."""
+
+    def names(target: int | list[int]) -> Any:
+        if task.kind == "tokens":
+            return [task.labels[i] for i in target]
+        return target if task.kind == "multilabel" else task.labels[target]
+
+    rows = (
+        [number, text, names(t)] for number, split in enumerate(read) for text, t in zip(split.texts, split.targets)
+    )
+    content = digest([[task.kind, sorted(task.labels)], *rows])
+    removed = len(read[0]) - len(task.train) if len(read) == 2 else 0
+    sizes = {"train": len(task.train), "test": len(task.test)}
+    return Origin(place, commit, content, sizes, removed)
+
+
+def _windows(document: Document, count: int) -> list[str]:
+    starts = range(0, len(document.sentences) - TASK_WINDOW + 1, TASK_WINDOW)
+    return [" ".join(document.sentences[i : i + TASK_WINDOW]) for i in starts][:count]
+
+
+def _topic(corpus: Corpus) -> Task:
+    labels = sorted({d.meta["topic"] for d in corpus.test})
+    seen = [d for d in corpus.train if d.meta["register"] in ("news", "guide", "encyclopedic")]
+
+    def split(documents: list[Document], count: int) -> Split:
+        rows = [(text, labels.index(d.meta["topic"])) for d in documents for text in _windows(d, count)]
+        return Split([text for text, _ in rows], [target for _, target in rows])
+
+    return Task("topic", "classify", labels, split(seen[::2] or seen, 1), split(corpus.test, 2))
+
+
+def _entailment(corpus: Corpus) -> Task:
+    """Does the second sentence follow the first? Neighbours against sentences of another document of the same topic."""
+
+    def split(documents: list[Document], count: int) -> Split:
+        rng = random.Random(7)
+        by_topic: dict[str, list[Document]] = {}
+        for document in documents:
+            by_topic.setdefault(document.meta["topic"], []).append(document)
+        texts, targets = [], []
+        for number, document in enumerate(documents):
+            for k in range(count):
+                at = rng.randrange(len(document.sentences) - 1)
+                positive = (number + k) % 2
+                others = [d for d in by_topic[document.meta["topic"]] if d is not document]
+                other = rng.choice(others or [d for d in documents if d is not document])
+                second = document.sentences[at + 1] if positive else rng.choice(other.sentences)
+                texts.append((document.sentences[at], second))
+                targets.append(positive)
+        return Split(texts, targets)
+
+    return Task("entailment", "pair", ["elsewhere", "follows"], split(corpus.train[::2], 1), split(corpus.test, 2))
+
+
+def _sentiment(corpus: Corpus) -> Task:
+    rows = embedded_rows("sentiment")
+    labels = ["negative", "positive"]
+    return _split_rows("sentiment", "classify", labels, list(rows["text"]), [labels.index(x) for x in rows["label"]])
+
+
+def _dengue(corpus: Corpus) -> Task:
+    rows = embedded_rows("dengue")
+    targets = rows[DENGUE_LABELS].to_numpy().tolist()
+    return _split_rows("dengue", "multilabel", DENGUE_LABELS, list(rows["text"]), targets)
+
+
+def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: list) -> Task:
+    """Hold out a share of each class (of each label combination), the same on every machine.
+
+    Rows that repeat a held-out text are taken from the training side.
+    """
+    groups: dict[str, list[int]] = {}
+    for i in sorted(
+        range(len(texts)), key=lambda i: hashlib.sha256(repr(texts[i]).encode("utf-8", "replace")).hexdigest()
+    ):
+        groups.setdefault(str(targets[i]) if kind != "tokens" else "", []).append(i)
+    test = {i for group in groups.values() for i in group[: round(len(group) * TEST_SHARE)]}
+    held = {repr(texts[i]) for i in test}
+    train = [i for i in range(len(texts)) if repr(texts[i]) not in held]
+    if not test or not train:
+        raise UserError(f"task {name}: {len(texts)} rows are too few to hold any out for testing")
+
+    def pick(rows: list[int]) -> Split:
+        return Split([texts[i] for i in rows], [targets[i] for i in rows])
+
+    return Task(name, kind, labels, pick(train), pick(sorted(test)))
+
+
+def parse_entities(text: str) -> tuple[list[str], list[str], list[str]]:
+    """Inline entities to words, BIO tags and names.
+
+    "si [PER Ana Cruz] ," -> si Ana Cruz , / O B-PER I-PER O / Ana Cruz.
+    """
+    words, tags, names = [], [], []
+    for kind, name, word in ENTITY.findall(text):
+        parts = name.split() if kind else [word]
+        words += parts
+        tags += [f"B-{kind}", *[f"I-{kind}"] * (len(parts) - 1)] if kind else ["O"]
+        names += [name] if kind else []
+    return words, tags, names
+
+
+def _entities(corpus: Corpus) -> Task:
+    """Named entities; sentences that share a name stay on the same side, so that every test name is new."""
+    parsed = [parse_entities(text) for text in embedded_rows("entities")["text"]]
+    labels = ["O"] + [f"{part}-{kind}" for kind in ("PER", "LOC", "ORG") for part in "BI"]
+    parent = list(range(len(parsed)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, (_, _, names) in enumerate(parsed):
+        for name in names:
+            parent[root(i)] = root(first.setdefault(name, i))
+    groups: dict[int, list[int]] = {}
+    for i in range(len(parsed)):
+        groups.setdefault(root(i), []).append(i)
+    test: set[int] = set()
+    for group in sorted(groups.values(), key=lambda g: hashlib.sha256(repr(parsed[g[0]][0]).encode()).hexdigest()):
+        if len(group) <= 3 and len(test) < TEST_SHARE * len(parsed):
+            test.update(group)
+
+    def side(held: bool) -> Split:
+        rows = [i for i in range(len(parsed)) if (i in test) == held]
+        return Split([parsed[i][0] for i in rows], [[labels.index(tag) for tag in parsed[i][1]] for i in rows])
+
+    return Task("entities", "tokens", labels, side(False), side(True))
+
+
+EMBEDDED = {
+    "topic": _topic,
+    "sentiment": _sentiment,
+    "dengue": _dengue,
+    "entailment": _entailment,
+    "entities": _entities,
+}
+
+
+def _own(spec: config.Task) -> Task:
+    """A task of the user's. Words and tags of kind tokens may be lists or strings separated by spaces."""
+    label_columns = spec.label if isinstance(spec.label, list) else [spec.label]
+    if spec.kind == "pair" and not spec.second:
+        raise UserError(f"task {spec.name}: kind pair needs the column of the second text: second")
+    if (spec.kind == "multilabel") != isinstance(spec.label, list):
+        raise UserError(
+            f"task {spec.name}: label is a list of 0/1 columns for kind multilabel, and one column otherwise"
+        )
+    columns = [spec.text, *([spec.second] if spec.second else []), *label_columns]
+    rows, commit = read_table(spec, columns)
+    frames = [rows, read_rows(spec, columns, split=spec.test)] if spec.test else [rows]
+    labels: list[str] = label_columns
+    if spec.kind in ("classify", "pair"):
+        labels = sorted({str(x) for x in frames[0][spec.label]})
+    elif spec.kind == "tokens":
+        tags = {tag for row in frames[0][spec.label] for tag in _words(row, f"task {spec.name}", spec.label)}
+        labels = sorted({"O", *tags}, key=lambda tag: (tag != "O", tag[2:], tag))
+    if len(labels) < 2:
+        raise UserError(
+            f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); "
+            "at least two are needed"
+        )
+    splits = [_own_split(spec, frame, labels) for frame in frames]
+    if len(splits) == 1:
+        task = _split_rows(spec.name, spec.kind, labels, splits[0].texts, splits[0].targets)
+    else:
+        task = _apart(Task(spec.name, spec.kind, labels, *splits))
+    return replace(task, origin=_origin(task, splits, spec.source, commit))
+
+
+def _apart(task: Task) -> Task:
+    """The task without the training rows whose text stands in test.
+
+    Raises UserError when more than OVERLAP of the test rows stand in train: that is no accident.
+    """
+    shared = _shared(task)
+    if not shared:
+        return task
+    count = sum(_key(text) in shared for text in task.test.texts)
+    if count > OVERLAP * len(task.test):
+        raise UserError(
+            f"task {task.name}: {count} test rows also stand in train, {count / len(task.test):.0%} of them, "
+            f"such as {next(iter(shared))!r}"
+        )
+    kept = [i for i, text in enumerate(task.train.texts) if _key(text) not in shared]
+    return replace(task, train=task.train.pick(kept))
+
+
+def _key(text: str | list[str] | tuple[str, str]) -> str | tuple[str, ...]:
+    return text if isinstance(text, str) else tuple(text)
+
+
+def _shared(task: Task) -> set[str | tuple[str, ...]]:
+    """The texts that stand in train and in test."""
+    return {_key(text) for text in task.train.texts} & {_key(text) for text in task.test.texts}
+
+
+def _words(value: Any, where: str, column: str) -> list[str]:
+    if isinstance(value, str):
+        words = WORD.findall(value)
+    else:
+        words = [str(item) for item in value] if np.iterable(value) else []
+    if not words:
+        raise UserError(f"{where}: column {column!r} holds no words but {value!r}")
+    return words
+
+
+def _own_split(spec: config.Task, frame: pd.DataFrame, labels: list[str]) -> Split:
+    texts, targets = [], []
+    for number, row in enumerate(frame.to_dict("records"), start=1):
+        where = f"task {spec.name}, row {number}"
+        if spec.kind == "tokens":
+            text, tags = _words(row[spec.text], where, spec.text), _words(row[spec.label], where, spec.label)
+            if len(text) != len(tags):
+                raise UserError(f"{where}: {len(text)} words but {len(tags)} tags")
+            if wrong := [tag for tag in tags if not TAG.fullmatch(tag)]:
+                raise UserError(f"{where}: column {spec.label!r} holds {wrong[0]!r}; a tag is O, B-kind or I-kind")
+            target = [_index(labels, tag, where) for tag in tags]
+        else:
+            text = _text(row[spec.text], where, spec.text)
+            if spec.kind == "pair":
+                text = (text, _text(row[spec.second], where, spec.second))
+            if spec.kind == "multilabel":
+                target = [_binary(row[column], where, column) for column in labels]
+            else:
+                if pd.api.types.is_scalar(row[spec.label]) and (pd.isna(row[spec.label]) or row[spec.label] == ""):
+                    raise UserError(f"{where}: column {spec.label!r} holds no label")
+                target = _index(labels, str(row[spec.label]), where)
+        texts.append(text)
+        targets.append(target)
+    return Split(texts, targets)
+
+
+def _text(value, where: str, column: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: column {column!r} holds no text but {value!r}")
+    return value
+
+
+def _index(labels: list[str], value: str, where: str) -> int:
+    if value not in labels:
+        raise UserError(f"{where}: label {value!r} does not occur in the training rows ({', '.join(labels[:10])})")
+    return labels.index(value)
+
+
+def _binary(value, where: str, column: str) -> int:
+    if str(value) not in ("0", "1", "0.0", "1.0", "True", "False"):
+        raise UserError(f"{where}: column {column!r} holds {value!r}; a label column of kind multilabel holds 0 or 1")
+    return int(str(value) in ("1", "1.0", "True"))
+
+
+def check(task: Task, distilled: set[str]) -> None:
+    """Raises UserError when a test row also stands in the task's train rows, a test sentence in `distilled`, or a
+    split has fewer than two classes."""
+    shared = _shared(task)
+    if shared:
+        raise UserError(
+            f"task {task.name}: {len(shared)} test rows also stand in train, such as {next(iter(shared))!r}"
+        )
+    for text in task.test.texts:
+        parts = [text] if isinstance(text, str) else [" ".join(text)] if task.kind == "tokens" else text
+        if any(part in distilled for part in parts):
+            raise UserError(f"task {task.name}: a test sentence stands in the distillation corpus: {parts[0]!r}")
+    for name, split in (("train", task.train), ("test", task.test)):
+        seen = Counter(
+            tuple(t) if isinstance(t, list) and task.kind == "multilabel" else t
+            for t in split.targets
+            if not isinstance(t, list) or task.kind == "multilabel"
+        )
+        if task.kind != "tokens" and len(seen) < 2:
+            raise UserError(f"task {task.name}: the {name} rows hold one class only; at least two are needed")

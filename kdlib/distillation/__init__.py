@@ -1,0 +1,1 @@
+"""Distillation: the student, its objectives and its training."""

@@ -1,0 +1,312 @@
+"""Conditioning: the teacher trained further by masked language modelling on the target language (Cruz and Aji 2025)."""
+
+import copy
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from kdlib import config
+from kdlib.batching import BudgetSampler, budget_batches, pad, tokens_per_batch
+from kdlib.device import autocast
+from kdlib.errors import UserError
+from kdlib.models.encoder import Encoder
+from kdlib.models.masking import mask_id, mask_tokens
+from kdlib.models.mlm_head import MaskedHead, new_head, perplexity
+from kdlib.models.token_store import tokenise
+from kdlib.training import checkpoints
+from kdlib.training.arguments import training_attention
+from kdlib.training.callbacks import Curve
+
+WARMUP = 0.1  # share of the steps in which the learning rate rises
+WEIGHT_DECAY = 0.01
+EVALUATIONS = 2  # held-out evaluations after the first, evenly spaced
+LOGS = 50  # points of the training curve
+STATES = 2**30  # bytes of the frozen encoder's states that are kept, so that a new head's later passes cost little
+UNSEEN = 0.1  # added to the count of every token, so that no frequency is 0
+
+
+@dataclass
+class Outcome:
+    """encoder: the conditioned teacher, with its head; curve: split, step, seconds, loss, perplexity, and low and high
+    of the held-out perplexity; facts: sizes, seconds, perplexities."""
+
+    encoder: Encoder
+    curve: pd.DataFrame
+    facts: dict
+
+
+class MaskedModel(nn.Module):
+    """An encoder under its masked-language head; the head's output matrix is the encoder's own embeddings."""
+
+    def __init__(self, encoder: PreTrainedModel, head: MaskedHead):
+        super().__init__()
+        self.encoder, self.head, self.frozen = encoder.requires_grad_(True), head.requires_grad_(True), False
+
+    def freeze(self, frozen: bool) -> None:
+        """Train the head alone (the embeddings, its output matrix, are the encoder's and stay), or everything."""
+        self.frozen = frozen
+        self.encoder.requires_grad_(not frozen)
+
+    def train(self, mode: bool = True) -> "MaskedModel":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The encoder's states where `chosen` (bool [batch, tokens]) is true: [chosen tokens, hidden]."""
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return states.flatten(0, 1).index_select(0, chosen.flatten().nonzero().squeeze(1))
+
+    def forward(self, states: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits [chosen tokens, rows] in float32, from the inputs of `states` or from such states."""
+        states = self.states(**inputs) if states is None else states
+        return self.head(states, self.encoder.get_input_embeddings().weight).float()
+
+
+class MaskedTexts:
+    """Tokenised texts that know which of their tokens may be masked; a torch data set of places in itself.
+
+    Texts without such a token are left out: there is nothing to learn from them.
+    """
+
+    def __init__(self, encoder: Encoder, texts: Iterable[str], whole_words: bool, cache_root: Path | None = None):
+        self.pad_id, self.mask_id = encoder.tokenizer.pad_token_id, mask_id(encoder.tokenizer, encoder.name)
+        self.rows = len(encoder.model.get_input_embeddings().weight)
+        found = tokenise(encoder, texts, ["maskable", *["words"] * whole_words], cache_root)
+        kept = np.array([i for i, row in enumerate(found["maskable"]) if row.any()], int)
+        self.ids, self.maskable = (found[name].part(kept) for name in ("ids", "maskable"))
+        self.words = found["words"].part(kept) if whole_words else None
+        self.lengths = self.ids.lengths
+        if not len(self.ids):
+            raise UserError("conditioning: the texts have no token that could be masked")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+    def frequencies(self) -> np.ndarray:
+        """How often each row of the vocabulary is a token that may be masked; more than 0, their sum is 1."""
+        counts = np.full(self.rows, UNSEEN)
+        for ids, maskable in zip(self.ids, self.maskable):
+            np.add.at(counts, ids[maskable], 1)
+        return counts / counts.sum()
+
+    def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
+        """texts [batch], and input_ids, attention_mask, maskable and, for whole words, words, each [batch, tokens];
+        nothing is masked."""
+        ids, mask = pad([self.ids[i] for i in batch], self.pad_id)
+        maskable = pad([self.maskable[i] for i in batch], 0)[0].bool()
+        features = {"texts": torch.tensor(batch), "input_ids": ids, "attention_mask": mask, "maskable": maskable}
+        if self.words is not None:
+            features["words"] = pad([self.words[i] for i in batch], -1)[0]
+        return features
+
+    def mask(self, features: dict[str, torch.Tensor], share: float, key: str) -> dict[str, torch.Tensor]:
+        """Inputs of a MaskedModel and the targets there; `key` (and the shape of the batch) settles what is masked."""
+        generator = torch.Generator().manual_seed(random.Random(key).getrandbits(32))
+        ids = features["input_ids"]
+        masked, chosen = mask_tokens(
+            ids, features["maskable"], self.mask_id, self.rows, share, features.get("words"), generator
+        )
+        inputs = {"input_ids": masked, "attention_mask": features["attention_mask"], "chosen": chosen}
+        return inputs | {"targets": ids[chosen]}
+
+
+class ConditionTrainer(Trainer):
+    """Trains a MaskedModel on MaskedTexts.
+
+    What is masked depends on the seed and the step alone. Under a frozen encoder it depends on the seed and the batch:
+    every pass has the same masks, and so the same states, which are computed once and kept.
+    """
+
+    def __init__(self, *, share: float, batch_tokens: int, bf16: bool, **kwargs):
+        super().__init__(data_collator=kwargs["train_dataset"].collate, **kwargs)
+        self.share, self.batch_tokens, self.bf16 = share, batch_tokens, bf16
+        self.losses: list[torch.Tensor] = []
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.model.frozen:
+            states, targets = self._frozen(inputs)
+            loss = F.cross_entropy(model(states=states), targets)
+        else:
+            inputs = self.train_dataset.mask(inputs, self.share, f"{self.args.seed}-{self.state.global_step}")
+            targets = inputs.pop("targets")
+            loss = F.cross_entropy(model(**inputs), targets)
+        self.losses.append(loss.detach())
+        return (loss, None) if return_outputs else loss
+
+    def _frozen(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frozen encoder's states at the chosen tokens of a batch, and the targets there."""
+        first = int(inputs["texts"][0])  # each text is in one batch
+        if first in self.kept:
+            return self.kept[first]
+        inputs = self.train_dataset.mask(inputs, self.share, f"{self.args.seed}-frozen-{first}")
+        targets = inputs.pop("targets")
+        with torch.no_grad(), autocast(targets.device, self.bf16):
+            states = self.model.states(**inputs)
+        if states.nbytes + sum(kept.nbytes for kept, _ in self.kept.values()) <= STATES:
+            self.kept[first] = states, targets
+        return states, targets
+
+    def get_train_dataloader(self) -> DataLoader:
+        rows = self.train_dataset
+        sampler = BudgetSampler(rows.lengths, self.batch_tokens, self.args.seed)
+        return self.accelerator.prepare(DataLoader(rows, batch_sampler=sampler, collate_fn=rows.collate))
+
+
+class _Curve(Curve):
+    """The training loss, at LOGS steps, and the held-out one, where `evaluate` says it; tells whoever draws."""
+
+    def __init__(
+        self,
+        split: str,
+        label: str,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        on_point: Callable[[list[dict]], None] | None = None,
+    ):
+        super().__init__(label, split)
+        self.evaluate, self.on_point = evaluate, on_point
+        self.trainer: ConditionTrainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.evaluate and not self.points:
+            self.add(state, "heldout", self.evaluate())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        end = state.global_step == state.max_steps
+        if end or state.global_step % max(1, state.max_steps // LOGS) == 0:
+            loss = float(torch.stack(self.trainer.losses).mean())
+            self.trainer.losses.clear()
+            self.add(state, self.split, {"loss": loss, "perplexity": float(np.exp(loss))})
+        if self.evaluate and (end or state.global_step % args.eval_steps == 0):
+            self.add(state, "heldout", self.evaluate())
+            self.on_point(self.points)
+
+
+def condition(
+    teacher: Encoder,
+    train: Iterable[str],
+    heldout: Iterable[str],
+    spec: config.Condition,
+    work: Path,
+    seed: int = 0,
+    label: str = "conditioning",
+    on_point: Callable[[pd.DataFrame], None] | None = None,
+    cache_root: Path | None = None,
+) -> Outcome:
+    """Train a copy of the teacher further on `train` by BERT's masking; goes on from the last checkpoint under `work`.
+
+    Everything is trained, the embeddings (the head's output matrix) too. A teacher without a head gets a new tied one,
+    its bias the logarithm of the tokens' frequencies in `train`, which is trained first, alone, for spec.head_epochs;
+    the perplexity "before" is then that of the untouched encoder under the warmed-up head, and the warm-up's points
+    have the split "warm-up" and their own steps. Held-out loss and perplexity are of the same masked tokens every time,
+    with a bootstrap interval over texts, and "perplexity_unigram" is what the frequencies alone give there: a model
+    above it has made no use of context. on_point: called with the curve so far after every held-out evaluation but the
+    first. All of `train` is used: spec.max_texts is for the caller. cache_root: where tokenised texts are kept.
+    Raises UserError for a tokenizer without a mask token, texts without a maskable token, and a full disk.
+    """
+    rows, held = (MaskedTexts(teacher, texts, spec.whole_words, cache_root) for texts in (train, heldout))
+    model = MaskedModel(
+        copy.deepcopy(teacher.model), copy.deepcopy(teacher.head) or new_head(teacher.model, rows.frequencies(), seed)
+    )
+    batches = len(BudgetSampler(rows.lengths, spec.batch_tokens, seed))
+
+    def run(part: str, epochs: float, rate: float, curve: _Curve) -> list[dict]:
+        steps = round(batches * epochs) or 1
+        arguments = TrainingArguments(
+            output_dir=str(Path(work) / part), max_steps=steps, learning_rate=rate, weight_decay=WEIGHT_DECAY,
+            warmup_steps=round(steps * WARMUP), lr_scheduler_type="linear", optim="adamw_torch_fused",
+            max_grad_norm=1.0, bf16=teacher.bf16, use_cpu=teacher.model.device.type == "cpu", seed=seed, data_seed=seed,
+            eval_steps=-(-steps // EVALUATIONS), eval_strategy="no", logging_strategy="no", save_strategy="no",
+            report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
+        )  # fmt: skip
+        return _train(model, rows, arguments, spec, curve)
+
+    warm = []
+    if teacher.head is None and spec.head_epochs:
+        model.freeze(True)
+        warm = run("head", spec.head_epochs, spec.head_rate, _Curve("warm-up", f"{label}: a new head"))
+        model.freeze(False)
+    prepared = _masked_batches(held, spec.mask)
+
+    def evaluate() -> dict[str, float]:
+        return heldout_perplexity(model, prepared, len(held), teacher.bf16)
+
+    def tell(points: list[dict]) -> None:
+        if on_point:
+            on_point(pd.DataFrame(warm + points))
+
+    main = run("all", spec.epochs, spec.learning_rate, _Curve("train", label, evaluate, tell))
+    encoder = Encoder(
+        model.encoder.eval(), teacher.tokenizer, "conditioned teacher", teacher.prefix, teacher.max_length,
+        teacher.bf16, model.head.eval(),
+    )  # fmt: skip
+    targets = np.concatenate([inputs["targets"].numpy() for _, inputs in prepared])
+    facts = {
+        "texts": len(rows), "tokens": int(rows.lengths.sum(dtype=np.int64)),
+        "steps": main[-1]["step"], "seconds": main[-1]["seconds"],
+        "new_head": teacher.head is None, "head_steps": warm[-1]["step"] if warm else 0,
+        "head_seconds": warm[-1]["seconds"] if warm else 0.0,
+        "heldout_texts": len(held), "heldout_masked": len(targets),
+        "perplexity_unigram": float(np.exp(-np.log(rows.frequencies()[targets]).mean())),
+    }  # fmt: skip
+    watched = [point for point in main if point["split"] == "heldout"]
+    for name, point in (("perplexity_before", watched[0]), ("perplexity_after", watched[-1])):
+        facts |= {name: point["perplexity"], f"{name}_low": point["low"], f"{name}_high": point["high"]}
+    return Outcome(encoder, pd.DataFrame(warm + main), facts)
+
+
+def _train(
+    model: MaskedModel, rows: MaskedTexts, arguments: TrainingArguments, spec: config.Condition, curve: _Curve
+) -> list[dict]:
+    """One training run, from its last checkpoint where there is one; the points of its curve."""
+    trainer = ConditionTrainer(
+        model=model, args=arguments, train_dataset=rows, share=spec.mask, batch_tokens=spec.batch_tokens,
+        bf16=arguments.bf16, callbacks=[checkpoints.Checkpoints(max(1, arguments.max_steps // LOGS)), curve],
+    )  # fmt: skip
+    curve.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    with training_attention(model.encoder):
+        return checkpoints.train(trainer, checkpoints.newest(arguments.output_dir))
+
+
+def _masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
+    """The held-out texts in batches, masked once and for all, whatever the seed."""
+    plan = budget_batches(texts.lengths, tokens_per_batch())
+    return [(batch, texts.mask(texts.collate(batch), share, f"heldout-{n}")) for n, batch in enumerate(plan)]
+
+
+def heldout_perplexity(
+    model: MaskedModel, batches: list[tuple[list[int], dict[str, torch.Tensor]]], texts: int, bf16: bool
+) -> dict[str, float]:
+    """Loss (nats) and perplexity over all masked tokens; low and high bound its 95% interval over texts (bootstrap)."""
+    training, device = model.training, model.encoder.device
+    model.eval()
+    sums = np.zeros((texts, 2))  # of each text: losses, tokens
+    for batch, inputs in batches:
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        targets = inputs.pop("targets")
+        with torch.no_grad(), autocast(device, bf16):
+            losses = F.cross_entropy(model(**inputs), targets, reduction="none")
+        owners = np.asarray(batch)[inputs["chosen"].nonzero()[:, 0].cpu().numpy()]
+        np.add.at(sums, owners, np.stack([losses.cpu().numpy(), np.ones(len(losses))], 1))
+    model.train(training)
+    found = perplexity(sums)
+    return {
+        "loss": float(np.log(found["value"])), "perplexity": found["value"], "low": found["low"], "high": found["high"]
+    }  # fmt: skip

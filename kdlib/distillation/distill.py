@@ -1,0 +1,584 @@
+"""Distillation: a `transformers.Trainer` that trains a student to have the teacher's states."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from kdlib import config, distributed
+from kdlib.batching import BudgetSampler, pad, tokens_per_batch
+from kdlib.device import autocast
+from kdlib.distillation.objectives import ModelOutputs, RequiredOutputs, check_objectives, total_loss
+from kdlib.distillation.student_init import layer_map
+from kdlib.distillation.teacher_cache import TeacherStates, gigabytes, teacher_states
+from kdlib.errors import UserError
+from kdlib.models import token_store
+from kdlib.models.encoder import Encoder
+from kdlib.models.masking import mask_id, mask_tokens
+from kdlib.models.mlm_head import MaskedHead, new_head
+from kdlib.models.token_store import Ragged
+from kdlib.training import checkpoints
+from kdlib.training.arguments import training_attention
+from kdlib.training.callbacks import Curve
+
+PROJECTIONS = (
+    ("attention.self.query", "attention.self.key"),
+    ("attention.self.query_proj", "attention.self.key_proj"),
+    ("attention.q_lin", "attention.k_lin"),
+)
+LOGS = 50  # points of the training curve
+FIT_TOKENS = 4096  # that a projection is started on
+
+
+class StateCapture(nn.Module):
+    """A model whose forward pass gives `States`, as far as `needs` asks.
+
+    layers: whose states are kept, 1 = first, the last layer at the end. projection: hidden -> the teacher's hidden,
+    which all kept states go through (TinyBERT's, Jiao et al. 2020, eq. 8); head: gives the logits, from the states
+    before the projection. For a student this is what is trained and checkpointed; the model inside is what is kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[int],
+        needs: RequiredOutputs,
+        projection: nn.Linear | None = None,
+        head: MaskedHead | None = None,
+    ):
+        super().__init__()
+        self.model, self.projection, self.head = model, projection, head
+        self.layers, self.needs = list(layers), needs
+        self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}}
+        self.hooks = []
+        if needs.attention:
+            # Queries and keys are caught where they are projected: the scores before the softmax follow from them under
+            # any attention implementation, whereas `output_attentions` gives probabilities, and nothing with sdpa.
+            for kind, modules in zip(self.caught, _projections(model)):
+                self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind, layer)) for layer in layers]
+
+    def _catch(self, kind: str, layer: int) -> Callable:
+        heads = self.model.config.num_attention_heads
+
+        def hook(module, inputs, output):  # DeBERTa projects the relative positions too, after the text
+            self.caught[kind].setdefault(layer, output.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+        return hook
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, masked: torch.Tensor | None = None) -> ModelOutputs:
+        """ids, mask: [batch, tokens]; masked: places of the masked tokens in the flattened batch, for the logits."""
+        for caught in self.caught.values():
+            caught.clear()
+        found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        kept = [found[layer] for layer in self.layers]
+        embedded = found[0] if self.needs.embedded else None
+        logits = None
+        if self.head is not None and masked is not None:
+            embeddings = self.model.get_input_embeddings().weight
+            logits = self.head(kept[-1].flatten(0, 1)[masked], embeddings)
+        if self.projection is not None:
+            kept = [self.projection(states) for states in kept]
+            embedded = self.projection(embedded) if embedded is not None else None
+        query, key = (list(caught.values()) for caught in self.caught.values())
+        return ModelOutputs(kept, mask, query, key, embedded, logits)
+
+    def release(self) -> PreTrainedModel:
+        """The model, with nothing watching it any more."""
+        for hook in self.hooks:
+            hook.remove()
+        return self.model
+
+
+def _projections(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The query and the key projections of all layers, lowest first."""
+    modules = dict(model.named_modules())
+    for query, key in PROJECTIONS:
+        found = [[m for n, m in modules.items() if n.endswith(name)] for name in (query, key)]
+        if len(found[0]) == len(found[1]) == model.config.num_hidden_layers:
+            return found[0], found[1]
+    raise UserError(
+        f"attention objectives do not know where a {model.config.model_type} model keeps its queries and keys"
+    )
+
+
+@dataclass
+class TokenizedCorpus:
+    """Tokenised texts and, where cached, the teacher's states for them. A torch data set of places in itself.
+
+    ids: int32 [tokens] of each text; maskable: bool [tokens] of each, where masked-language objectives may mask, unless
+    none is to.
+    """
+
+    ids: Ragged
+    pad_id: int
+    maskable: Ragged | None = None
+    cached: TeacherStates | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text: int32 [texts]."""
+        return self.ids.lengths
+
+    def part(self, places: Sequence[int]) -> "TokenizedCorpus":
+        """Some of the texts, sharing the cached states."""
+        ids, maskable, cached = (found and found.part(places) for found in (self.ids, self.maskable, self.cached))
+        return TokenizedCorpus(ids, self.pad_id, maskable, cached)
+
+    def live(self) -> "TokenizedCorpus":
+        """The same texts without cached states: the teacher runs at every step."""
+        return replace(self, cached=None)
+
+    def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask, int64 [batch, tokens]; if cached, for each layer its states, named "layer 3":
+        float16 [batch, tokens, hidden]."""
+        rows = [self.ids[i] for i in batch]
+        ids, mask = pad(rows, self.pad_id)
+        features = {"input_ids": ids, "attention_mask": mask}
+        if self.cached is not None:
+            lengths = [len(row) for row in rows]
+            for layer in self.cached.layers:
+                features[f"layer {layer}"] = self.cached.batch(layer, batch, lengths)
+        return features
+
+
+@dataclass
+class Masking:
+    """Masks the tokens of batches, the same ones for the same texts in the same epoch, so that a run that was cut off
+    goes on with what it would have seen. mask_id, rows, share: as `mlm.mask_tokens` has them."""
+
+    mask_id: int
+    rows: int
+    share: float
+    seed: int
+
+    def collate(
+        self, texts: TokenizedCorpus, sampler: BudgetSampler, batch: Sequence[int], rows: slice = slice(None)
+    ) -> dict[str, torch.Tensor]:
+        """As `Texts.collate`, with masked input_ids; and masked, int64 [masked tokens], their places in the flattened
+        batch, and targets, the tokens that were there. rows: of the masked batch, those that are wanted."""
+        features = texts.collate(batch)
+        ids = features["input_ids"]
+        maskable = pad([texts.maskable[i] for i in batch], 0)[0].bool()
+        name = f"{self.seed}-{sampler.epoch}-{list(batch)}"
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+        generator = torch.Generator().manual_seed(number)
+        hidden, chosen = mask_tokens(ids, maskable, self.mask_id, self.rows, self.share, generator=generator)
+        ids, places = ids[rows].flatten(), chosen[rows].flatten().nonzero().squeeze(1)
+        mask = features["attention_mask"][rows]
+        return {"input_ids": hidden[rows], "attention_mask": mask, "masked": places, "targets": ids[places]}
+
+
+@dataclass
+class Dealer:
+    """Gives each of several processes its rows of every batch, every n-th of them."""
+
+    texts: TokenizedCorpus
+    sampler: BudgetSampler
+    masking: Masking | None
+
+    def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+        """As `Texts.collate` or `Masking.collate`. A process for which a batch has no row gets one that counts for
+        nothing: counted, int64 [1, tokens], is the mask that losses then go by, all 0."""
+        rows = slice(distributed.rank(), None, distributed.world_size())
+        spare = not batch[rows]
+        if spare:
+            rows = slice(0, 1)
+        if self.masking is None:
+            features = self.texts.collate(batch[rows])
+        else:
+            features = self.masking.collate(self.texts, self.sampler, batch, rows)
+        if spare:
+            features["counted"] = torch.zeros_like(features["attention_mask"])
+            features |= {name: features[name][:0] for name in ("masked", "targets") if name in features}
+        return features
+
+
+class DistillTrainer(Trainer):
+    """Trains `model` (the student, watched) towards `teacher` under weighted objectives, in batches of a token budget.
+
+    teacher: watched too, in the student's vocabulary; used only where a batch brings no cached states, in eval mode
+    (TinyBERT's script forgot) unless spec.teacher_noise. teacher_layers: which layers are compared, 1 = first. masking:
+    where an objective needs it: then all objectives see the masked text, as in DistilBERT.
+    """
+
+    def __init__(
+        self,
+        *,
+        teacher: StateCapture | None,
+        teacher_layers: list[int],
+        spec: config.Distill,
+        masking: Masking | None,
+        bf16: bool,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.teacher, self.teacher_layers = teacher, teacher_layers
+        self.spec, self.masking, self.bf16 = spec, masking, bf16
+        self.sums: dict[str, list[torch.Tensor]] = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
+        student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
+        student.targets, student.mask = inputs.get("targets"), inputs.get("counted", student.mask)
+        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            self.sums.setdefault(name, []).append(value)
+        return (loss, None) if return_outputs else loss
+
+    @torch.no_grad()
+    def target(self, inputs: dict[str, torch.Tensor], noise: bool = False) -> ModelOutputs | None:
+        """The teacher's states for a batch, cached or live; None where no objective asks for them."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if "layer " + str(self.teacher_layers[-1]) in inputs:
+            hidden = [inputs[f"layer {layer}"] for layer in self.teacher_layers]
+            return ModelOutputs(hidden, mask, embedded=inputs.get("layer 0"))
+        if self.teacher is None:
+            return None
+        self.teacher.train(noise)
+        with autocast(ids.device, self.bf16):
+            return self.teacher(ids, mask, inputs.get("masked"))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def take_means(self) -> dict[str, float]:
+        """Means of the losses since the last call, of all processes."""
+        means = {name: float(distributed.mean(torch.stack(values).mean())) for name, values in self.sums.items()}
+        self.sums = {}
+        return means
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._loader(self.train_dataset, self.spec.batch_tokens, self.args.seed)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        return self._loader(self.eval_dataset, max(self.spec.batch_tokens, tokens_per_batch()))
+
+    def _loader(self, texts: TokenizedCorpus, budget: int, seed: int = 0) -> DataLoader:
+        sampler = BudgetSampler(texts.lengths, budget, seed)
+        collate = Dealer(texts, sampler, self.masking).collate
+        loader = DataLoader(
+            texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"
+        )
+        # As if alone: accelerate would deal out whole batches, and they are of different sizes.
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
+
+
+class Stopped(Exception):
+    """The training was asked to stop, and did, at a checkpoint. A notebook shows one line of it, and no traceback."""
+
+    def __init__(self, step: int, steps: int):
+        super().__init__(f"at step {step:,} of {steps:,}, with a checkpoint. Run the cell again to go on from there.")
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows instead of a traceback
+        return [f"Stopped {self}"]
+
+
+class _History(Curve):
+    """The training loss, at LOGS steps, and the held-out one; tells whoever draws, and stops when asked."""
+
+    def __init__(
+        self, label: str, on_point: Callable[[pd.DataFrame], None] | None, should_stop: Callable[[], bool] | None
+    ):
+        super().__init__(label)
+        self.on_point, self.should_stop = on_point, should_stop
+        self.trainer: DistillTrainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        sums = state.log_history[-1].get("sums", {}) if state.log_history else {}
+        self.trainer.sums = {name: list(torch.tensor(values, device=args.device)) for name, values in sums.items()}
+        if not self.points:
+            self._evaluate(state)
+        self._tell()
+
+    def _evaluate(self, state):
+        self.trainer.model.eval()
+        pending, self.trainer.sums = self.trainer.sums, {}
+        for batch in self.trainer.get_eval_dataloader():
+            self.trainer.prediction_step(self.trainer.model, batch, True)
+        self._add(state, "heldout")
+        self.trainer.sums = pending
+        self.trainer.model.train()
+
+    def _add(self, state, split: str) -> None:
+        means = self.trainer.take_means()
+        if means:
+            self.add(state, split, means)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
+        known = len(self.points)
+        if state.global_step % max(1, state.max_steps // LOGS) == 0:
+            self._add(state, "train")
+        if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
+            self._evaluate(state)
+        if len(self.points) > known:
+            self._tell()
+        if self.should_stop and state.global_step < state.max_steps and self.should_stop():
+            control.should_save = control.should_training_stop = True
+        if control.should_save:  # the losses since the last point go into the checkpoint, too
+            sums = {name: torch.stack(values).tolist() for name, values in self.trainer.sums.items()}
+            state.log_history.append({"seconds": self.seconds(), "sums": sums})
+
+    def _tell(self) -> None:
+        if self.on_point:
+            self.on_point(self.curve())
+
+    def curve(self) -> pd.DataFrame:
+        return _curve(self.points, self.trainer.spec)
+
+
+def _curve(points: list[dict], spec: config.Distill) -> pd.DataFrame:
+    """The points as a table. Its columns are named: points out of a checkpoint have their keys sorted."""
+    objectives = [name for name, weight in spec.objectives.items() if weight]
+    return pd.DataFrame(points, columns=["split", "step", "seconds", "loss", *objectives])
+
+
+@dataclass
+class Outcome:
+    """student: the distilled model; curve: split, step, seconds, loss and each objective; facts: sizes and speeds;
+    head: the student's masked-language head, where an objective trained one."""
+
+    student: PreTrainedModel
+    curve: pd.DataFrame
+    facts: dict
+    head: MaskedHead | None = None
+
+
+def tokenise(
+    encoder: Encoder, texts: Iterable[str], masks: bool = False, cache_root: Path | None = None
+) -> TokenizedCorpus:
+    """Token ids of every text, with the prefix, without the teacher's states; from the cache, where there is one.
+
+    masks: also where they may be masked, which takes as long again.
+    """
+    found = token_store.tokenise(encoder, texts, ["maskable"] * masks, cache_root)
+    return TokenizedCorpus(found["ids"], encoder.tokenizer.pad_token_id, found.get("maskable"))
+
+
+def prepare(
+    encoder: Encoder, texts: Iterable[str], spec: config.Distill, cache_root: Path | None, depth: int
+) -> TokenizedCorpus:
+    """Tokenise `texts` and get the teacher's states that a student of `depth` layers is compared with, from the cache.
+
+    The teacher runs live, at every step, where the profile or its size budget forbids a cache, or where an objective
+    needs what is not cached.
+    """
+    tokenised = tokenise(encoder, texts, RequiredOutputs.of(spec.objectives).masked, cache_root)
+    if not len(tokenised):
+        raise UserError("distillation: no texts")
+    return with_states(tokenised, encoder, spec, cache_root, depth)
+
+
+def with_states(
+    texts: TokenizedCorpus, encoder: Encoder, spec: config.Distill, cache_root: Path | None, depth: int
+) -> TokenizedCorpus:
+    """The same texts with the states that `spec` asks for; see `prepare`. Layers already cached are not made again."""
+    needs = RequiredOutputs.of(spec.objectives)
+    if not spec.cache or cache_root is None or spec.teacher_noise or not needs.cacheable:
+        return texts.live()
+    layers = [0] * needs.embedded + compared_layers(needs, depth, encoder.layers)[1]
+    return replace(texts, cached=teacher_states(cache_root, encoder, texts.ids, layers, spec.cache_gigabytes))
+
+
+def training_size(train: TokenizedCorpus, spec: config.Distill, seed: int = 0) -> tuple[int, int]:
+    """Steps and tokens of a whole training on `train`."""
+    batches = len(BudgetSampler(train.lengths, spec.batch_tokens, seed))
+    return int(batches * spec.epochs) or 1, round(train.tokens * spec.epochs)
+
+
+def compared_layers(needs: RequiredOutputs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
+    """Which layers of student and teacher are compared: all as TinyBERT does, student layer i with teacher layer
+    i * L / l; the last ones alone where no objective asks for more."""
+    if not needs.layers:
+        return [depth], [teacher_depth]
+    return list(range(1, depth + 1)), layer_map("alternate", depth, teacher_depth)
+
+
+def distill(
+    teacher: Encoder,
+    student: PreTrainedModel,
+    train: TokenizedCorpus,
+    heldout: TokenizedCorpus,
+    spec: config.Distill,
+    work: Path,
+    seed: int = 0,
+    label: str = "distilling",
+    on_point: Callable[[pd.DataFrame], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Outcome:
+    """Distil `teacher` (in the student's vocabulary) into `student`; goes on from the last checkpoint under `work`.
+
+    Several processes (`processes.join`) share every batch: the student is, but for rounding, the one that one makes.
+
+    train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached: attention,
+    or anything of a masked text. A student of another width is compared through a learned projection, which starts as
+    the least-squares fit of the teacher's states (spec.projection "auto") or at random, as TinyBERT's ("shared": at
+    equal width too). Objectives kl and mlm train a head with the student, which starts as the teacher's where shapes
+    fit. on_point: called with the curve so far whenever it has got a point. should_stop: asked after every step.
+    Raises UserError where student, teacher and objectives do not go together, and Stopped where it was asked to stop:
+    the next call then goes on from that step.
+    """
+    check_objectives(spec.objectives)
+    needs = RequiredOutputs.of(spec.objectives)
+    _check_pair(teacher, student, needs)
+    layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, teacher.layers)
+    train, heldout = (_usable(texts, needs, spec, teacher_layers) for texts in (train, heldout))
+    if spec.freeze_embeddings:
+        student.get_input_embeddings().weight.requires_grad_(False)
+    dropouts = {m: m.p for m in student.modules() if isinstance(m, nn.Dropout)}
+    for module in dropouts:  # the target is exact: noise in the student only blurs it
+        module.p = 0.0
+    device = next(teacher.model.parameters()).device
+    student.to(device)
+    watched = StateCapture(
+        student, layers, needs,
+        _projection(student, teacher, spec, seed) if needs.states else None,
+        _head(student, teacher, seed) if needs.masked else None,
+    )  # fmt: skip
+    target = StateCapture(teacher.model, teacher_layers, needs, head=teacher.head if needs.soft else None)
+    masking = None
+    if needs.masked:
+        if train.maskable is None or heldout.maskable is None:
+            raise ValueError("the texts were prepared for objectives that mask nothing")
+        masking = Masking(
+            mask_id(teacher.tokenizer, teacher.name), len(student.get_input_embeddings().weight), spec.mask, seed
+        )
+    steps = training_size(train, spec, seed)[0]
+    compile_ = spec.compile if spec.compile is not None else device.type == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
+        warmup_steps=int(steps * spec.warmup), lr_scheduler_type="linear", optim="adamw_torch_fused", max_grad_norm=1.0,
+        adam_beta2=spec.beta2, bf16=teacher.bf16, use_cpu=device.type == "cpu", torch_compile=compile_,
+        seed=seed, data_seed=seed,
+        eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no", save_strategy="no",
+        report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
+        ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
+    )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
+    history, every = _History(label, on_point, should_stop), max(1, steps // LOGS)
+    trainer = DistillTrainer(
+        model=watched, args=arguments, train_dataset=train, eval_dataset=heldout,
+        callbacks=[checkpoints.Checkpoints(every), history],
+        teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
+        bf16=teacher.bf16,
+    )  # fmt: skip
+    history.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    with distributed.main_process_first():  # the first removes those that are torn
+        last = checkpoints.newest(work)
+    if watched.projection is not None and spec.projection == "auto" and last is None:
+        _fit_projection(watched, trainer, train)
+    try:
+        with training_attention(student):
+            curve = _curve(checkpoints.train(trainer, last), spec)
+    finally:
+        for watcher in (watched, target):
+            watcher.release().eval()
+        for module, p in dropouts.items():
+            module.p = p
+        student.requires_grad_(True)
+    if trainer.state.global_step < steps:
+        raise Stopped(trainer.state.global_step, steps)
+    training = float(curve["seconds"].iloc[-1])
+    cached = train.cached.layers if train.cached else {}
+    facts = {
+        "texts": len(train), "tokens": train.tokens, "steps": steps, "training_seconds": training,
+        "tokens_per_second": train.tokens * spec.epochs / max(training, 1e-9),
+        "cache_gigabytes": gigabytes(train.tokens, len(cached), teacher.hidden),
+        "real_token_share": BudgetSampler(train.lengths, spec.batch_tokens, seed).real_share(),
+    }  # fmt: skip
+    return Outcome(student, curve, facts, watched.head)
+
+
+def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs) -> None:
+    """Raises UserError where the objectives cannot compare the two."""
+    if needs.masked:
+        mask_id(teacher.tokenizer, teacher.name)
+    mine, theirs = student.config.num_attention_heads, teacher.model.config.num_attention_heads
+    if needs.attention and mine != theirs:
+        raise UserError(
+            f"attention objectives compare head by head: the student has {mine} heads, the teacher {theirs}"
+        )
+    rows, teacher_rows = (len(m.get_input_embeddings().weight) for m in (student, teacher.model))
+    if rows != teacher_rows:
+        raise UserError(f"the student has {rows} embedding rows, the teacher {teacher_rows}: they must share ids")
+    if needs.soft and teacher.head is None:
+        raise UserError(
+            f"objective kl: {teacher.name} has no masked-language head; condition the teacher first "
+            "(condition.use=true), or take a teacher that has one"
+        )
+
+
+def _usable(texts: TokenizedCorpus, needs: RequiredOutputs, spec: config.Distill, layers: list[int]) -> TokenizedCorpus:
+    """The texts with the cached states that are compared; without any where the teacher has to run live."""
+    wanted = [0] * needs.embedded + layers
+    if texts.cached is None or not needs.cacheable or spec.teacher_noise or not set(wanted) <= set(texts.cached.layers):
+        return texts.live()
+    return replace(texts, cached=TeacherStates({n: texts.cached.layers[n] for n in wanted}, texts.cached.starts))
+
+
+def _projection(student: PreTrainedModel, teacher: Encoder, spec: config.Distill, seed: int) -> nn.Linear | None:
+    """The projection to the teacher's width, where there is to be one; started as TinyBERT's, normal(0, 0.02)."""
+    width = student.config.hidden_size
+    if width == teacher.hidden and spec.projection == "auto":
+        return None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        projection = nn.Linear(width, teacher.hidden)
+        nn.init.normal_(projection.weight, std=0.02)
+    nn.init.zeros_(projection.bias)
+    return projection.to(student.device)
+
+
+@torch.no_grad()
+def _fit_projection(student: StateCapture, trainer: DistillTrainer, texts: TokenizedCorpus) -> None:
+    """Start the projection where it takes the student's states nearest to the teacher's: least squares over the
+    compared states of some texts, those of each layer divided by the teacher's variance as in `hidden_loss`."""
+    places = np.linspace(0, len(texts) - 1, max(1, FIT_TOKENS * len(texts) // texts.tokens)).astype(int)
+    left = right = 0.0
+    for start in range(0, len(places), 32):
+        inputs = trainer._prepare_inputs(texts.collate(places[start : start + 32]))
+        keep, theirs = inputs["attention_mask"].bool(), trainer.target(inputs)
+        mine = student.model(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True).hidden_states
+        pairs = list(zip([mine[layer] for layer in student.layers], theirs.hidden, strict=True))
+        pairs += [(mine[0], theirs.embedded)] if student.needs.embedded else []
+        for x, y in pairs:
+            x, y = F.pad(x[keep].double(), (0, 1), value=1.0), y[keep].double()
+            weight = 1 / y.var().clamp(min=1e-6)
+            left, right = left + weight * x.T @ x, right + weight * x.T @ y
+    left.diagonal().add_(1e-6 * left.diagonal().mean())  # fewer tokens than dimensions still have a solution
+    fitted = torch.linalg.solve(left, right)
+    student.projection.weight.copy_(fitted[:-1].T)
+    student.projection.bias.copy_(fitted[-1])
+
+
+def _head(student: PreTrainedModel, teacher: Encoder, seed: int) -> MaskedHead:
+    """A masked-language head for the student: the teacher's weights where shapes fit, new ones elsewhere."""
+    head = new_head(student, seed=seed)
+    if teacher.head is not None:
+        mine, theirs = head.state_dict(), teacher.head.state_dict()
+        head.load_state_dict({n: theirs[n] if theirs[n].shape == mine[n].shape else mine[n] for n in mine})
+        head.activation = teacher.head.activation
+    return head

@@ -1,0 +1,341 @@
+"""Student building: a smaller encoder of the teacher's kind, started from the teacher's weights."""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from kdlib import config
+from kdlib.batching import budget_batches, pad, tokens_per_batch
+from kdlib.errors import UserError
+from kdlib.models.build import with_state
+
+LAYER = re.compile(r"^(.*(?:encoder|transformer)\.layer\.)(\d+)(\..*)$")
+SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family names the linear modules of a layer whose sizes can change, and its feed-forward width (ffn).
+
+    query, key: all projections into the space where a head compares; some need not be there.
+    """
+
+    layers: str
+    query: tuple[str, ...]
+    key: tuple[str, ...]
+    value: str
+    out: str
+    up: str
+    down: str
+    ffn: str = "intermediate_size"
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        return (*self.query, *self.key, self.value, self.out)
+
+
+_BERT = Names(
+    "encoder.layer", ("attention.self.query",), ("attention.self.key",), "attention.self.value",
+    "attention.output.dense", "intermediate.dense", "output.dense",
+)  # fmt: skip
+FAMILIES = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "deberta-v2": Names(
+        "encoder.layer", ("attention.self.query_proj", "attention.self.pos_query_proj"),
+        ("attention.self.key_proj", "attention.self.pos_key_proj"), "attention.self.value_proj",
+        "attention.output.dense", "intermediate.dense", "output.dense",
+    ),
+    "distilbert": Names(
+        "transformer.layer", ("attention.q_lin",), ("attention.k_lin",), "attention.v_lin", "attention.out_lin",
+        "ffn.lin1", "ffn.lin2", "hidden_dim",
+    ),
+}  # fmt: skip
+
+
+def layer_map(init: str | list[int], student_layers: int, teacher_layers: int) -> list[int]:
+    """Which teacher layer (1 = first) each student layer is copied from and compared with.
+
+    init: "alternate" (every n-th, the last among them), "first", "last", or the layers themselves. A random start
+    has no source layers; it is compared with the alternate ones. Cruz and Aji's student layer i is compared with
+    teacher layer i * L / l, which is "alternate".
+    """
+    if isinstance(init, list):
+        if len(init) != student_layers:
+            raise UserError(f"student.init names {len(init)} layers for a student of {student_layers}")
+        if not all(1 <= layer <= teacher_layers for layer in init):
+            raise UserError(f"student.init is {init}; the teacher's layers are 1 to {teacher_layers}")
+        return init
+    if init not in ("alternate", "first", "last", "random"):
+        raise UserError(f"student.init is {init!r}; must be alternate, first, last, random or a list of layers")
+    if student_layers > teacher_layers:
+        raise UserError(f"student.layers is {student_layers}; the teacher has only {teacher_layers}")
+    if init == "first":
+        return list(range(1, student_layers + 1))
+    if init == "last":
+        return list(range(teacher_layers - student_layers + 1, teacher_layers + 1))
+    return [(i + 1) * teacher_layers // student_layers for i in range(student_layers)]
+
+
+def count_layers(model: PreTrainedModel) -> int:
+    """Number of transformer layers."""
+    return model.config.num_hidden_layers
+
+
+def build_student(
+    teacher: PreTrainedModel, spec: config.Student, seed: int = 0, sample: Sequence[Sequence[int]] | None = None
+) -> PreTrainedModel:
+    """A student of the teacher's family with the sizes of `spec`; sizes that are None are the teacher's.
+
+    spec.init: "alternate", "first", "last" or a list of teacher layers (1 = first) copies those layers and everything
+    outside the layers (embeddings, pooler), exactly where no other size changes; "random" draws all weights anew with
+    `seed` (a "blank" student). spec.narrow says what becomes of the copies where width, feed-forward width or heads
+    are smaller than the teacher's; only the weights whose sizes change are touched:
+
+    - "random": they are drawn anew, which for a smaller width means all.
+    - "truncate": the first dimensions stay, of each head too; of the feed-forward neurons those with the largest
+      product of the norms of what they read and write. Fewer heads: neighbours are joined.
+    - "pca": as `_narrow` describes, fitted on `sample`, token ids of texts (of which about 8,000 tokens are used);
+      without it, on random rows of the vocabulary.
+
+    Raises UserError for sizes that do not fit, and for a student deeper, wider or with more heads than its teacher
+    unless spec.init is "random".
+    """
+    sizes = _student_config(teacher, spec)
+    if spec.init == "random":
+        return _blank(teacher, sizes, seed)
+    source = layer_map(spec.init, spec.layers, count_layers(teacher))
+    wide = _with_layers(teacher, source)
+    if _sizes(wide.config) == _sizes(sizes):
+        return wide
+    if teacher.config.model_type not in FAMILIES or teacher.base_model is not teacher:
+        raise UserError(f"cannot resize a {type(teacher).__name__}: student.init must be random")
+    return _narrow(teacher, source, wide, _blank(teacher, sizes, seed), spec.narrow, sample)
+
+
+def _sizes(settings: PretrainedConfig) -> tuple[int, int, int]:
+    """Width, heads, feed-forward width."""
+    names = FAMILIES.get(settings.model_type, _BERT)
+    return settings.hidden_size, settings.num_attention_heads, getattr(settings, names.ffn)
+
+
+def _student_config(teacher: PreTrainedModel, spec: config.Student) -> PretrainedConfig:
+    """The teacher's configuration with the student's sizes."""
+    if spec.layers < 1:
+        raise UserError(f"student.layers is {spec.layers}; must be at least 1")
+    theirs = _sizes(teacher.config)
+    hidden, heads, ffn = (b if a is None else a for a, b in zip((spec.hidden, spec.heads, spec.ffn), theirs))
+    for key, mine, most in zip(("hidden", "heads", "ffn"), (hidden, heads, ffn), theirs):
+        if mine > most and spec.init != "random":
+            raise UserError(
+                f"student.{key} is {mine}, the teacher's is {most}: more than there is to copy from; "
+                "use less, or student.init=random"
+            )
+    if hidden % heads:
+        raise UserError(f"student.hidden is {hidden}, which {heads} heads do not divide evenly (student.heads)")
+    sizes = copy.deepcopy(teacher.config)
+    sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = spec.layers, hidden, heads
+    setattr(sizes, FAMILIES.get(sizes.model_type, _BERT).ffn, ffn)
+    if getattr(sizes, "layer_types", None):
+        sizes.layer_types = sizes.layer_types[: spec.layers]
+    for key, value in (("attention_head_size", hidden // heads), ("pooler_hidden_size", hidden)):
+        if hasattr(sizes, key):  # DeBERTa's
+            setattr(sizes, key, value)
+    return sizes
+
+
+def _blank(teacher: PreTrainedModel, sizes: PretrainedConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(teacher)._from_config(sizes).eval()
+
+
+def _with_layers(teacher: PreTrainedModel, source: list[int]) -> PreTrainedModel:
+    """An exact copy of the teacher with only the layers `source` (1 = first)."""
+    shorter = copy.deepcopy(teacher.config)
+    shorter.num_hidden_layers = len(source)
+    if getattr(shorter, "layer_types", None):
+        shorter.layer_types = shorter.layer_types[: len(source)]
+    state, seen = {}, set()
+    for name, value in teacher.state_dict().items():
+        match = LAYER.match(name)
+        if match is None:
+            state[name] = value
+            continue
+        seen.add(int(match[2]))
+        for i, teacher_layer in enumerate(source):
+            if int(match[2]) == teacher_layer - 1:
+                state[f"{match[1]}{i}{match[3]}"] = value
+    if len(seen) != count_layers(teacher):
+        raise UserError(f"cannot copy layers of a {type(teacher).__name__}: student.init must be random")
+    return with_state(type(teacher), shorter, state)
+
+
+def _narrow(
+    teacher: PreTrainedModel,
+    source: list[int],
+    wide: PreTrainedModel,
+    start: PreTrainedModel,
+    how: str,
+    sample: Sequence[Sequence[int]] | None,
+) -> PreTrainedModel:
+    """Fill `start`, which has the student's sizes, from `wide`, a copy of the teacher's layers `source`.
+
+    Width: the residual stream is carried over by a basis, [width, new width] with orthonormal columns: the first axes
+    ("truncate"), or the principal directions of the teacher's states ("pca"), as SliceGPT (Ashkboos et al. 2024) and
+    BiStil (Ansell et al. 2023) slice models. What reads the stream is multiplied by the basis, what writes to it by its
+    transpose. A LayerNorm's bias is projected likewise; its gain g becomes the diagonal of basis^T diag(g) basis. The
+    student's states are the teacher's projected, about sqrt(new width / width) as long: a learned projection takes that
+    up.
+    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights in
+    and out stay.
+    """
+    names = FAMILIES[teacher.config.model_type]
+    (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
+    state = {name: value.float() for name, value in wide.state_dict().items()}
+    layers = [f"{names.layers}.{i}." for i in range(len(source))]
+    if how == "random":
+        changed = [*names.attention] * (new_heads != heads) + [names.up, names.down] * (new_ffn != ffn)
+        drawn = {f"{layer}{name}.{kind}" for layer in layers for name in changed for kind in ("weight", "bias")}
+        kept = {} if new_width != width else {name: value for name, value in state.items() if name not in drawn}
+        start.load_state_dict(start.state_dict() | kept)
+        return start
+    basis = torch.eye(width, new_width)
+    if how == "pca" and new_width < width:
+        basis = _principal(teacher, source, new_width, sample)
+    for prefix in layers:
+        if (new_heads, new_width) != (heads, width):
+            _narrow_heads(state, prefix, names, heads, new_heads, basis, reduce=how == "pca")
+        if new_ffn != ffn:
+            up, bias, down = (
+                prefix + name for name in (f"{names.up}.weight", f"{names.up}.bias", f"{names.down}.weight")
+            )
+            strength = state[up].norm(dim=1) * state[down].norm(dim=0)
+            kept = strength.topk(new_ffn).indices.sort().values
+            state[up], state[bias], state[down] = state[up][kept], state[bias][kept], state[down][:, kept]
+    gains = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.LayerNorm)}
+    for name, value in start.state_dict().items():
+        through = basis.square() if name in gains else basis
+        for axis, (old, new) in enumerate(zip(state[name].shape, value.shape, strict=True)):
+            if old != new:  # after heads and neurons, the axes that still differ are the residual stream's
+                state[name] = (state[name].movedim(axis, -1) @ through).movedim(-1, axis)
+    start.load_state_dict(state)
+    return start
+
+
+@torch.no_grad()
+def _principal(
+    teacher: PreTrainedModel, source: list[int], size: int, sample: Sequence[Sequence[int]] | None
+) -> torch.Tensor:
+    """Principal directions, about the origin, of what the embeddings, the layers `source` and, halfway, their attention
+    give on a sample: float [width, size], orthonormal columns, strongest first. All of these weigh the same, and so do
+    DeBERTa's relative positions, which the layers read too."""
+    names = FAMILIES[teacher.config.model_type]
+    if sample is None:
+        generator = torch.Generator().manual_seed(0)
+        sample = torch.randint(teacher.config.vocab_size, (SAMPLE_TOKENS // 32, 32), generator=generator).tolist()
+    lengths = np.array([len(row) for row in sample])
+    enough = int(np.searchsorted(np.cumsum(lengths), SAMPLE_TOKENS)) + 1
+    read = [teacher.embeddings, *(teacher.get_submodule(f"{names.layers}.{layer - 1}") for layer in source)]
+    norms = [module for part in read for module in part.modules() if isinstance(module, nn.LayerNorm)]
+    moments: dict[nn.Module, torch.Tensor] = {}
+
+    def add(norm: nn.Module, _: tuple, states: torch.Tensor) -> None:
+        real = states[mask.bool()].double()
+        moments[norm] = moments.get(norm, 0) + real.T @ real
+
+    hooks = [norm.register_forward_hook(add) for norm in norms]
+    pad_id, training = teacher.config.pad_token_id or 0, teacher.training
+    teacher.eval()
+    try:
+        for batch in budget_batches(lengths[:enough], tokens_per_batch()):
+            ids, mask = (x.to(teacher.device) for x in pad([sample[i] for i in batch], pad_id))
+            teacher(input_ids=ids, attention_mask=mask)
+    finally:
+        teacher.train(training)
+        for hook in hooks:
+            hook.remove()
+    if getattr(teacher.config, "relative_attention", False):
+        positions = teacher.encoder.get_rel_embedding().double()
+        moments[teacher.encoder] = positions.T @ positions
+    total = sum(moment / moment.trace() for moment in moments.values())
+    return torch.linalg.eigh(total)[1].flip(1)[:, :size].float().cpu()
+
+
+def _narrow_heads(
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    names: Names,
+    heads: int,
+    new_heads: int,
+    basis: torch.Tensor,
+    reduce: bool,
+) -> None:
+    """Map the heads of one layer onto fewer or smaller ones, in place; the residual stream keeps its width.
+
+    Of fewer heads each takes the place of neighbours: it looks where they look on average (the mean of their scores)
+    and carries what all of them carry; exactly so where its size has room for theirs side by side. Where it has not,
+    products of queries and keys, and of values and output, are kept as well as its rank allows by SVD (reduce), or its
+    first dimensions stay.
+    """
+    width, new_width = basis.shape
+    size, new_size = width // heads, new_width // new_heads
+    queries, keys = (
+        [f"{prefix}{n}" for n in side if f"{prefix}{n}.weight" in state] for side in (names.query, names.key)
+    )
+    value, out = prefix + names.value, prefix + names.out
+    made: dict[str, list[torch.Tensor]] = {}
+
+    for group in np.array_split(np.arange(heads), new_heads):
+        inner = torch.from_numpy((group[:, None] * size + np.arange(size)).ravel())  # their dimensions, side by side
+
+        def read(module: str) -> torch.Tensor:
+            """Weight and bias, as a matrix from the narrow stream and a constant: [inner, new width + 1]."""
+            weight, bias = (state[f"{module}.weight"][inner], state[f"{module}.bias"][inner])
+            return torch.cat([weight @ basis, bias.unsqueeze(1)], 1)
+
+        asked, answered = _inner_maps(
+            *(torch.cat([read(m) for m in side], 1) for side in (queries, keys)), new_size, reduce
+        )
+        carried, written = _inner_maps(read(value), state[f"{out}.weight"][:, inner].T @ basis, new_size, reduce)
+        asked = asked * (new_size / size) ** 0.5 / len(group)  # scores are divided by the root of a head's size
+        maps = {**dict.fromkeys(queries, asked), **dict.fromkeys(keys, answered), value: carried}
+        for module, through in maps.items():
+            for kind in ("weight", "bias"):
+                made.setdefault(f"{module}.{kind}", []).append(through @ state[f"{module}.{kind}"][inner])
+        made.setdefault(f"{out}.weight", []).append(state[f"{out}.weight"][:, inner] @ written.T)
+    state.update({name: torch.cat(parts, 1 if name == f"{out}.weight" else 0) for name, parts in made.items()})
+
+
+def _inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps from an inner space of n dimensions to one of `size`, both [size, n], for what is multiplied there: with
+    left [n, a] and right [n, b], (map left)^T (map right) is near left^T right.
+
+    reduce: as near as rank `size` allows (Eckart and Young 1936), balanced between the two as in balanced truncation;
+    else the first dimensions. Room to spare repeats dimensions on the left against zeros on the right: the product
+    stays, and can be learned from.
+    """
+    n = len(left)
+    if n <= size or not reduce:
+        places = torch.arange(size)
+        plain = torch.eye(n)[places % n]
+        return plain, plain * (places < n).unsqueeze(1)
+    left, right = _root(left), _root(right)
+    u, strength, v = torch.linalg.svd(left @ right)
+    scale = strength[:size].rsqrt().unsqueeze(1)
+    return (scale * v[:size] @ right).float(), (scale * u[:, :size].T @ left).float()
+
+
+def _root(matrix: torch.Tensor) -> torch.Tensor:
+    """The symmetric root of matrix @ matrix.T, double, kept from being singular."""
+    square = matrix.double() @ matrix.double().T
+    square.diagonal().add_(1e-9 * square.diagonal().mean())
+    values, vectors = torch.linalg.eigh(square)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T

@@ -1,0 +1,1 @@
+"""Evaluation: how a score is made, and compared."""

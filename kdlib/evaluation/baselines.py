@@ -1,0 +1,26 @@
+"""Baselines that need no transformer."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kdlib.data.tasks import Task
+from kdlib.evaluation.metrics import Metric, score
+
+
+def majority(task: Task) -> list[Metric]:
+    """The score of always answering what is most frequent in training: what knowing nothing gives."""
+    if task.kind == "tokens":
+        return score(task, [[0] * len(words) for words in task.test.texts])
+    targets = np.asarray(task.train.targets)
+    if task.kind == "multilabel":
+        answer = (targets.mean(0) > 0.5).astype(int)
+        return score(task, np.tile(answer, (len(task.test), 1)))
+    return score(task, np.full(len(task.test), np.bincount(targets).argmax()))
+
+
+def word_overlap_retrieval(queries: Sequence[str], targets: Sequence[str]) -> np.ndarray:
+    """The same by shared words (Jaccard) alone: what retrieval gives without understanding."""
+    sides = [[set(text.lower().split()) for text in texts] for texts in (queries, targets)]
+    nearest = [int(np.argmax([len(q & t) / max(1, len(q | t)) for t in sides[1]])) for q in sides[0]]
+    return np.array(nearest) == np.arange(len(queries))

@@ -1,0 +1,261 @@
+"""Fine-tuning: an encoder with a fresh task head, trained end to end by the Trainer, scored on the task's test rows."""
+
+import copy
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from kdlib import config
+from kdlib.batching import BudgetSampler, budget_batches, model_inputs, tokens_per_batch
+from kdlib.data.tasks import Split, Task
+from kdlib.device import autocast
+from kdlib.evaluation.metrics import Metric, score
+from kdlib.evaluation.probing import PENALTY, train_targets
+from kdlib.models.encoder import Encoder, first_tokens, mean_pool, text_vectors, word_vectors
+from kdlib.models.families import positions
+from kdlib.progress import Progress
+from kdlib.training import checkpoints
+from kdlib.training.arguments import training_attention
+
+IGNORE = -100
+HEAD_STEPS = 100  # of L-BFGS at most, which a head's start takes
+TEXTS_AT_ONCE = 4096  # texts tokenised in one call: the tokenizer's own records take a hundred times the room of ids
+
+
+class TaskModel(nn.Module):
+    """An encoder under a linear head: on the mean-pooled state of a text, or on every token (kind tokens)."""
+
+    def __init__(self, encoder: nn.Module, kind: str, labels: int):
+        super().__init__()
+        self.encoder, self.kind = encoder, kind
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(encoder.config.hidden_size, labels)
+
+    def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        states = states if self.kind == "tokens" else mean_pool(states, attention_mask)
+        logits = self.head(self.dropout(states)).float()
+        return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy, mean over texts or words; of each label by itself for kind multilabel."""
+        if self.kind == "multilabel":
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
+
+
+@dataclass
+class _Tokenised:
+    """ids, types (token types, for models that know them): int32 [tokens]; firsts: (word, token) of each word's first
+    token, for word lists."""
+
+    ids: np.ndarray
+    types: np.ndarray | None
+    firsts: list[tuple[int, int]] | None
+
+
+class Tokens:
+    """Texts as one encoder tokenises them: each text once, however many runs draw it.
+
+    max_length: tokens per text instead of the encoder's own limit, as far as the model has positions.
+    """
+
+    def __init__(self, encoder: Encoder, max_length: int | None = None):
+        limit = min(max_length, positions(encoder.model.config)) if max_length else encoder.max_length
+        self.encoder = replace(encoder, max_length=limit)
+        self._known: dict[str | tuple[str, ...], _Tokenised] = {}
+
+    def of(self, texts: Sequence) -> list[_Tokenised]:
+        """The texts tokenised: str, (str, str), or lists of words."""
+        keys = [tuple(text) if isinstance(text, list) else text for text in texts]
+        new = list({key: text for key, text in zip(keys, texts) if key not in self._known}.items())
+        skip = len(self.encoder.prefix.split())
+        for start in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[start : start + TEXTS_AT_ONCE]
+            for (key, text), encoding in zip(part, self.encoder.tokenize([text for _, text in part])):
+                self._known[key] = _Tokenised(
+                    np.array(encoding.ids, np.int32),
+                    np.array(encoding.type_ids, np.int32) if self.encoder.token_types else None,
+                    first_tokens(encoding.word_ids, skip) if isinstance(text, list) else None,
+                )
+        return [self._known[key] for key in keys]
+
+
+class _Rows:
+    """A split as tokenised rows with targets; words keep the place of their first token."""
+
+    def __init__(self, tokens: Tokens, kind: str, split: Split):
+        self.kind, self.pad_id, self.targets = kind, tokens.encoder.tokenizer.pad_token_id, split.targets
+        self.rows = tokens.of(split.texts)
+        self.lengths = [len(row.ids) for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> int:
+        return i
+
+    def sampler(self, texts: int, seed: int) -> BudgetSampler:
+        """Batches of texts of like length, each of as many tokens as `texts` texts of mean length have."""
+        budget = max(max(self.lengths), round(texts * sum(self.lengths) / len(self)))
+        return BudgetSampler(self.lengths, budget, seed)
+
+    def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
+        rows = [self.rows[i] for i in batch]
+        types = None if rows[0].types is None else [row.types for row in rows]
+        inputs = model_inputs([row.ids for row in rows], types, self.pad_id)
+        if self.kind == "tokens":
+            labels = torch.full_like(inputs["input_ids"], IGNORE)
+            for r, i in enumerate(batch):
+                for word, at in rows[r].firsts:
+                    labels[r, at] = self.targets[i][word]
+        else:
+            labels = torch.tensor([self.targets[i] for i in batch], dtype=_label_type(self.kind))
+        return inputs | {"labels": labels}
+
+
+def _label_type(kind: str) -> torch.dtype:
+    return torch.float32 if kind == "multilabel" else torch.long
+
+
+class _Trainer(Trainer):
+    sampler: BudgetSampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+class _Report(TrainerCallback):
+    def __init__(self, label: str):
+        self.label = label
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.progress = Progress(self.label, state.max_steps)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.progress.update(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.progress.close()
+
+
+def finetune(
+    encoder: Encoder,
+    task: Task,
+    spec: config.Benchmark,
+    seed: int = 0,
+    tokens: Tokens | None = None,
+    min_steps: int = 0,
+    work: Path | None = None,
+) -> list[Metric]:
+    """Train a copy of the encoder and a new head on the task's training rows; its metrics on the test rows.
+
+    Settings: Cruz and Aji 2025 (a random head, learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says
+    otherwise.
+    seed: draws the head, dropout and the order of the rows. tokens: keeps tokenised texts for the next run of the same
+    encoder. min_steps: more epochs where those of the profile come to fewer steps. work: a folder for checkpoints,
+    which a training of minutes writes and goes on from; whoever names it removes it.
+    """
+    set_seed(seed)
+    tokens = tokens or Tokens(encoder, spec.finetune_max_length)
+    device = next(encoder.model.parameters()).device
+    model = TaskModel(copy.deepcopy(encoder.model), task.kind, len(task.labels)).to(device)
+    if spec.freeze_embeddings:
+        model.encoder.get_input_embeddings().weight.requires_grad_(False)
+    rows = _Rows(tokens, task.kind, task.train)
+    if spec.finetune_head == "probe":
+        fit_head(model, tokens.encoder, task)
+    sampler = rows.sampler(spec.finetune_batch, seed)
+    fp16 = spec.finetune_fp16 and device.type == "cuda"
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=str(work or scratch),
+            max_steps=max(min_steps, math.ceil(spec.finetune_epochs * len(sampler))),
+            learning_rate=spec.finetune_rate, weight_decay=0.01, warmup_steps=0.1, optim="adamw_torch_fused",
+            fp16=fp16, bf16=encoder.bf16 and not fp16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no",
+            logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+        )  # fmt: skip
+        trainer = _Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=rows.collate,
+            callbacks=[
+                _Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}"),
+                *([checkpoints.Checkpoints(at_end=False)] if work else []),
+            ],
+        )
+        trainer.sampler = sampler
+        trainer.remove_callback(PrinterCallback)
+        with training_attention(model.encoder):
+            checkpoints.train(trainer, checkpoints.newest(work) if work else None)
+    return score(task, predict(model.eval(), _Rows(tokens, task.kind, task.test), task, encoder.bf16))
+
+
+def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
+    """Start the head as the linear probe of the encoder as it is, on the task's training rows (Kumar et al. 2022).
+
+    From there on, fine-tuning moves the encoder to what the head asks for, and not to what noise asked for. A logistic
+    regression on standardised states with the penalty of `probe.linear_probe`, by L-BFGS. encoder: which the model is a
+    copy of; what it remembers it does not read again.
+    """
+    texts, device = task.train.texts, model.head.weight.device
+    if task.kind == "tokens":
+        states, labels = word_vectors(encoder, texts)[0], train_targets(encoder, task)
+    else:
+        states, labels = text_vectors(encoder, texts), np.asarray(task.train.targets)
+    states = torch.from_numpy(states[:, 0]).to(device)
+    labels = torch.as_tensor(labels, dtype=_label_type(task.kind), device=device)
+    mean, scale = states.mean(0), states.std(0, correction=0).clamp(min=1e-6)
+    states, weight, bias = (states - mean) / scale, model.head.weight, model.head.bias
+    with torch.no_grad():
+        weight.zero_()
+        bias.zero_()
+    # As scikit-learn weighs loss and penalty: each of several labels by itself; of two classes the difference.
+    share = len(weight) if model.kind == "multilabel" else 1
+    penalty = (2 if model.kind != "multilabel" and len(weight) == 2 else 1) / (2 * PENALTY * len(states))
+    solver = torch.optim.LBFGS([weight, bias], max_iter=HEAD_STEPS, line_search_fn="strong_wolfe")
+
+    def step() -> torch.Tensor:
+        solver.zero_grad()
+        loss = share * model.loss(model.head(states), labels) + penalty * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(step)
+    solver.zero_grad()
+    with torch.no_grad():
+        weight /= scale
+        bias -= weight @ mean
+
+
+@torch.inference_mode()
+def predict(model: TaskModel, rows: _Rows, task: Task, bf16: bool) -> list | np.ndarray:
+    """Predictions for the test rows, in the form `metrics.score` takes.
+
+    A word that was cut off counts as the first label.
+    """
+    device = model.head.weight.device
+    out: list = [None] * len(rows)
+    for batch in budget_batches(rows.lengths, tokens_per_batch()):
+        features = {name: value.to(device) for name, value in rows.collate(batch).items() if name != "labels"}
+        with autocast(device, bf16):
+            logits = model(**features)["logits"].cpu()
+        for r, i in enumerate(batch):
+            if task.kind == "tokens":
+                out[i] = [0] * len(task.test.texts[i])
+                for word, at in rows.rows[i].firsts:
+                    out[i][word] = int(logits[r, at].argmax())
+            else:
+                out[i] = (logits[r] > 0).int().tolist() if task.kind == "multilabel" else int(logits[r].argmax())
+    return out if task.kind == "tokens" else np.array(out)

@@ -1,0 +1,186 @@
+"""An encoder: a model and its tokenizer, and the vectors that they give texts and words."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Encoding, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from kdlib.batching import budget_batches, model_inputs, tokens_per_batch
+from kdlib.device import autocast
+from kdlib.models.mlm_head import MaskedHead, save_head
+from kdlib.models.safetensors_files import HEAD_FILE
+from kdlib.models.tokenizer_files import save_tokenizer
+from kdlib.models.vector_cache import VectorCache
+from kdlib.progress import track
+
+
+@dataclass
+class Encoder:
+    """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens; head: the
+    trained masked-language head, where the model has one; memory: of the texts it has read, where that is kept."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    prefix: str = ""
+    max_length: int = 128
+    bf16: bool = False
+    head: MaskedHead | None = None
+    memory: VectorCache | None = None
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def hidden(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def token_types(self) -> bool:
+        """Whether the model tells the texts of a pair apart by token types, as BERT does.
+
+        Having rows for two types is not enough: XLM-R's tokenizer goes with some such models, trained on one type.
+        """
+        rows = getattr(self.model.config, "type_vocab_size", 0)
+        return rows > 1 and "token_type_ids" in self.tokenizer.model_input_names
+
+    def tokenize(self, texts: Sequence) -> list[Encoding]:
+        """Encodings of texts (str), pairs (str, str) or word lists, with the prefix, cut at max_length."""
+        if not texts:
+            return []
+        if isinstance(texts[0], tuple):
+            arguments = dict(text=[self.prefix + a for a, _ in texts], text_pair=[b for _, b in texts])
+        elif isinstance(texts[0], list):
+            arguments = dict(text=[self.prefix.split() + words for words in texts], is_split_into_words=True)
+        else:
+            arguments = dict(text=[self.prefix + text for text in texts])
+        with _spaced(self.tokenizer) if isinstance(texts[0], list) else contextlib.nullcontext():
+            return self.tokenizer(**arguments, truncation=True, max_length=self.max_length).encodings
+
+    def to(self, device: torch.device | str) -> "Encoder":
+        """Move model and head to a device; returns the encoder itself."""
+        self.model.to(device)
+        if self.head is not None:
+            self.head.to(device)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write a plain Hugging Face folder that transformers 5 and 4.4x load alike, and beside it the head, if any."""
+        self.model.save_pretrained(folder)
+        save_tokenizer(self.tokenizer, folder)
+        if self.head is not None:
+            save_head(self.head, Path(folder) / HEAD_FILE)
+
+
+@contextlib.contextmanager
+def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
+    """Lists of words as the model knows them: byte-level BPE spells a word's start as the space before it, which words
+    in a list lack unless add_prefix_space is on."""
+    step = tokenizer.backend_tokenizer.pre_tokenizer
+    steps = list(step) if isinstance(step, pre_tokenizers.Sequence) else [step]
+    bare = [step for step in steps if isinstance(step, pre_tokenizers.ByteLevel) and not step.add_prefix_space]
+    for step in bare:
+        step.add_prefix_space = True
+    try:
+        yield
+    finally:
+        for step in bare:
+            step.add_prefix_space = False
+
+
+def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the states over real tokens: [batch, tokens, hidden], [batch, tokens] -> [batch, hidden]."""
+    weights = mask.unsqueeze(1).to(states.dtype)  # the sum as a product, which keeps no weighted copy of the states
+    return (weights @ states).squeeze(1) / weights.sum(2).clamp(min=1)
+
+
+@torch.inference_mode()
+def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None = None, label: str = "") -> np.ndarray:
+    """Mean-pooled hidden states: float32 [texts, layers, hidden].
+
+    layers: which (0 = embeddings, n = after layer n); default the last only.
+    """
+    layers = [encoder.layers] if layers is None else list(layers)
+    encodings = encoder.tokenize(list(texts))
+
+    def pooled(places: Sequence[int], layers: Sequence[int]) -> np.ndarray:
+        out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
+        for batch, states, mask in _run(encoder, [encodings[i] for i in places], label):
+            for k, layer in enumerate(layers):
+                out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
+        return out
+
+    if encoder.memory is None:
+        return pooled(range(len(encodings)), layers)
+    shape = (encoder.layers + 1, encoder.hidden)
+    return encoder.memory.vectors([encoding.ids for encoding in encodings], layers, shape, pooled)
+
+
+@torch.inference_mode()
+def word_vectors(
+    encoder: Encoder, texts: Sequence[list[str]], layers: Sequence[int] | None = None, label: str = ""
+) -> tuple[np.ndarray, np.ndarray]:
+    """The state of every word's first token.
+
+    Returns vectors float32 [words, layers, hidden] and places int [words, 2]: which text, which word of it. Words cut
+    off by max_length are left out.
+    """
+    layers = [encoder.layers] if layers is None else list(layers)
+    encodings = encoder.tokenize(list(texts))
+    skip = len(encoder.prefix.split())
+    firsts = [first_tokens(encoding.word_ids, skip) for encoding in encodings]
+    places = np.array([(t, word) for t, words in enumerate(firsts) for word, _ in words], int).reshape(-1, 2)
+    rows, starts = [encoding.ids for encoding in encodings], [[at for _, at in words] for words in firsts]
+
+    def states_of(some: Sequence[int]) -> np.ndarray:
+        ends = np.cumsum([0] + [len(starts[i]) for i in some])
+        out = np.empty((ends[-1], len(layers), encoder.hidden), np.float32)
+        for batch, states, _ in _run(encoder, [encodings[i] for i in some], label):
+            at = [starts[some[b]] for b in batch]
+            lines = torch.tensor([r for r, words in enumerate(at) for _ in words], dtype=torch.long)
+            columns = torch.tensor([column for words in at for column in words], dtype=torch.long)
+            target = np.concatenate([np.arange(ends[b], ends[b + 1]) for b in batch])
+            for k, layer in enumerate(layers):
+                out[target, k] = states[layer][lines, columns].float().cpu().numpy()
+        return out
+
+    if encoder.memory is not None and layers == [encoder.layers]:
+        return encoder.memory.words(rows, starts, lambda some: states_of(some)[:, 0])[:, None], places
+    out = states_of(range(len(rows)))
+    if encoder.memory is not None and layers[-1] == encoder.layers:
+        encoder.memory.keep_words(rows, starts, out[:, -1])
+    return out, places
+
+
+def first_tokens(word_ids: Sequence[int | None], skip: int) -> list[tuple[int, int]]:
+    """(word, token) of the first token of every word, words counted without the first `skip` (the prefix)."""
+    seen: dict[int, int] = {}
+    for at, word in enumerate(word_ids):
+        if word is not None and word >= skip:
+            seen.setdefault(word - skip, at)
+    return list(seen.items())
+
+
+def _run(encoder: Encoder, encodings: list[Encoding], label: str):
+    """Forward passes over length-sorted batches: yields indices, hidden states of all layers, attention mask."""
+    device = next(encoder.model.parameters()).device
+    ids = [e.ids for e in encodings]
+    types = [e.type_ids for e in encodings] if encoder.token_types else None
+    batches = budget_batches([len(row) for row in ids], tokens_per_batch())
+    for batch in track(batches, label or f"{encoder.name}: encoding"):
+        chosen = types and [types[i] for i in batch]
+        inputs = model_inputs([ids[i] for i in batch], chosen, encoder.tokenizer.pad_token_id)
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        with autocast(device, encoder.bf16):
+            output = encoder.model(**inputs, output_hidden_states=True)
+        yield batch, output.hidden_states, inputs["attention_mask"]

@@ -1,0 +1,270 @@
+"""Teachers: the embedded one, a hub id, or a local folder; always in eval mode."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
+
+from kdlib import config
+from kdlib.data import hub
+from kdlib.errors import UserError
+from kdlib.models import embedded_teacher
+from kdlib.models.encoder import Encoder
+from kdlib.models.families import FAMILIES, positions
+from kdlib.models.mlm_head import MaskedHead, build_head, head_eps, load_head
+from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors, weights_folder
+
+HEADS = {  # how checkpoints name the head: the dense layer, its norm, what holds the bias, and the output matrix
+    "cls": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
+    "lm_head": ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
+    "vocab": ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
+    "lm_predictions": ("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head"),
+}
+MOST_LAYERS = 1000
+TIED_ROWS = 256  # rows of the output matrix that tell whether it is the embeddings: trained apart, all differ
+
+
+def load_teacher(spec: config.Teacher, device: torch.device | str = "cpu", bf16: bool = False) -> Encoder:
+    """The teacher as an Encoder.
+
+    spec.source: "embedded", a hub id, or a local folder of BERT, XLM-R, RoBERTa, DistilBERT or DeBERTa-v2 kind, with a
+    fast tokenizer. spec.prefix None takes the embedded teacher's own prefix, and none otherwise.
+    Raises UserError when the source cannot be loaded, saying how to go on offline.
+    """
+    if spec.source == "embedded":
+        source, name = embedded_teacher.folder(), embedded_teacher.NAME.split("/")[1]
+    else:
+        source, name = spec.source, Path(spec.source).name
+    encoder = load_encoder(source, name, prefix_of(spec), spec.max_length, spec.revision, spec.allow_pickle)
+    encoder.bf16 = bf16
+    return encoder.to(device)
+
+
+def prefix_of(spec: config.Teacher) -> str:
+    """What goes before every text: as the profile says, else what the teacher was trained with, if that is known."""
+    if spec.prefix is not None:
+        return spec.prefix
+    return embedded_teacher.PREFIX if spec.source == "embedded" else ""
+
+
+def load_encoder(
+    source: str | Path,
+    name: str,
+    prefix: str = "",
+    max_length: int = 128,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+) -> Encoder:
+    """Any Hugging Face folder or hub id as an Encoder in eval mode; weights from safetensors unless `allow_pickle`.
+
+    Its head is the folder's own (`Encoder.save`), else the checkpoint's, if that holds a whole one: where the masked
+    model of transformers would fill in random weights, as for a base model or an RTD discriminator (mDeBERTa-v3), and
+    where the output matrix is not tied to the embeddings, the encoder has none.
+    """
+    folder = Path(source)
+    local = os.path.isdir(folder)  # unlike Path.is_dir, False for any name no folder can have
+    if not local and (folder.is_absolute() or str(source).startswith(".") or os.path.exists(source)):
+        raise UserError(f"{source}: no folder of a model there")
+    repo = hub.Repo(files=os.listdir(folder)) if local else hub.find(str(source), "model", revision)
+    if not allow_pickle:
+        _refuse_pickles(source, repo.files)
+    options = dict(revision=revision) if revision else {}
+    if repo.silent:
+        options["local_files_only"] = True
+    trusted = options | {"trust_remote_code": False}  # left unsaid, whoever sits at the keyboard is asked
+    quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        settings = hub.retried(lambda: AutoConfig.from_pretrained(source, **trusted))
+        kind = settings.model_type
+        if kind not in FAMILIES:
+            raise UserError(f"{source}: a model of kind {kind!r}; teachers are of kind {', '.join(FAMILIES)}")
+        if not 1 <= settings.num_hidden_layers <= MOST_LAYERS:  # each is built before any weight is looked for
+            raise UserError(f"{source}: a model of {settings.num_hidden_layers} layers; must lie in 1..{MOST_LAYERS}")
+        if local:
+            _check_sizes(source, settings)
+        model, info = hub.retried(
+            lambda: AutoModel.from_pretrained(
+                source,
+                use_safetensors=None if allow_pickle else True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                **trusted,
+            )
+        )
+        tokenizer = hub.retried(lambda: AutoTokenizer.from_pretrained(source, **trusted))
+        if local and (folder / HEAD_FILE).is_file():
+            head = load_head(folder / HEAD_FILE, model)
+        else:
+            head = _checkpoint_head(source, model, info["unexpected_keys"], allow_pickle, options)
+    except UserError:
+        raise
+    except Exception as error:  # the hub client and the readers raise a dozen kinds; people need one line
+        lacking = repo.silent and isinstance(error, OSError)
+        reason = f"{repo.silent}, and the hub's cache lacks a part of it" if lacking else hub.reason(error)
+        if "tiktoken" in reason:  # what transformers says where sentencepiece is missing
+            reason = "its tokenizer is a SentencePiece file; install sentencepiece to read it"
+        raise UserError(
+            f"model {str(source)!r} could not be loaded: {reason}{hub.WAY_ON if lacking or hub.passes(error) else ''}"
+        ) from None
+    finally:
+        logging.set_verbosity(quiet)
+        if bars:
+            logging.enable_progress_bar()
+    if not tokenizer.is_fast:
+        raise UserError(f"{source}: no fast tokenizer (tokenizer.json)")
+    limit = min(max_length, positions(model.config))
+    encoder = Encoder(model.eval(), tokenizer, name, prefix, limit, head=head)
+    _check(encoder, source, info["missing_keys"])
+    return encoder
+
+
+def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
+    """Raises UserError where a folder's config.json and its weights do not agree on a size, before there is room made
+    for what the config says."""
+    folder = weights_folder(source)
+    if folder is None:
+        return
+    stored = stored_tensors(folder)
+    with torch.device("meta"):
+        model = AutoModel.from_config(settings)
+    for name, value in model.state_dict().items():
+        for key in (name, f"{model.base_model_prefix}.{name}"):
+            if key in stored and stored[key].shape != list(value.shape):
+                sizes = [" x ".join(map(str, shape)) for shape in (stored[key].shape, value.shape)]
+                raise UserError(f"{source}: size mismatch, weight {key} is {sizes[0]}, by config.json {sizes[1]}")
+
+
+def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
+    """Raises UserError where weights were missing (they are random now) or are no numbers, or where the tokenizer is
+    not of this model."""
+    missing = sorted(name for name in missing if not name.startswith("pooler."))  # no use is made of the pooler
+    if missing:
+        raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
+    sums = ((name, value.sum()) for name, value in encoder.model.named_parameters())  # much quicker than each number
+    if wrong := [name for name, total in sums if not total.isfinite()]:
+        raise UserError(f"{source}: weight {wrong[0]} holds values that are not finite")
+    tokenizer, rows = encoder.tokenizer, len(encoder.model.get_input_embeddings().weight)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no padding token")
+    if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
+        raise UserError(f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings")
+    try:
+        encoder.tokenize([("a", "\U0001f600")])
+        with torch.inference_mode():
+            encoder.model(torch.tensor([encoding.ids for encoding in encoder.tokenize(["a \U0001f600"])]))
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as of a tokenizer without its unknown token; a panic of its Rust is no Exception
+        raise UserError(f"{source}: loaded, but cannot be used ({hub.reason(error)})") from None
+
+
+def _refuse_pickles(source: str | Path, files: list[str]) -> None:
+    """Raises UserError when there are pickled weights alone: reading them runs whatever code they hold."""
+    pickles = [name for name in files if name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
+    if pickles and not any(name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) for name in files):
+        raise UserError(
+            f"{source}: its weights are pickled ({pickles[0]}), and reading such a file can run code; name a revision "
+            "with safetensors (on the hub often refs/pr/1), or set allow_pickle: true for this model"
+        )
+
+
+def _checkpoint_head(
+    source: str | Path, model: PreTrainedModel, beside: set[str], allow_pickle: bool, options: dict[str, Any]
+) -> MaskedHead | None:
+    """The head among the checkpoint's weights that the base model has no place for; None without a usable one."""
+    style, activation = _head_style(model.config)
+    dense, norm, owner = HEADS[style]
+    parts = {
+        "dense.weight": [f"{dense}.weight"],
+        "dense.bias": [f"{dense}.bias"],
+        "norm.weight": [f"{norm}.weight"],
+        "norm.bias": [f"{norm}.bias"],
+        "bias": [f"{owner}.bias", f"{owner}.decoder.bias"],
+    }
+    output = "vocab_projector.weight" if style == "vocab" else f"{owner}.decoder.weight"
+    beside = {_modern(name) for name in beside}
+    discriminator = any(name.startswith("mask_predictions.") for name in beside)
+    tied = getattr(model.config, "tie_word_embeddings", True) or style == "lm_predictions"
+    if discriminator or not tied or not all(beside & set(names) for names in parts.values()):
+        return None
+    stored = _read_tensors(source, {*sum(parts.values(), []), output}, output, allow_pickle, options)
+    embeddings = model.get_input_embeddings().weight.detach()
+    if output in stored and not torch.equal(stored[output].float(), embeddings[:TIED_ROWS]):
+        return None
+    found = {part: next((stored[name] for name in names if name in stored), None) for part, names in parts.items()}
+    if any(value is None for value in found.values()):  # AutoModel found another file than the ones named here
+        return None
+    state = {part: value.float() for part, value in found.items()}
+    try:
+        return build_head(state, model, head_eps(model), activation, str(source))
+    except UserError:  # a head left behind by embeddings that were resized
+        return None
+
+
+def _head_style(settings: PreTrainedConfig) -> tuple[str, str]:
+    """Which of HEADS transformers gives a masked model of this config, and its activation."""
+    kind = settings.model_type
+    if kind in ("roberta", "xlm-roberta"):
+        return "lm_head", "gelu"
+    if kind == "distilbert":
+        return "vocab", settings.activation
+    legacy = kind == "bert" or getattr(settings, "legacy", True)
+    return "cls" if legacy else "lm_predictions", settings.hidden_act
+
+
+def _modern(name: str) -> str:
+    """A weight's name as it is today; the oldest checkpoints say gamma and beta."""
+    return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
+
+
+def _read_tensors(
+    source: str | Path, names: set[str], part_of: str, allow_pickle: bool, options: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """Those of `names` that the checkpoint's files hold, by modern name; of `part_of` only the first rows.
+
+    The files are the ones that loading the model has brought here.
+    """
+    pickles = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if allow_pickle else ()
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *pickles):
+        try:
+            path = Path(cached_file(source, file, **options))
+        except OSError:  # no such file there
+            continue
+        if path.suffix != ".json":
+            return _tensors_in(path, names, part_of)
+        shards = json.loads(path.read_text("utf-8"))["weight_map"]
+        wanted = {shard for name, shard in shards.items() if _modern(name) in names}
+        return {
+            name: value
+            for shard in sorted(wanted)
+            for name, value in _tensors_in(Path(cached_file(source, shard, **options)), names, part_of).items()
+        }
+    return {}
+
+
+def _tensors_in(path: Path, names: set[str], part_of: str) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as stored:
+            found = {_modern(name): name for name in stored.keys() if _modern(name) in names}
+            return {
+                modern: stored.get_slice(name)[:TIED_ROWS] if modern == part_of else stored.get_tensor(name)
+                for modern, name in found.items()
+            }
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    found = {_modern(name): value for name, value in stored.items() if _modern(name) in names}
+    return {name: value[:TIED_ROWS] if name == part_of else value for name, value in found.items()}

@@ -1,0 +1,68 @@
+"""Masking: which tokens masked language modelling hides."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from kdlib.errors import UserError
+
+
+def mask_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
+    """The id of the tokenizer's mask. Raises UserError, naming the model, where it has none."""
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{name}: its tokenizer has no mask token, which masked-language modelling needs")
+    return tokenizer.mask_token_id
+
+
+def maskable_tokens(tokenizer: PreTrainedTokenizerFast, encodings: Sequence, prefix: str = "") -> list[np.ndarray]:
+    """Which tokens of single texts may be masked: bool [tokens] for each encoding of `Encoder.tokenize`.
+
+    Never special tokens (the unknown token among them: there is nothing to guess), never those of the prefix.
+    """
+    special = np.array(tokenizer.all_special_ids)
+    out = []
+    for encoding in encodings:
+        ends = np.array([end for _, end in encoding.offsets], int)
+        out.append(~np.isin(np.array(encoding.ids, int), special) & (ends > len(prefix)))
+    return out
+
+
+def word_numbers(encodings: Sequence) -> list[np.ndarray]:
+    """Which word of its text each token belongs to, as the tokenizer cuts words: int [tokens] each, -1 for none."""
+    return [np.array([-1 if word is None else word for word in e.word_ids], int) for e in encodings]
+
+
+def mask_tokens(
+    ids: torch.Tensor,
+    maskable: torch.Tensor,
+    mask_id: int,
+    rows: int,
+    share: float = 0.15,
+    words: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """BERT's masking (Devlin et al. 2019): of the chosen tokens 80% become the mask, 10% a random token, 10% stay.
+
+    ids: [batch, tokens]; maskable: bool of that shape, False at special tokens and padding; rows: of the vocabulary,
+    which the random tokens are drawn from; share: chance that a token is chosen; words: int [batch, tokens], which word
+    a token belongs to (-1: none): then whole words are chosen, and each of their tokens has its own fate.
+    Returns the masked ids and where the targets are (bool); a batch without a chosen token gets one, or one word.
+    Draws are made on the CPU: the same generator gives the same masks on every device.
+    """
+
+    def draw(shape: Sequence[int]) -> torch.Tensor:
+        return torch.rand(shape, generator=generator).to(ids.device)
+
+    if words is None:
+        drawn = draw(ids.shape)
+    else:  # every token of a word takes the draw of its word
+        owner = words.clamp(min=0)
+        drawn = draw((len(ids), int(owner.max()) + 1)).gather(1, owner)
+    drawn = drawn.masked_fill(~maskable, 2.0)  # beyond any share
+    chosen = ((drawn < share) | (drawn == drawn.min())) & maskable  # the smallest at least: something to learn from
+    fate = draw(ids.shape)
+    noise = torch.randint(0, rows, ids.shape, generator=generator).to(ids.device)
+    masked = torch.where(chosen & (fate < 0.8), mask_id, ids)
+    return torch.where(chosen & (fate >= 0.9), noise, masked), chosen

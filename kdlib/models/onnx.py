@@ -1,0 +1,186 @@
+"""Fast students: a student as ONNX files, in fp32 and with 8-bit weights, and what each of them costs and keeps.
+
+ONNX Runtime runs them on a CPU without torch. The optional packages come with `pip install 'kdlib[onnx]'`.
+"""
+
+import contextlib
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from kdlib.batching import budget_batches, model_inputs, tokens_per_batch
+from kdlib.errors import UserError
+from kdlib.files import new_folder
+from kdlib.models.encoder import Encoder, mean_pool
+from kdlib.models.tokenizer_files import save_tokenizer
+
+FOLDER = "onnx"  # inside the student's folder, where other libraries look for these file names too
+FILES = {"onnx fp32": "model.onnx", "onnx int8": "model_int8.onnx"}
+LARGEST = 2 * 10**9  # bytes that one ONNX file can hold
+
+
+class _Outputs(nn.Module):
+    """The model with what an ONNX file of it gives: the last states, and their mean over real tokens."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
+        return states, mean_pool(states, attention_mask)
+
+
+def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> None:
+    """Write a student's ONNX files into `folder`/onnx: model.onnx and, with `int8`, model_int8.onnx, and beside them
+    config and tokenizer, so that this folder is all that running them needs. It is whole or absent; an older one goes.
+
+    Inputs: input_ids, attention_mask and, for a model that tells pairs by token types, token_type_ids, each int64
+    [batch, tokens], both free. Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding, its mean over
+    real tokens, [batch, hidden]. The prefix and max_length stand in the files' metadata.
+    int8: embeddings and weights become 8-bit integers with a scale for each channel, activations as they come. They use
+    7 of the 8 bits, or sums would overflow on processors without VNNI (ONNX Runtime, "Quantize ONNX models").
+    Raises UserError without the optional packages, or for a model that is too large or that ONNX has no operations for.
+    """
+    onnx = _packages()[0]
+    if encoder.parameters * 4 > LARGEST:
+        raise UserError(f"{encoder.name}: {encoder.parameters:,} parameters are too many for an ONNX file (2 GB)")
+    with new_folder(Path(folder) / FOLDER) as work:
+        file = work / FILES["onnx fp32"]
+        _write_onnx(encoder, file)
+        model = onnx.load(file)
+        onnx.helper.set_model_props(model, {"prefix": encoder.prefix, "max_length": str(encoder.max_length)})
+        onnx.save(model, file)
+        if int8:
+            _quantise(file, work / FILES["onnx int8"])
+        encoder.model.config.save_pretrained(work)
+        save_tokenizer(encoder.tokenizer, work)
+
+
+def _packages() -> tuple[ModuleType, ModuleType]:
+    """onnx and onnxruntime, with onnxscript there for torch to use."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"fast students need the package {error.name}: pip install 'kdlib[onnx]'") from None
+    return onnx, onnxruntime
+
+
+def _write_onnx(encoder: Encoder, file: Path) -> None:
+    model = _Outputs(copy.deepcopy(encoder.model).cpu().float()).eval()
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * encoder.token_types
+    length = min(4, encoder.max_length)
+    example = (
+        torch.full((2, length), 3),
+        torch.ones(2, length, dtype=torch.long),
+        torch.zeros(2, length, dtype=torch.long),
+    )
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=encoder.max_length)}
+    with _quiet(), torch.no_grad():
+        try:
+            torch.onnx.export(
+                model, example[: len(names)], file, input_names=names, dynamic_shapes=[free] * len(names),
+                output_names=["last_hidden_state", "sentence_embedding"], external_data=False, verbose=False,
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{encoder.name}: a {type(encoder.model).__name__} cannot be exported ({reason})") from None
+
+
+def _quantise(file: Path, target: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(file, target, weight_type=QuantType.QInt8, per_channel=True, reduce_range=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporter and quantiser tell their developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+class OnnxModel(nn.Module):
+    """An ONNX file that is called, and answers, as the model it was made of; of the hidden states it has the last.
+
+    threads: how many processors to use, as torch does by default.
+    """
+
+    def __init__(self, file: Path, settings: PreTrainedConfig, threads: int | None = None):
+        super().__init__()
+        runtime = _packages()[1]
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
+        # Waiting threads would keep the processors busy for a while after each call, to the harm of whoever is next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self.session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        self.config = settings
+        self.names = [entry.name for entry in self.session.get_inputs()]
+        self.where = nn.Parameter(torch.empty(0), requires_grad=False)  # callers look at parameters for the device
+
+    def run(self, output: str, **inputs: torch.Tensor) -> np.ndarray:
+        """One output of the file for inputs [batch, tokens]; token types are 0 unless given."""
+        given = {"token_type_ids": torch.zeros_like(inputs["input_ids"]), **inputs}
+        return self.session.run([output], {name: given[name].numpy() for name in self.names})[0]
+
+    def forward(self, output_hidden_states: bool = False, **inputs: torch.Tensor) -> SimpleNamespace:
+        states = torch.from_numpy(self.run("last_hidden_state", **inputs))
+        return SimpleNamespace(last_hidden_state=states, hidden_states={self.config.num_hidden_layers: states})
+
+
+@dataclass
+class OnnxEncoder(Encoder):
+    """An encoder that ONNX Runtime runs on the CPU: it probes, encodes and is timed as any other, in its last layer."""
+
+    def vectors(self, texts: Sequence) -> np.ndarray:
+        """Sentence vectors: float32 [texts, hidden]."""
+        encodings = self.tokenize(list(texts))
+        out = np.empty((len(encodings), self.hidden), np.float32)
+        for batch in budget_batches([len(e.ids) for e in encodings], tokens_per_batch()):
+            types = [encodings[i].type_ids for i in batch] if self.token_types else None
+            inputs = model_inputs([encodings[i].ids for i in batch], types, self.tokenizer.pad_token_id)
+            out[batch] = self.model.run("sentence_embedding", **inputs)
+        return out
+
+
+def load_exported(folder: str | Path, kind: str = "onnx int8", threads: int | None = None) -> OnnxEncoder:
+    """What `export_student` wrote into `folder`. kind: "onnx int8" or "onnx fp32".
+
+    Raises UserError without the optional packages, or for a folder or file that is no such export.
+    """
+    _packages()
+    folder = Path(folder) / FOLDER
+    file = folder / FILES[kind]
+    if not file.is_file():
+        raise UserError(f"{file}: no exported student there")
+    try:
+        model = OnnxModel(file, AutoConfig.from_pretrained(folder), threads)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        facts = model.session.get_modelmeta().custom_metadata_map
+        prefix, max_length = facts["prefix"], int(facts["max_length"])
+    except Exception as error:  # the readers raise a dozen kinds; people need one line
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file}: not a student that kdlib exported ({reason})") from None
+    return OnnxEncoder(model.eval(), tokenizer, kind, prefix, max_length)

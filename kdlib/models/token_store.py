@@ -1,0 +1,125 @@
+"""Tokenised texts, memory-mapped: tokenised once, read by every stage, every ablation arm and every later run."""
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdlib.data.lazy import parts
+from kdlib.files import fingerprint, flaw, new_folder, seal
+from kdlib.models.encoder import Encoder
+from kdlib.models.masking import maskable_tokens, word_numbers
+
+log = logging.getLogger(__name__)
+KINDS = {"lengths": np.int32, "starts": np.int64, "ids": np.int32, "maskable": np.bool_, "words": np.int32}
+
+
+@dataclass
+class Ragged(Sequence):
+    """Rows of different lengths in one flat array, which may be a file: row i is values[starts[i] :][: lengths[i]].
+
+    starts: int64 [rows], lengths: int32 [rows].
+    """
+
+    values: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        start = self.starts[i]
+        return self.values[start : start + self.lengths[i]]
+
+    def part(self, places: Sequence[int]) -> "Ragged":
+        """Some of the rows, of the same values."""
+        places = np.asarray(places, int)
+        return Ragged(self.values, self.starts[places], self.lengths[places])
+
+
+def tokenise(
+    encoder: Encoder, texts: Iterable[str], fields: Sequence[str] = (), root: Path | None = None
+) -> dict[str, Ragged]:
+    """Token ids of every text, with the encoder's prefix, cut at its max_length; and by the same call other `fields`.
+
+    "ids": int32, always; "maskable": bool, which tokens masked-language objectives may mask; "words": int32, which word
+    of its text a token belongs to, -1 for none. texts: gone through at most twice, and never held as a whole.
+    root: a cache folder; the arrays are then files under it, named by all they depend on, and made only where they are
+    not there. Without one they are in memory. Raises UserError where `root` cannot be written.
+    """
+    fields = ["ids", *fields]
+    names = ["starts", "lengths", *fields]
+    if root is None:
+        found = list(_encoded(encoder, texts, fields))
+        arrays = {
+            n: np.concatenate([np.zeros(0, KINDS[n]), *(part[n] for part in found)], dtype=KINDS[n]) for n in names
+        }
+    else:
+        folder = Path(root) / "tokens" / _key(encoder, texts, fields)
+        if not _whole(folder):
+            with new_folder(folder) as work:
+                _write(work, _encoded(encoder, texts, fields), names)
+                seal(work)
+        arrays = {name: _mapped(folder / name, KINDS[name]) for name in names}
+    return {name: Ragged(arrays[name], arrays["starts"], arrays["lengths"]) for name in fields}
+
+
+def _encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+    """Flat arrays of some thousand texts at a time, and where each text starts in all of them."""
+    done = 0
+    for some in parts(texts):
+        encodings = encoder.tokenize(some)  # by as many threads as the machine has cores
+        rows = {"ids": [np.asarray(e.ids, np.int32) for e in encodings]}
+        if "maskable" in fields:
+            rows["maskable"] = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
+        if "words" in fields:
+            rows["words"] = word_numbers(encodings)
+        lengths = np.array([len(row) for row in rows["ids"]], np.int32)
+        ends = done + np.cumsum(lengths, dtype=np.int64)
+        found = {name: np.concatenate(rows[name]).astype(KINDS[name]) for name in fields}
+        yield {"starts": ends - lengths, "lengths": lengths} | found
+        done = ends[-1]
+
+
+def _key(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> str:
+    """What tokens depend on: the texts, the tokenizer, the prefix and where texts are cut."""
+    backend = encoder.tokenizer.backend_tokenizer
+    backend.no_truncation()  # calls leave theirs on
+    backend.no_padding()
+    digest = hashlib.sha256(backend.to_str().encode())
+    for some in parts(texts):
+        digest.update("\0".join([*some, ""]).encode("utf-8", "surrogatepass"))
+    return fingerprint(digest.hexdigest(), encoder.prefix, encoder.max_length, sorted(fields))
+
+
+def _write(folder: Path, found: Iterable[dict[str, np.ndarray]], names: Sequence[str]) -> None:
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in names}
+        for part in found:
+            for name, file in files.items():
+                part[name].tofile(file)
+
+
+def _whole(folder: Path) -> bool:
+    """Whether the files are there as they were written; what is wrong is said in a line."""
+    if not folder.is_dir():
+        return False
+    wrong = flaw(folder)
+    if wrong:
+        log.warning("%s: %s; the texts are tokenised again", folder, wrong)
+    return not wrong
+
+
+def _mapped(file: Path, kind: type) -> np.ndarray:
+    """A file's values, read as they are asked for; never written to.
+
+    A plain array, since slicing a memmap costs several times as much.
+    """
+    if not file.stat().st_size:  # which cannot be mapped
+        return np.zeros(0, kind)
+    return np.asarray(np.memmap(file, kind, "c"))

@@ -1,0 +1,87 @@
+"""Pruning a model in memory."""
+
+import copy
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from kdlib.files import new_folder
+from kdlib.models.build import with_state
+from kdlib.models.encoder import Encoder
+from kdlib.models.mlm_head import prune_head, save_head
+from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors
+from kdlib.pruning.files import check_rows, prune_files, renumbered
+from kdlib.pruning.tokenizer import save_pruned_tokenizer
+from kdlib.pruning.tokenizer_json import new_ids
+
+
+def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedModel:
+    """The same model with only the embedding rows `ids`; decoder rows and bias go with them, ties stay tied.
+
+    `tokenizer` is the full one: it says which special ids of the config to renumber. Hidden states of the
+    pruned model on pruned ids equal the full model's bit for bit.
+    """
+    new = new_ids(ids)
+    rows = torch.tensor(list(new))
+    old_rows = model.get_input_embeddings().weight.shape[0]
+    check_rows(new, old_rows)
+    config = copy.deepcopy(model.config)
+    for key, value in renumbered(config.to_dict(), new).items():
+        setattr(config, key, value)
+    embedding = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    by_row = {id(p) for p in (embedding, *(head.parameters() if head is not None else ())) if len(p) == old_rows}
+    shifted = [  # RoBERTa numbers positions from the pad id on
+        f"{name}.weight" for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]  # fmt: skip
+    shift = model.config.pad_token_id - config.pad_token_id if shifted else 0
+    if shift:
+        config.max_position_embeddings -= shift
+    state = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        beside = name.endswith(("lm_head.bias", "predictions.bias"))  # a bias that need not be the head's own
+        if id(value) in by_row or beside:
+            value = value[rows]
+        state[name] = (value[shift:] if name in shifted else value).detach()
+    return with_state(type(model), config, state).train(model.training)
+
+
+def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, source: Path | None = None) -> None:
+    """Write the encoder with only the pieces `ids` as a Hugging Face folder at `target`, all of it or nothing.
+
+    source: the folder that the encoder was loaded from (see `weights.weights_folder`). Where its files hold the model's
+    weights, all and unchanged, these are taken from there (`prune_files`), else from memory (`prune_model`). The
+    encoder's head, if any, is pruned with it.
+    """
+    with new_folder(target) as folder:
+        if source is not None and _holds(source, encoder.model):
+            prune_files(source, folder, ids, encoder.tokenizer)
+        else:
+            prune_model(encoder.model, encoder.tokenizer, ids).save_pretrained(folder)
+            save_pruned_tokenizer(encoder.tokenizer, ids, folder)
+        if encoder.head is not None:
+            save_head(prune_head(encoder.head, ids), folder / HEAD_FILE)
+
+
+def _holds(source: Path, model: PreTrainedModel) -> bool:
+    """Whether a folder's files hold every weight of the model: none drawn anew, nor trained since, as biases tell."""
+    modern = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm's weights in old files
+    tensors = stored_tensors(source)
+    stored = {re.sub(r"\.(gamma|beta)$", lambda end: modern[end[0]], name): name for name in tensors}
+    vectors: dict[Path, dict[str, torch.Tensor]] = {}
+    for name, value in model.state_dict().items():
+        found = stored.get(name) or stored.get(f"{model.base_model_prefix}.{name}")
+        if found is None:
+            return False
+        if value.dim() == 1:
+            vectors.setdefault(tensors[found].file, {})[found] = value
+    for file, values in vectors.items():
+        with safe_open(file, "pt") as reader:
+            if not all(torch.equal(reader.get_tensor(name).to(v), v) for name, v in values.items()):
+                return False
+    return True

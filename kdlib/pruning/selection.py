@@ -1,0 +1,227 @@
+"""Vocabulary pruning: fewer embedding rows, the same token sequences and the same hidden states.
+
+A multilingual vocabulary holds the words of a hundred languages; one language uses a small part of it. The
+pieces that a corpus and a word list use are kept, with every special token and the single characters that
+any unseen word can be spelled with; tokenizer and embeddings are renumbered together.
+"""
+
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from fontTools import unicodedata as unicode_scripts
+from transformers import PreTrainedTokenizerFast
+
+from kdlib.errors import UserError
+from kdlib.models.tokenizer_files import token_ids, token_list
+from kdlib.pruning.tokenizer import tokenizer_model
+from kdlib.pruning.tokenizer_json import merged_pair
+
+NEUTRAL_SCRIPTS = {"Zyyy", "Zinh"}  # digits, punctuation, symbols, emoji; combining marks
+SPACE_MARKS = ("▁", "##", "Ġ")
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # pieces that spell unknown characters byte by byte
+
+
+@dataclass
+class Selection:
+    """Which pieces stay, and why.
+
+    ids: kept token ids of the full tokenizer, ascending; a piece's place in this list is its new id.
+    reason: for each kept id "special", "corpus", "character", "wordlist", "merge" (a BPE piece that others are
+        built of) or "unused" (where nothing is pruned).
+    counts: int64 [vocabulary], how often the corpus uses each piece of the full vocabulary.
+    dropped: how many pieces the corpus uses that `max_rows` left no room for; 0 means exact on every corpus text.
+    """
+
+    ids: list[int]
+    reason: dict[int, str]
+    counts: np.ndarray
+    dropped: int
+
+
+def keep_all(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Selection:
+    """Every piece kept, for a student with the teacher's whole vocabulary; those `texts` never use are "unused"."""
+    counts, special = count_tokens(tokenizer, texts), set(tokenizer.all_special_ids)
+    ids = list(range(len(counts)))
+    reason = {i: "special" if i in special else "corpus" if counts[i] else "unused" for i in ids}
+    return Selection(ids, reason, counts, 0)
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> np.ndarray:
+    """How often each piece occurs in `texts`: int64 [vocabulary]; special tokens are not added."""
+    return _count(tokenizer, texts, len(token_list(tokenizer)), batch)
+
+
+def _count(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int, batch: int = 4096) -> np.ndarray:
+    counts = np.zeros(size, np.int64)
+    for ids in token_ids(tokenizer, texts, batch):
+        np.add.at(counts, ids, 1)
+    return counts
+
+
+_script = functools.cache(unicode_scripts.script)
+
+
+def script_of(piece: str) -> set[str]:
+    """Unicode scripts (ISO 15924 codes) of a piece, without digits, punctuation, symbols and combining marks."""
+    return {_script(char) for char in _bare(piece)} - NEUTRAL_SCRIPTS
+
+
+def _bare(piece: str) -> str:
+    if BYTE.fullmatch(piece):
+        return ""
+    for mark in SPACE_MARKS:
+        if piece.startswith(mark) and len(piece) > len(mark):
+            return piece[len(mark) :]
+    return piece
+
+
+def word_list(language: str, size: int | None = None) -> list[str]:
+    """wordfreq's words for a language, most frequent first, each followed by its capitalised form.
+
+    `language`: any ISO 639 code ("tgl", "ceb", "id"); `size`: at most so many words, default all. A language
+    that wordfreq does not have gives an empty list: then the corpus alone decides. Raises UserError for what is no
+    code.
+    """
+    import langcodes
+    import wordfreq
+
+    try:
+        code, distance = langcodes.closest_match(language, list(wordfreq.available_languages()), max_distance=9)
+    except langcodes.LanguageTagError:
+        raise UserError(f"language {language!r} is not an ISO 639 code (such as tgl, ceb or id)") from None
+    if code == "und":
+        return []
+    words = wordfreq.top_n_list(code, 10**9)[:size]
+    return [form for word in words for form in dict.fromkeys((word, word.capitalize()))]
+
+
+def select_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
+    words: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    characters: str = "scripts",
+    max_rows: int | None = None,
+) -> Selection:
+    """Choose the pieces to keep.
+
+    Order of claim: special tokens; single characters (so that no word in their scripts falls to the unknown token
+    more often than before); the pieces of `extra` (prefixes) and of `texts`; then the words of `words`, in their
+    order, until `max_rows` is reached. Only if the first three exceed `max_rows` are corpus pieces left out, rarest
+    first.
+
+    characters: "scripts" keeps single characters of every script that `texts` use and all script-neutral ones
+    (digits, punctuation, symbols, emoji); "all" keeps those of every script (13,828 in XLM-R, most of them Chinese).
+
+    Raises UserError if `texts` is empty or `max_rows` has no room for the special tokens and characters.
+    """
+    model = tokenizer_model(tokenizer)
+    kind = model["type"]
+    pieces = token_list(tokenizer)
+    counts = _count(tokenizer, texts, len(pieces))
+    if not counts.any():
+        raise UserError("vocabulary: the corpus has no text to choose pieces by")
+    reason: dict[int, str] = {}
+
+    def claim(ids: Iterable[int], why: str, limit: int | None = None) -> bool:
+        """Keep `ids` unless they exceed `limit`; says whether they fitted."""
+        new = asked = {i: None for i in ids if i not in reason}
+        if kind == "BPE":
+            new = ancestors.closure(asked, reason)
+        if limit is not None and len(reason) + len(new) > limit:
+            return False
+        for i in new:
+            reason[i] = why if i in asked else "corpus" if counts[i] else "merge"
+        return True
+
+    ancestors = _Merges(model) if kind == "BPE" else None
+    claim(sorted(_specials(tokenizer, model)), "special")
+    used = np.flatnonzero(counts)
+    scripts = set().union(*(script_of(pieces[i]) for i in used if i not in reason)) | NEUTRAL_SCRIPTS
+    claim(
+        (
+            i
+            for i, p in enumerate(pieces)
+            if _is_character(p, kind) and (characters == "all" or _in_scripts(p, scripts, kind))
+        ),
+        "character",
+    )
+    claim((i for ids in token_ids(tokenizer, extra) for i in ids), "corpus")
+    if max_rows is not None and len(reason) > max_rows:
+        raise UserError(
+            f"vocabulary.max_rows is {max_rows:,}; special tokens and single characters alone need {len(reason):,}"
+        )
+    dropped = 0
+    for i in sorted(used, key=lambda i: -counts[i]):
+        if int(i) not in reason and not claim([int(i)], "corpus", max_rows):
+            dropped += 1
+    for piece_ids in token_ids(tokenizer, words):
+        if not claim(piece_ids, "wordlist", max_rows):
+            break
+    return Selection(sorted(reason), reason, counts, dropped)
+
+
+def _specials(tokenizer: PreTrainedTokenizerFast, model: dict) -> set[int]:
+    """Special tokens, declared or not: also the model's unknown token and what the post-processor puts around texts."""
+    unknown = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    around = tokenizer("").input_ids + tokenizer("", "").input_ids
+    return {*tokenizer.all_special_ids, *added, *around} | ({unknown} - {None})
+
+
+def _is_character(piece: str, kind: str) -> bool:
+    if kind == "WordPiece" and piece.startswith("##"):
+        return len(piece) == 3
+    return len(piece) == 1 or BYTE.fullmatch(piece) is not None
+
+
+def _in_scripts(piece: str, scripts: set[str], kind: str) -> bool:
+    # Byte-level BPE spells every byte with a letter of its own: those letters say nothing about scripts.
+    return kind == "BPE" or script_of(piece) <= scripts
+
+
+class _Merges:
+    """Which pieces a BPE piece is merged from."""
+
+    def __init__(self, model: dict):
+        self.parents: dict[int, set[int]] = {}
+        vocabulary = model["vocab"]
+        for left, right in map(merged_pair, model["merges"]):
+            if left + right in vocabulary:
+                self.parents.setdefault(vocabulary[left + right], set()).update((vocabulary[left], vocabulary[right]))
+
+    def closure(self, ids: Iterable[int], known: dict[int, str]) -> list[int]:
+        """`ids` and all that they are merged from, without those already known."""
+        found: dict[int, None] = {}
+        waiting = list(ids)
+        while waiting:
+            i = waiting.pop()
+            if i not in known and i not in found:
+                found[i] = None
+                waiting.extend(self.parents.get(i, ()))
+        return list(found)
+
+
+def main_script(piece: str) -> str:
+    """The script a piece is written in, "neutral" for digits, punctuation and symbols, "mixed" for several."""
+    scripts = script_of(piece)
+    return "neutral" if not scripts else scripts.pop() if len(scripts) == 1 else "mixed"
+
+
+def coverage_curve(selection: Selection, counts: np.ndarray, points: int = 40) -> list[tuple[int, float]]:
+    """Share of a text's running tokens that the first n rows cover, for n up to the selection's size.
+
+    Rows come in the order they would be claimed: special tokens and characters, then the corpus's pieces by frequency,
+    then the word list's. counts: int [vocabulary], how often the text in question uses each piece.
+    """
+    first = [i for i in selection.ids if selection.reason[i] in ("special", "character")]
+    by_use = sorted(
+        (i for i in selection.ids if selection.reason[i] in ("corpus", "merge")), key=lambda i: -selection.counts[i]
+    )
+    rest = [i for i, why in selection.reason.items() if why in ("wordlist", "unused")]
+    covered = np.cumsum(counts[first + by_use + rest]) / max(1, counts.sum())
+    sizes = np.unique(np.geomspace(max(1, len(first)), len(covered), points).round().astype(int))
+    return [(int(size), float(covered[size - 1])) for size in sizes]

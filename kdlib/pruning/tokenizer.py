@@ -1,0 +1,40 @@
+"""Pruning a tokenizer in memory."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from kdlib.errors import UserError
+from kdlib.models.tokenizer_files import save_tokenizer
+from kdlib.pruning.tokenizer_json import new_ids, parse_tokenizer, prune_spec
+
+
+def tokenizer_model(tokenizer: PreTrainedTokenizerFast) -> dict:
+    return tokenizer_spec(tokenizer)["model"]
+
+
+def tokenizer_spec(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """What the tokenizer's tokenizer.json holds."""
+    if not tokenizer.is_fast:
+        raise UserError(f"cannot prune a {type(tokenizer).__name__}: it is not a fast tokenizer")
+    return parse_tokenizer(tokenizer.backend_tokenizer.to_str())
+
+
+def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedTokenizerFast:
+    """The same tokenizer with only the pieces `ids` (ascending), numbered 0..len(ids)-1.
+
+    Normaliser, pre-tokenizer, decoder, casing and special tokens stay as they were; the ids inside the
+    post-processor are renumbered too, since transformers 4 reads them from the file.
+    """
+    spec = prune_spec(tokenizer_spec(tokenizer), new_ids(ids))
+    backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
+    # The copy has the new backend wherever it had the old, which is slow to copy.
+    return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
+
+
+def save_pruned_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], folder: Path) -> None:
+    """Write what `prune_tokenizer` makes of the full tokenizer to `folder`."""
+    save_tokenizer(prune_tokenizer(tokenizer, ids), folder)

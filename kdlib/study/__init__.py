@@ -1,0 +1,1 @@
+"""The study: stages, runs, and the runner of the notebooks."""

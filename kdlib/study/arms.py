@@ -1,0 +1,68 @@
+"""The ablation grid: arms as data in the profile, each a whole profile of its own that changes one thing."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kdlib import config
+from kdlib.errors import UserError
+
+SECTIONS = ("vocabulary", "condition", "student", "distill")  # what an arm may change
+RESERVED = ("teacher", "pruned teacher", "conditioned teacher", "student", "no distillation", "from scratch")
+
+
+@dataclass
+class Arm:
+    """One student of the grid; profile: the study's, as the arm has it."""
+
+    family: str
+    name: str
+    changes: dict[str, Any]
+    profile: config.Profile
+
+    @property
+    def x(self) -> float | None:
+        """The changed value, where it is one number."""
+        values = list(self.changes.values())
+        number = len(values) == 1 and isinstance(values[0], (int, float)) and not isinstance(values[0], bool)
+        return float(values[0]) if number else None
+
+
+def arms(profile: config.Profile, wanted: Sequence[str] = ()) -> list[Arm]:
+    """The arms of the profile's grid, in its order.
+
+    wanted: only these, each "family" or "family/arm". Raises UserError for one that is not there, for a key that an arm
+    may not change, and for a value that is wrong.
+    """
+    spec = profile.ablations
+    found = []
+    shared = {"distill.epochs": spec.epochs, "distill.evaluations": 1}
+    for family, members in spec.arms.items():
+        for name, changes in members.items():
+            changed = _changed(profile, changes, f"ablations.arms.{family}.{name}", shared)
+            found.append(Arm(family, name, changes, changed))
+    names = {name for arm in found for name in (arm.family, f"{arm.family}/{arm.name}")}
+    for name in wanted:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+            raise UserError(f"no ablation arm {name!r}; closest: {', '.join(close) or ', '.join(sorted(spec.arms))}")
+    return [arm for arm in found if not wanted or arm.family in wanted or f"{arm.family}/{arm.name}" in wanted]
+
+
+def students(profile: config.Profile) -> dict[str, config.Profile]:
+    """The profile's other students to benchmark: by name, the study's profile as each has it. Errors as `arms`."""
+    for section, taken in (("students", [*RESERVED, *profile.baselines]), ("baselines", RESERVED)):
+        for name in getattr(profile, section):
+            if name in taken:
+                raise UserError(f"{section}.{name}: this name is taken; call it something else")
+    return {name: _changed(profile, changes, f"students.{name}") for name, changes in profile.students.items()}
+
+
+def _changed(
+    profile: config.Profile, changes: dict[str, Any], where: str, shared: dict | None = None
+) -> config.Profile:
+    for key in changes:
+        if key.split(".")[0] not in SECTIONS:
+            raise UserError(f"{where}: cannot change {key!r}; it may change keys of {', '.join(SECTIONS)}")
+    return config.changed(profile, (shared or {}) | changes, where)

@@ -1,0 +1,180 @@
+"""A run's folder: its profile, its stages and its table of results."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from filelock import FileLock, Timeout
+
+from kdlib.config import Profile, load_profile
+from kdlib.errors import UserError
+from kdlib.files import new_file, read_json, write_json
+
+# What a row says: `model` has `value` for `metric`, on `task` in `language`, got by `method`, in the ablation `arm`, at
+# `layer`, as a function of `x` (rows, seconds, another layer); low and high bound a 95% interval over `n` test items.
+COLUMNS = [
+    "stage",
+    "model",
+    "language",
+    "task",
+    "metric",
+    "value",
+    "seed",
+    "method",
+    "arm",
+    "layer",
+    "x",
+    "low",
+    "high",
+    "n",
+]
+TEXT_COLUMNS = ["stage", "model", "language", "task", "metric", "method", "arm"]
+WHOLE_COLUMNS = ["seed", "layer", "n"]
+KINDS = {c: str if c in TEXT_COLUMNS else "Int64" if c in WHOLE_COLUMNS else float for c in COLUMNS}
+
+
+class Run:
+    """A run's folder: its profile, the artefacts of its stages, and the table of results.
+
+    path: the folder; made if absent. profile: kept as `profile.yaml`; None reads the one that is there.
+    Raises UserError when the folder cannot be written, holds something that is not a run, or a link that leads out of
+    it: writing through one would change files that are none of the run's.
+    """
+
+    def __init__(self, path: str | Path, profile: Profile | None = None):
+        self.path = Path(path)
+        kept = self.path / "profile.yaml"
+        try:
+            _refuse_links_out(self.path)
+            there = kept.is_file()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"run folder {str(path)!r}: cannot be read ({reason})") from None
+        if profile is None:
+            if not there:
+                raise UserError(f"{self.path}: no run here (profile.yaml is missing)")
+            profile = load_profile(kept)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; a run needs a folder")
+        self.profile = profile
+        text = yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True)
+        if not there or kept.read_bytes() != text.encode():
+            with new_file(kept) as path:
+                path.write_text(text, "utf-8")
+
+    def folder(self, name: str) -> Path:
+        """A sub-folder, made if absent."""
+        folder = self.path / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror})") from None
+        return folder
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other commands off this folder. The lock goes with the process, however that ends.
+
+        Raises UserError when another command holds it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(
+                f"{self.path}: another kdlib run is at work here; wait for it, or choose another --out"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be locked ({error.strerror})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.csv"
+
+    def results(self) -> pd.DataFrame:
+        """The table of results, tidy, one number a row; empty (but with its columns) before the first stage."""
+        if not self.results_file.is_file():
+            return pd.DataFrame(columns=COLUMNS)
+        return read_results(self.results_file)
+
+    def record(self, stage: str, rows: list[dict] | pd.DataFrame) -> pd.DataFrame:
+        """Put `rows` into the table in place of the stage's earlier ones; returns them as a table.
+
+        Rows need model, metric and value; language defaults to the profile's.
+        """
+        table = pd.DataFrame(rows)
+        table["stage"] = stage
+        if "language" not in table:
+            table["language"] = None
+        table["language"] = table["language"].fillna(self.profile.language)
+        table = table.reindex(columns=COLUMNS).astype(dict.fromkeys(WHOLE_COLUMNS, "Int64"))
+        others = self.results()
+        others = others[others["stage"] != stage]
+        merged = table if others.empty else pd.concat([others, table], ignore_index=True)
+        with new_file(self.results_file) as path:
+            merged.to_csv(path, index=False)
+        return read_results(self.results_file).query("stage == @stage").reset_index(drop=True)
+
+    def done(self, stage: str, key: str) -> bool:
+        """Whether `stage` finished with the same `key` (a fingerprint of all it depends on)."""
+        try:
+            return read_json(self.path / "stages" / f"{stage}.json").get("key") == key
+        except UserError:
+            return False
+
+    def mark(self, stage: str, key: str, seconds: float, data: Mapping[str, str]) -> None:
+        """Note that `stage` finished; data: fingerprints of what it read, by kind."""
+        kept = {"key": key, "seconds": round(seconds, 1), "data": dict(data)}
+        write_json(self.folder("stages") / f"{stage}.json", kept)
+
+    def changed(self, stage: str, data: Mapping[str, str]) -> list[str]:
+        """The kinds of data that are not what they were when `stage` finished last; none where it never did."""
+        try:
+            before = read_json(self.path / "stages" / f"{stage}.json").get("data")
+        except UserError:
+            return []
+        return [name for name in data if data[name] != before.get(name)] if isinstance(before, dict) else []
+
+
+def _refuse_links_out(folder: Path) -> None:
+    root = os.path.realpath(folder)
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(place, name)
+            if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root):
+                raise UserError(f"{path}: a link that leads out of the run folder; a run keeps its files in there")
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """A results.csv as a table. Raises UserError if it is not one."""
+    try:
+        table = pd.read_csv(path, dtype=KINDS, keep_default_na=False, na_values=[""])  # "nan" is a language, Min Nan
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: not a table of results ({str(error).splitlines()[0]})") from None
+    missing = [column for column in COLUMNS if column not in table]
+    if missing:
+        raise UserError(f"{path}: not a table of results (no column {', '.join(missing)})")
+    return table
+
+
+def run_folder(run_dir: str | Path | None, profile: str) -> Path:
+    """The run folder a notebook or command means: `run_dir`, or runs/<profile>.
+
+    Relative to the current folder, or to the project when that is its `notebooks/`, as it is for a notebook opened
+    by hand.
+    """
+    base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
+    return base / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))
+
+
+def find_run(run_dir: str | Path | None, profile: str = "workshop", overrides: Any = ()) -> Run:
+    """The run that a notebook works on: profile by name, overrides on top, folder made if absent."""
+    return Run(run_folder(run_dir, profile), load_profile(profile, overrides))

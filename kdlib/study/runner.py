@@ -1,0 +1,278 @@
+"""Running the notebooks in order, headlessly, with progress.
+
+A failure leaves the partial notebook and a plain message.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import papermill
+from jupyter_client import AsyncKernelManager
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
+from papermill.engines import NBClientEngine, papermill_engines
+from papermill.exceptions import PapermillExecutionError
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from kdlib import distributed, progress
+from kdlib.errors import UserError
+from kdlib.progress import clock
+from kdlib.study import arms as ablate
+from kdlib.study.kernel import ARGUMENTS, START_SECONDS, empty, kernel
+from kdlib.study.run import Run
+from kdlib.study.study import NOTEBOOKS, STAGES, Study
+from kdlib.viz import figures
+
+MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that a user can mend, such as a full disk
+PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
+
+
+class NotebookError(Exception):
+    """A notebook stopped: which, in which cell, why. `user`: the error is one the user can mend."""
+
+    def __init__(self, message: str, user: bool):
+        super().__init__(message)
+        self.user = user
+
+
+def notebook_folder() -> Path:
+    """Where the notebooks lie: beside the package in a checkout, or under the current folder."""
+    for folder in (Path(__file__).parents[2] / "notebooks", Path.cwd() / "notebooks"):
+        if (folder / f"{NOTEBOOKS['probe']}.ipynb").is_file():
+            return folder
+    raise UserError(
+        "the notebooks were not found: run kdlib in a checkout of the project or in an unpacked offline bundle, "
+        "or install it from a checkout (pip install -e .)"
+    )
+
+
+def wanted_stages(only: list[str], start: str | None) -> list[str]:
+    """The stages to run. Raises UserError for an unknown one, naming them all."""
+    for name in [*only, *([start] if start else [])]:
+        if name not in STAGES:
+            raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
+    if only:
+        return [stage for stage in STAGES if stage in only]
+    return STAGES[STAGES.index(start) :] if start else STAGES
+
+
+def run_study(
+    out: Path,
+    profile: str,
+    overrides: list[str],
+    only: list[str] = (),
+    start: str | None = None,
+    arms: list[str] = (),
+    console: Console | None = None,
+    shared: AsyncKernelManager | None = None,
+) -> None:
+    """Run the notebooks of a study into the run folder `out`.
+
+    A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after
+    `start`. arms: of the ablations only these, "family" or "family/arm"; the stage then counts as unfinished.
+    shared: a kernel to run them in; None: one is made.
+    Raises UserError for bad input, before anything runs, and NotebookError when a notebook stops.
+    """
+    console = console or Console()
+    stages = wanted_stages(list(only), start)
+    study = Study(out, profile, overrides)
+    study.tasks  # reads corpus and tasks: what is wrong with them is said now, not after the first stage
+    study.parallel
+    ablate.arms(study.profile, arms)
+    source = notebook_folder()
+    target = study.run.folder("notebooks")
+    begun = time.time()
+    with study.run.lock(), nullcontext(shared) if shared else kernel() as shared:
+        for stage in stages:
+            key, data = study.key(stage), study.data_of(stage)
+            if not only and not start and study.run.done(stage, key) and study.intact(stage):
+                console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
+                continue
+            if changed := study.run.changed(stage, data):
+                console.print(f"{NOTEBOOKS[stage]}: once more, the data changed ({', '.join(changed)})")
+            started = time.time()
+            name = f"{NOTEBOOKS[stage]}.ipynb"
+            parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
+            some = stage == "ablations" and bool(arms)
+            execute(source / name, target / name, parameters | ({"arms": list(arms)} if some else {}), console, shared)
+            seconds = time.time() - started
+            if not some:
+                study.run.mark(stage, key, seconds, data)
+            console.print(f"{NOTEBOOKS[stage]}: done in {clock(seconds)}")
+    if not only:
+        summary(study.run, time.time() - begun, console)
+
+
+def distill(out: Path, profile: str, overrides: list[str], console: Console | None = None) -> None:
+    """Make the student of the run in `out` outside the notebooks, which then find it.
+
+    Under torchrun or `accelerate launch` their processes do it together; the run folder has to be one that all of them
+    see. Raises UserError for bad input.
+    """
+    study = Study(out, profile, overrides)
+    distributed.join(study.device)
+    study.bf16 = distributed.broadcast(study.bf16)  # may have been measured
+    with study.run.lock() if distributed.rank() == 0 else nullcontext():
+        _, curve, facts = study.distill()
+    if distributed.rank() == 0:
+        loss = curve.query("split == 'heldout'")["loss"].iloc[-1]
+        seconds = clock(facts["training_seconds"])
+        console = console or Console()
+        console.print(f"{study.run.path / 'student'}: held-out loss {loss:.4f}, trained {seconds}", soft_wrap=True)
+
+
+def execute(
+    source: Path, target: Path, parameters: dict[str, Any], console: Console, shared: AsyncKernelManager | None = None
+) -> None:
+    """Run one notebook by papermill. The output is saved after every cell.
+
+    shared: from `kernel`, to be used again; it is emptied first. None: a kernel for this notebook alone.
+    Raises NotebookError naming notebook, cell and error.
+    """
+    if shared is None:
+        with kernel() as shared:
+            return execute(source, target, parameters, console, shared)
+    try:
+        if shared.has_kernel:
+            empty(shared)
+        with _report(source.stem, Path(os.environ[progress.FILE]), console) as _Engine.report:
+            papermill.execute_notebook(
+                source,
+                target,
+                parameters,
+                engine_name="kdlib",
+                kernel_name="python3",
+                km=shared,
+                progress_bar=False,
+                start_timeout=START_SECONDS,
+                extra_arguments=ARGUMENTS,
+            )
+    except PapermillExecutionError as error:
+        mendable = error.ename in MENDABLE
+        reason = error.evalue if mendable else f"{error.ename}: {error.evalue}"
+    except DeadKernelError:
+        mendable, reason = False, "its kernel died (killed, or out of memory)"
+    except CellTimeoutError:
+        mendable, reason = False, "a cell took too long"
+    except RuntimeError as error:  # what the kernel's client raises
+        mendable, reason = False, f"its kernel did not start ({error})"
+    except OSError as error:
+        mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
+    else:
+        return
+    where = f"notebook {source.stem}, cell {_Engine.report.cell if _Engine.report else 0}"
+    raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command goes on from here)", mendable)
+
+
+class _Engine(NBClientEngine):
+    """papermill's own engine, telling the report which cell runs."""
+
+    report: "_Report | None" = None
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **kwargs):
+        start, total = nb_man.cell_start, len(nb_man.nb.cells)
+
+        def cell_start(cell, cell_index=None, **options):
+            cls.report.enter(cell_index, total)
+            return start(cell, cell_index, **options)
+
+        nb_man.cell_start = cell_start
+        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
+
+
+papermill_engines.register("kdlib", _Engine)
+
+
+class _Report:
+    """What the terminal shows: stage, cell, step within the cell, time left of the step."""
+
+    def __init__(self, name: str, file: Path, console: Console):
+        self.name, self.file, self.console, self.cell, self.total = name, file, console, 0, 0
+        self.stopped = threading.Event()
+        self.bar = Progress(
+            SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/bold] cell {task.completed}/{task.total}"),
+            BarColumn(20), TextColumn("{task.fields[step]}"), TimeElapsedColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self.row = self.bar.add_task("", stage=name, step="", total=None)
+
+    def enter(self, cell: int, total: int) -> None:
+        self.cell, self.total = cell + 1, total
+        self.file.unlink(missing_ok=True)
+        self.bar.update(self.row, completed=self.cell, total=total, step="")
+
+    def step(self) -> str:
+        try:
+            at = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return ""
+        left = f", {clock(at['left'])} left" if at["left"] is not None else ""
+        return f"{at['label']} {at['done']}/{at['total']}{left}{', ' + at['note'] if at['note'] else ''}"
+
+    def watch(self) -> None:
+        said = time.time()
+        while not self.stopped.wait(0.5):
+            step = self.step()
+            self.bar.update(self.row, step=step)
+            if not self.console.is_terminal and time.time() - said > PLAIN_SECONDS:
+                said = time.time()
+                self.console.print(f"{self.name}: cell {self.cell}/{self.total} {step}", soft_wrap=True)
+
+
+@contextmanager
+def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
+    report = _Report(name, file, console)
+    thread = threading.Thread(target=report.watch, daemon=True)
+    if console.is_terminal:
+        report.bar.start()
+    thread.start()
+    try:
+        yield report
+    finally:
+        report.stopped.set()
+        thread.join()
+        report.bar.stop()
+
+
+def summary(run: Run, seconds: float, console: Console) -> None:
+    """Where everything is, and the headline: size, speed and accuracy of the student against the teacher."""
+    shown = [
+        ("student", run.path / "student"),
+        ("table", run.results_file),
+        ("figures", run.path / "figures"),
+        ("notebooks", run.path / "notebooks"),
+    ]
+    console.print()
+    for name, path in shown:
+        if path.exists():
+            console.print(f"{name:>10}  {path}", soft_wrap=True)
+    try:
+        headline = figures.headline(run.results())
+    except UserError:
+        return
+    table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})", box=box.SIMPLE)
+    table.add_column("")
+    for model in headline.index:
+        table.add_column(str(model).replace(" ", "\n"), justify="right", no_wrap=True)
+    for measure, values in headline.T.iterrows():
+        table.add_row(str(measure), *("" if pd.isna(value) else f"{value:,.1f}" for value in values))
+    console.print(table)
+
+
+def refresh_figures(run: Run, target: Path) -> list[Path]:
+    """Copy a finished run's figures to the project's `figures/`. Raises UserError where there are none."""
+    files = sorted((run.path / "figures").glob("*.png"))
+    if not files:
+        raise UserError(f"{run.path}: no figures yet; finish the run first")
+    target.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(file, target / file.name)) for file in files]

@@ -1,0 +1,116 @@
+"""Checkpoints of training that outlive a kill at any moment: sealed once they are whole, the newest whole one taken up.
+
+The Trainer writes a checkpoint file by file, and takes up the newest whatever is in it. Here a checkpoint counts from
+when its checksums are written (`store.seal`), the last two are kept, and one that is torn is passed over.
+"""
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model
+from torch import distributed
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from kdlib.errors import UserError
+from kdlib.files import flaw, seal
+
+log = logging.getLogger(__name__)
+SECONDS = 60.0  # of training between two checkpoints, at least
+SHARE = 0.02  # of the time that may go into writing them: large models are saved less often
+KEPT = 2
+
+
+class Checkpoints(TrainerCallback):
+    """Has a Trainer (save_strategy "no") write a checkpoint every SECONDS, seals it, and removes all but the last KEPT.
+
+    every: only at steps that this divides, such as those at which the curve gets a point, so that nothing that is
+    summed up in between is lost. at_end: also after the last step, however soon that is.
+    """
+
+    def __init__(self, every: int = 1, at_end: bool = True):
+        self.every, self.at_end, self.wait = every, at_end, SECONDS
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.begun = time.monotonic()
+        due = state.global_step % self.every == 0 and _agreed(self.begun - self.saved >= self.wait)
+        if due or (self.at_end and state.global_step == state.max_steps):
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if distributed.is_initialized():
+            distributed.barrier()  # each process writes a part
+        if state.is_world_process_zero:
+            work = Path(args.output_dir)
+            seal(work / f"checkpoint-{state.global_step}")
+            for old in _found(work)[:-KEPT]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.saved = time.monotonic()
+        self.wait = max(SECONDS, (self.saved - self.begun) / SHARE)
+
+
+def _agreed(due: bool) -> bool:
+    """What the first of several processes says: their clocks differ."""
+    answer = [due]
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(answer)
+    return answer[0]
+
+
+def _found(work: str | Path) -> list[Path]:
+    """The checkpoints under `work`, oldest first."""
+    steps = {folder: folder.name.split("-")[-1] for folder in Path(work).glob("checkpoint-*")}
+    return sorted((folder for folder in steps if steps[folder].isdigit()), key=lambda folder: int(steps[folder]))
+
+
+def newest(work: str | Path) -> Path | None:
+    """The newest whole checkpoint under `work`; those that are torn or corrupted are named in a warning and removed."""
+    for folder in reversed(_found(work)):
+        wrong = flaw(folder)
+        if not wrong:
+            return folder
+        log.warning("%s: %s; going on from before it", folder, wrong)
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def train(trainer: Trainer, last: Path | None) -> list[dict]:
+    """Train, from the checkpoint `last` on if there is one; returns the points of the curve, which are those entries of
+    the Trainer's log that name a split.
+
+    Raises UserError where a checkpoint cannot be written; the one before it is still there then.
+    """
+    work = Path(trainer.args.output_dir)
+    try:
+        state = last and TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
+        if state and state.global_step >= trainer.args.max_steps:  # the Trainer would go one step further
+            load_model(trainer.model, str(last / SAFE_WEIGHTS_NAME))
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=last and str(last))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        writing = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos"))
+        if isinstance(error, RuntimeError) and not writing:
+            raise
+        _remove_unsealed(work)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{work}: a checkpoint could not be read or written ({reason})") from error
+    except UserError:
+        _remove_unsealed(work)
+        raise
+    points = [point for point in trainer.state.log_history if "split" in point]
+    return [dict(sorted(point.items())) for point in points]  # as they come out of a checkpoint
+
+
+def _remove_unsealed(work: Path) -> None:
+    """Half a checkpoint is of no use, and where the disk is full its room is."""
+    for folder in _found(work):
+        if flaw(folder):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""What the notebooks use to show things.
+
+Figures, sentences that quote results, and a picture that grows while training.
+"""
+
+import io
+from collections.abc import Callable
+
+import pandas as pd
+from IPython import get_ipython
+from IPython.display import DisplayHandle, Image, Markdown, display
+from matplotlib.figure import Figure
+
+from kdlib.viz import figures
+
+WIDTH = 820  # pixels on the page; the picture itself has twice as many
+
+
+def headless() -> bool:
+    """Whether nobody can answer: no kernel at all, or a cell run by papermill, nbconvert or another nbclient.
+
+    Front ends that a person sits at allow the cells they run to ask for input; nbclient never does.
+    """
+    kernel = getattr(get_ipython(), "kernel", None)
+    return kernel is None or not kernel.get_parent("shell").get("content", {}).get("allow_stdin", False)
+
+
+def picture(figure: Figure) -> Image:
+    """A figure as a PNG that shows in any notebook viewer, trusted or not."""
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=160, metadata={"Software": None})
+    return Image(data.getvalue(), width=WIDTH)
+
+
+def show(figure: Figure) -> None:
+    display(picture(figure))
+
+
+def say(text: str) -> None:
+    """A sentence that quotes this run's results: numbers in prose come from the table, never from the author."""
+    display(Markdown(text))
+
+
+def live_curve(draw: Callable[[pd.DataFrame], Figure] = figures.live_curve) -> Callable[[pd.DataFrame], None]:
+    """A learning curve that is redrawn in place: pass it as `on_point`."""
+    handle: list[DisplayHandle] = []
+
+    def redraw(curve: pd.DataFrame) -> None:
+        image = picture(draw(curve))
+        if handle:
+            handle[0].update(image)
+        else:
+            handle.append(display(image, display_id=True))
+
+    return redraw

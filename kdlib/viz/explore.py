@@ -1,0 +1,642 @@
+"""What the widgets show: plain functions from encoders, texts and tidy tables to tables, figures and HTML.
+
+The HTML also reads without its styles, which some viewers of notebooks strip; a colour never says anything alone.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from scipy.special import log_softmax, softmax
+from sklearn.pipeline import Pipeline
+from transformers import PreTrainedTokenizerFast
+
+from kdlib.data.tasks import Task
+from kdlib.device import autocast
+from kdlib.errors import UserError
+from kdlib.evaluation.probing import classifier, segmentation
+from kdlib.models.encoder import Encoder, text_vectors
+from kdlib.models.tokenizer_files import token_list
+from kdlib.progress import clock
+from kdlib.pruning.selection import Selection, count_tokens
+from kdlib.pruning.tokenizer import prune_tokenizer
+from kdlib.viz import figures, style
+from kdlib.viz.html import bar, escape, html_table, mark, page, paragraph, tint
+from kdlib.viz.style import GREY, INK, LOOKS, MARKERS, PALETTE, SCORES, SPARE_LOOKS
+
+GAP = "___"  # what a reader types for the masked word
+LONGEST = 300  # pieces shown of one text
+
+
+def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> pd.DataFrame:
+    """The pieces of a text, a row each: piece, id, word (0 = first run of non-space), unknown, source (its letters)."""
+    encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
+    starts = [match.start() for match in re.finditer(r"\S+", text)]
+    rows = [
+        dict(
+            piece=tokenizer.unk_token if index == tokenizer.unk_token_id else piece,  # some give the letters instead
+            id=index,
+            word=max(0, int(np.searchsorted(starts, end - 1, side="right")) - 1),
+            unknown=index == tokenizer.unk_token_id,
+            source=text[start:end].strip(),
+        )
+        for piece, index, (start, end) in zip(encoding.tokens, encoding.ids, encoding.offsets)
+    ]
+    return pd.DataFrame(rows, columns=["piece", "id", "word", "unknown", "source"])
+
+
+def pieces_html(encoders: Mapping[str, Encoder], text: str) -> str:
+    """How each tokenizer cuts a text: pieces with ids, words told apart, unknown tokens marked, fertility."""
+    cuts = {name: cut(encoder.tokenizer, text) for name, encoder in encoders.items()}
+    parts = []
+    for name, encoder in encoders.items():
+        pieces, facts = cuts[name], segmentation(encoder.tokenizer, [text])
+        unknown = int(pieces["unknown"].sum())
+        count = f"{unknown} unknown token{'s' if unknown != 1 else ''}"
+        parts.append(
+            paragraph(
+                f"<b>{escape(name)}</b> ({len(encoder.tokenizer):,} pieces): {len(pieces)} tokens for "
+                f"{len(text.split())} words, <b>{facts['fertility']:.2f} tokens per word</b>, "
+                f"{mark(count) if unknown else count}"
+            )
+        )
+        chips = " ".join(_chip(row) for row in pieces.head(LONGEST).itertuples())
+        rest = f" … and {len(pieces) - LONGEST:,} more" if len(pieces) > LONGEST else ""
+        parts.append(f"<div>{chips}{rest}</div>")
+    return page(*parts, paragraph(_compare(cuts)))
+
+
+def _chip(row) -> str:
+    look = "display:inline-block;margin:2px 1px;padding:2px 7px;border-radius:4px;text-align:center;color:#222;"
+    if row.unknown:
+        look += f"background:#fff;border:2px dashed {PALETTE[3]}"
+        label = f"<b>unknown: {escape(row.source)}</b>"
+    else:
+        look += f"background:{tint(PALETTE[row.word % 2])};border:2px solid {tint(PALETTE[row.word % 2])}"
+        label = escape(row.piece)
+    return f'<span style="{look}">{label}<sub style="display:block;font-size:11px;color:#444">{row.id}</sub></span>'
+
+
+def _compare(cuts: dict[str, pd.DataFrame]) -> str:
+    (first, pieces), *others = cuts.items()
+    said = []
+    for name, other in others:
+        if list(pieces["piece"]) == list(other["piece"]):
+            same = list(pieces["id"]) == list(other["id"])
+            ids = "with the same ids" if same else "only the ids differ"
+            said.append(f"{escape(name)} cuts it just as {escape(first)} does, {ids}.")
+        else:
+            lost = list(dict.fromkeys(piece for piece in pieces["piece"] if piece not in set(other["piece"])))
+            said.append(
+                f"{escape(name)} cuts it otherwise: {len(other) - len(pieces):+d} tokens. Pieces of {escape(first)} "
+                f"that it does without: {', '.join(f'<code>{escape(piece)}</code>' for piece in lost[:20])}."
+            )
+    return " ".join(said)
+
+
+def size_table(teacher: Encoder, selection: Selection, texts: Sequence[str], points: int = 14) -> pd.DataFrame:
+    """What a vocabulary of the first n claimed rows costs on `texts`, measured with a tokenizer cut to them.
+
+    Rows of: rows; coverage (share of the teacher's tokens of the texts whose piece is there); parameters; fertility;
+    unknown_rate. The last row is the teacher's whole vocabulary, the one before it the selection.
+    """
+    counts = count_tokens(teacher.tokenizer, texts)
+    order = _claimed(selection)
+    covered = np.cumsum(counts[order]) / max(1, counts.sum())
+    base = prune_tokenizer(teacher.tokenizer, selection.ids)
+    place = {old: new for new, old in enumerate(selection.ids)}
+    embeddings = teacher.model.get_input_embeddings().weight
+    least = sum(selection.reason[i] in ("special", "character") for i in order)
+    rows = []
+    for size in np.unique(np.geomspace(max(1, least), len(order), points).round().astype(int)):
+        tokenizer = prune_tokenizer(base, [place[i] for i in order[:size]])
+        rows.append((int(size), float(covered[size - 1]), tokenizer))
+    if len(order) < len(embeddings):  # a tiny vocabulary may be kept whole
+        rows.append((len(embeddings), 1.0, teacher.tokenizer))
+    table = []
+    for size, coverage, tokenizer in rows:
+        facts = segmentation(tokenizer, texts)
+        parameters = teacher.parameters - (len(embeddings) - size) * embeddings.shape[1]
+        table.append(dict(rows=size, coverage=coverage, parameters=parameters) | facts)
+    return pd.DataFrame(table)[["rows", "coverage", "parameters", "fertility", "unknown_rate"]]
+
+
+def _claimed(selection: Selection) -> list[int]:
+    """The kept ids in the order of `vocabulary.coverage_curve`."""
+    reason, counts = selection.reason, selection.counts
+    first = [i for i in selection.ids if reason[i] in ("special", "character")]
+    used = sorted((i for i in selection.ids if reason[i] in ("corpus", "merge")), key=lambda i: -counts[i])
+    return first + used + [i for i, why in reason.items() if why == "wordlist"]
+
+
+@style.styled
+def size_figure(table: pd.DataFrame, rows: int) -> Figure:
+    """Coverage, fertility, unknown tokens and parameters by rows of the vocabulary; `rows` is the one pointed at."""
+    panels = {
+        "coverage": ("tokens covered (%)", 100),
+        "fertility": ("tokens per word", 1),
+        "unknown_rate": ("unknown tokens (%)", 100),
+        "parameters": ("parameters (millions)", 1e-6),
+    }
+    title = f"What does a vocabulary of {rows:,} rows give, and what does it cost?"
+    figure, axes, _ = style.panels(title, len(panels), 2, 2.5)
+    between = np.geomspace(table["rows"].min(), table["rows"].max(), 200)
+    for ax, (column, (label, scale)) in zip(axes, panels.items()):
+        values = table[column] * scale
+        ax.plot(between / 1000, np.interp(between, table["rows"], values), color=PALETTE[0])
+        ax.plot(table["rows"] / 1000, values, "o", color=PALETTE[0], markersize=5, clip_on=False)
+        ax.axvline(rows / 1000, color=INK, linewidth=1.2, linestyle=":")
+        chosen = values[table["rows"] == rows]
+        ax.plot([rows / 1000], chosen, "D", color=PALETTE[3], markersize=10, markeredgecolor="white", clip_on=False)
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        ax.set(xlabel="rows (thousands, log scale)", ylabel=label)
+        ax.set_ylim(0, max(values.max() * 1.1, 0.1))
+    handles = [
+        Line2D([], [], color=PALETTE[0], marker="o", markersize=5, label="up to the teacher's whole vocabulary"),
+        Line2D([], [], color=PALETTE[3], marker="D", linestyle="", markeredgecolor="white", label="chosen"),
+    ]
+    style.legend(figure, handles)
+    return figure
+
+
+def size_html(table: pd.DataFrame, rows: int) -> str:
+    """The chosen size in a sentence, against the whole vocabulary (the last row)."""
+    here, whole = table[table["rows"] == rows].iloc[0], table.iloc[-1]
+    return page(
+        paragraph(
+            f"With <b>{rows:,} rows</b> the model has {here['parameters'] / 1e6:.1f} million parameters, "
+            f"<b>{here['parameters'] / whole['parameters']:.0%}</b> of the teacher's. "
+            f"<b>{here['coverage']:.1%}</b> of the teacher's tokens still have their piece; the other "
+            f"{1 - here['coverage']:.1%} are spelled with smaller ones, so a word takes {here['fertility']:.2f} tokens "
+            f"(teacher: {whole['fertility']:.2f}), or are unknown: {here['unknown_rate']:.2%} "
+            f"(teacher: {whole['unknown_rate']:.2%})."
+        )
+    )
+
+
+def layer_curves(table: pd.DataFrame, model: str = "teacher") -> pd.DataFrame:
+    """All that is known of a model layer by layer, from the table of results.
+
+    Rows of: curve ("topic (accuracy)", "eng, centred"), kind ("task" or "language"), layer, value, low, high, n.
+    """
+    rows = table[(table["stage"] == "probe") & (table["model"] == model) & table["layer"].notna()]
+    tasks, found = rows[rows["method"] == "layer probe"], rows[rows["metric"] == "retrieval"]
+    names = tasks["task"].astype(str) + " (" + tasks["metric"].map(lambda m: SCORES.get(m, m)).astype(str) + ")"
+    parts = [
+        tasks.assign(curve=names, kind="task"),
+        found.assign(curve=found["language"].astype(str) + ", " + found["method"].astype(str), kind="language"),
+    ]
+    curves = pd.concat(parts).astype(dict.fromkeys(["value", "low", "high", "n"], float) | {"layer": int})
+    if curves.empty:
+        raise UserError(f"no row of {model!r} by layer in the table of results; run the stage 'probe' first")
+    return curves[["curve", "kind", "layer", "value", "low", "high", "n"]].reset_index(drop=True)
+
+
+@style.styled
+def layer_figure(curves: pd.DataFrame, shown: Sequence[str], layer: int) -> Figure:
+    """The curves named in `shown` against the layer, a panel for tasks and one for languages; `layer` is pointed at."""
+    labels = {"task": "what a linear probe reads (%)", "language": "translation found first (%)"}
+    kinds = [kind for kind in labels if kind in set(curves.loc[curves["curve"].isin(shown), "kind"])]
+    figure, axes, _ = style.panels(f"What does layer {layer} know?", len(kinds), 2, 4.2, sharex=True, sharey=True)
+    handles = []
+    looks = {name: (_colour(i), MARKERS[i % 10]) for i, name in enumerate(curves["curve"].unique())}
+    for ax, kind in zip(axes, kinds):
+        mine = curves[curves["kind"] == kind]
+        for name in [name for name in mine["curve"].unique() if name in shown]:
+            colour, marker = looks[name]
+            style.band(ax, mine[mine["curve"] == name], "layer", colour, marker=marker, markersize=6)
+            handles.append(Line2D([], [], color=colour, marker=marker, markersize=6, label=style.wrap(name, 30)))
+        ax.axvline(layer, color=INK, linewidth=1.5, linestyle=":")
+        style.percent(ax.yaxis, labels[kind])
+        style.layer_axis(ax)
+    style.legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
+    return figure
+
+
+def _colour(i: int) -> str:
+    return [colour for colour in PALETTE if colour != GREY][i % 9]
+
+
+def layer_html(curves: pd.DataFrame, shown: Sequence[str], layer: int) -> str:
+    """The chosen curves at one layer: value, interval, n, and the layer where the curve is highest."""
+    rows = []
+    for name, mine in curves[curves["curve"].isin(shown)].groupby("curve", sort=False):
+        here, best = mine[mine["layer"] == layer].iloc[0], mine.loc[mine["value"].idxmax()]
+        top = f"layer {best['layer']} ({best['value']:.1%})"
+        rows.append([escape(name), f"<b>{here['value']:.1%}</b>", _interval(here), f"{here['n']:.0f}", top])
+    return page(html_table([f"at layer {layer}", "value", "95% interval", "n", "best"], rows))
+
+
+def _interval(row: pd.Series, scale: float = 100, unit: str = "%") -> str:
+    if pd.isna(row["low"]) or pd.isna(row["high"]):
+        return ""
+    return f"{row['low'] * scale:,.1f} to {row['high'] * scale:,.1f}{unit}"
+
+
+def with_gap(sentence: str) -> str:
+    """The sentence with its longest word hidden (the first of them)."""
+    words = sentence.split()
+    longest = max(range(len(words)), key=lambda i: len(words[i]), default=None)
+    return " ".join(GAP if i == longest else word for i, word in enumerate(words))
+
+
+@torch.inference_mode()
+def masked_logits(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
+    """The pieces of the vocabulary and the model's logits for the (first) gap of the text: float [rows].
+
+    Raises UserError where the model has no masked-language head, the tokenizer no mask token, or the text no gap.
+    """
+    mask = encoder.tokenizer.mask_token
+    if encoder.head is None or mask is None:
+        raise UserError(
+            f"{encoder.name} has no masked-language head, so it gives no soft targets over its vocabulary: its states "
+            "are what a student can learn from. A teacher with such a head, or one that was conditioned, has them."
+        )
+    if GAP not in text and mask not in text:
+        raise UserError(f"Put {GAP} where a word should be guessed.")
+    row = encoder.tokenize([text.replace(GAP, mask)])[0].ids
+    if encoder.tokenizer.mask_token_id not in row:
+        raise UserError(f"The gap lies beyond the first {encoder.max_length} tokens, which are all that is read.")
+    states = _states(encoder, row)
+    logits = encoder.head(
+        states[row.index(encoder.tokenizer.mask_token_id)], encoder.model.get_input_embeddings().weight
+    )
+    return token_list(encoder.tokenizer)[: len(logits)], logits.float().cpu().numpy()
+
+
+def _states(encoder: Encoder, ids: Sequence[int]) -> torch.Tensor:
+    """Last hidden states of one row of ids: [tokens, hidden]."""
+    device = next(encoder.model.parameters()).device
+    row = torch.tensor([ids], device=device)
+    with torch.inference_mode(), autocast(device, encoder.bf16):
+        return encoder.model(input_ids=row, attention_mask=torch.ones_like(row)).last_hidden_state[0].float()
+
+
+def soft_targets(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """softmax(logits / temperature): what a student is shown in place of the right answer (Hinton et al. 2015)."""
+    return softmax(np.asarray(logits, float) / temperature)
+
+
+def entropy(logits: np.ndarray, temperature: float) -> float:
+    """Entropy of the soft targets in bits."""
+    log = log_softmax(np.asarray(logits, float) / temperature)
+    return float(-(np.exp(log) * log).sum() / np.log(2))
+
+
+def targets_html(pieces: Sequence[str], logits: np.ndarray, temperature: float, count: int = 10) -> str:
+    """The likeliest pieces with their probability at temperature 1 and at `temperature`."""
+    plain, soft = soft_targets(logits, 1), soft_targets(logits, temperature)
+    best = np.argsort(-plain, kind="stable")[:count]
+    top = max(plain[best].max(), soft[best].max())
+    rows = [
+        [f"<code>{escape(pieces[i])}</code>"]
+        + [bar(p / top, colour, f"{p:.2%}") for p, colour in ((plain[i], GREY), (soft[i], PALETTE[0]))]
+        for i in best
+    ]
+    rest = [
+        f"all {len(pieces) - len(best):,} other pieces",
+        f"{1 - plain[best].sum():.2%}",
+        f"{1 - soft[best].sum():.2%}",
+    ]
+    return page(
+        html_table(["piece", "temperature 1", f"temperature {temperature:g}"], [*rows, rest]),
+        paragraph(
+            f"At temperature {temperature:g} the answer holds <b>{entropy(logits, temperature):.2f} bits</b> of doubt "
+            f"(at 1: {entropy(logits, 1):.2f}). The order of the pieces never changes."
+        ),
+    )
+
+
+def layer_choice_html(layers: Sequence[int]) -> str:
+    """How to ask for a student that starts from these teacher layers, in a notebook and on the command line."""
+    sets = [f"student.layers={len(layers)}", f"student.init={list(layers)}".replace(" ", "")]
+    line = " ".join(f'--set "{item}"' for item in sets)
+    return page(
+        paragraph(f"In a notebook: <code>overrides = {escape(sets)}</code>"),
+        paragraph(f"On the command line: <code>kdlib run {escape(line)}</code>"),
+    )
+
+
+@torch.inference_mode()
+def attentions(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
+    """The pieces that the encoder reads and all its attention probabilities: float32 [layers, heads, from, to]."""
+    encoding = encoder.tokenize([text])[0]
+    model = encoder.model
+    row = torch.tensor([encoding.ids], device=next(model.parameters()).device)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the fast ones never hold the probabilities
+    try:
+        output = model(input_ids=row, attention_mask=torch.ones_like(row), output_attentions=True)
+    finally:
+        model.set_attn_implementation(before)
+    return list(encoding.tokens), torch.stack(output.attentions)[:, 0].float().cpu().numpy()
+
+
+def shared_attention(a: np.ndarray, b: np.ndarray) -> float:
+    """How much of their attention two heads spend on the same tokens, 0 to 1: mean over rows of sum(min(a, b))."""
+    return float(np.minimum(a, b).sum(-1).mean())
+
+
+@style.styled
+def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
+    """Attention of one head each: title -> pieces and probabilities [from, to]. Pieces are numbered along the axes."""
+    figure, axes, _ = style.panels("Which token looks at which?", len(maps), 2, 3.4)
+    most = max(matrix.max() for _, matrix in maps.values())
+    for ax, (title, (pieces, matrix)) in zip(axes, maps.items()):
+        # The root, for most of what is worth seeing is small beside the attention on a first or last token.
+        image = ax.imshow(matrix, cmap="Blues", norm=PowerNorm(0.5, 0, most))
+        named = range(0, len(pieces), -(-len(pieces) // 18))
+        ax.set_xticks(named, [str(i + 1) for i in named], fontsize=10)
+        ax.set_yticks(named, [f"{style.legible(pieces[i])} {i + 1}" for i in named], fontsize=10)
+        ax.grid(False)
+        ax.set(title=title, xlabel="token that is looked at")
+    axes[0].set_ylabel("token that looks")
+    ticks = [share for share in (0, 0.01, 0.05, 0.1, 0.2, 0.5, 1) if share <= most]
+    figure.colorbar(image, ax=axes, label="attention (%)", shrink=0.8, ticks=ticks, format=lambda x, _: f"{100 * x:g}")
+    return figure
+
+
+def attention_html(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> str:
+    """Where each head looks most, and how far two heads on the same tokens agree."""
+    rows = []
+    for title, (pieces, matrix) in maps.items():
+        most = matrix.mean(0).argsort(kind="stable")[::-1][:3]
+        named = ", ".join(f"<code>{escape(pieces[i])}</code> {matrix.mean(0)[i]:.0%}" for i in most)
+        rows.append([escape(title), named])
+    parts = [html_table(["head", "where its attention goes, averaged over the tokens that look"], rows)]
+    (first, a), *others = maps.values()
+    if others and list(first) == list(others[0][0]):
+        shared = shared_attention(a, others[0][1])
+        parts.append(paragraph(f"The two heads spend <b>{shared:.0%}</b> of their attention on the same tokens."))
+    return page(*parts)
+
+
+def training_facts(curve: pd.DataFrame, steps: int, tokens: int) -> dict[str, float]:
+    """Where training stands: step, steps, seconds so far, tokens_per_second, left (seconds).
+
+    curve: as `distill` passes it to `on_point`. steps, tokens: of the whole training. Speed and time left are NaN
+    before the first step.
+    """
+    last = curve.iloc[-1]
+    step, seconds = int(last["step"]), float(last["seconds"])
+    rate = step / seconds if step and seconds else np.nan
+    return dict(
+        step=step, steps=steps, seconds=seconds, tokens_per_second=tokens / steps * rate, left=(steps - step) / rate
+    )
+
+
+def training_html(facts: Mapping[str, float], curve: pd.DataFrame, stopped: bool = False) -> str:
+    """Where training stands, or where it stopped, in a line."""
+    held = curve[curve["split"] == "heldout"]["loss"]
+    parts = [f"step <b>{facts['step']:,}</b> of {facts['steps']:,}", f"{clock(facts['seconds'])} so far"]
+    if np.isfinite(facts["left"]):
+        parts.append(f"{facts['tokens_per_second']:,.0f} tokens a second")
+        parts += [] if stopped else [f"<b>{clock(facts['left'])} left</b>"]
+    if len(held):
+        parts.append(f"held-out loss {held.iloc[-1]:.3f}")
+    note = "<b>Stopped.</b> Run the cell again to go on from the checkpoint." if stopped else ""
+    return page(paragraph(" · ".join(parts)), paragraph(note))
+
+
+NOTHING = "no rows of the table of results can be compared; run the stage 'benchmark' first"
+
+
+def comparable(table: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of a study that can be held beside each other, a row each, from the table of results.
+
+    Rows of: what (stage and method, such as "benchmark: probe"), task ("" for none), metric, name (model, or arm of the
+    ablation), model, value, low, high, n. Seeds are averaged where the table has no row for all of them; a family of
+    arms comes with the models it is held against. Left out is what has a picture of its own (the probes of the teacher,
+    the learning curve, the rows of the vocabulary) and what stands alone.
+    """
+    own = (table["metric"] == "coverage") | table["metric"].astype(str).str.startswith("rows_")
+    rows = table[(table["stage"] != "probe") & ~own & ~((table["stage"] == "distill") & table["x"].notna())]
+    rows = rows.assign(**{column: rows[column].fillna("") for column in ("method", "task", "arm", "language")})
+    ablated = rows["stage"] == "ablations"
+    reference = rows[ablated & (rows["method"] == "reference")]
+    families = [family for family in rows.loc[ablated, "method"].unique() if family != "reference"]
+    rows = pd.concat([rows.drop(reference.index), *(reference.assign(method=family) for family in families)])
+    if rows.empty:
+        raise UserError(NOTHING)
+    language_of_study = table["language"].mode().iloc[0]
+    rows["what"] = [f"{stage}: {method}" if method else stage for stage, method in zip(rows["stage"], rows["method"])]
+    rows["name"] = [
+        (arm or model) + ("" if language in (language_of_study, "") else f" {language}")
+        for arm, model, language in zip(rows["arm"], rows["model"], rows["language"])
+    ]
+    summary = figures.summary(rows, "what", "task", "name", "model")
+    summary = summary[summary.groupby(["what", "task", "metric"])["name"].transform("size") > 1]
+    if summary.empty:
+        raise UserError(NOTHING)
+    return summary[["what", "task", "metric", "name", "model", "value", "low", "high", "n"]]
+
+
+UNITS = {  # factor and label of what is no score
+    "parameters": (1e-6, "parameters (millions)"),
+    "megabytes": (1, "size (MB)"),
+    "rows": (1, "rows of the vocabulary"),
+    "latency_ms": (1, "latency of one sentence (ms)"),
+    "sentences_per_second": (1, "sentences a second"),
+    "fertility": (1, "tokens per word"),
+}
+TIMED = ("latency_ms", "sentences_per_second")  # their low and high are quartiles
+
+
+def _unit(metric: str) -> tuple[float, str, str]:
+    """Factor, unit and label that a metric is shown with."""
+    if metric in SCORES or metric in ("similarity", "unknown_rate"):
+        return 100, "%", f"{SCORES.get(metric, metric.replace('_', ' '))} (%)"
+    scale, label = UNITS.get(metric, (1, metric.replace("_", " ")))
+    return scale, "", label
+
+
+def _spread(metric: str) -> str:
+    return "quartiles of the timings" if metric in TIMED else "95% interval"
+
+
+@style.styled
+def results_figure(rows: pd.DataFrame) -> Figure:
+    """Values with intervals, a line of the picture per row of `comparable` rows that share what, task and metric."""
+    first = rows.iloc[0]
+    scale, unit, label = _unit(first["metric"])
+    task = {"average": "average of tasks"}.get(first["task"], first["task"])
+    figure = style.new_figure(", ".join(filter(None, [first["what"], task])), 1.9 + 0.55 * len(rows))
+    ax = figure.subplots()
+    for i, row in enumerate(rows.itertuples()):
+        look = LOOKS.get(row.model, SPARE_LOOKS[0])
+        errors = style.whiskers(rows.iloc[[i]]) * scale
+        ax.errorbar(
+            row.value * scale, i, xerr=errors, fmt=look.marker, color=look.colour, markersize=9,
+            markeredgecolor="white", capsize=4, elinewidth=2,
+        )  # fmt: skip
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.annotate(
+            _number(row.value * scale, unit), (row.value * scale, i), (0, 10), textcoords="offset points", ha="center",
+            bbox=ground, fontsize=11,
+        )  # fmt: skip
+    ax.set_yticks(range(len(rows)), [style.wrap(name, 26) for name in rows["name"]])
+    ax.set_ylim(len(rows) - 0.5, -0.75)
+    ax.margins(x=0.1)
+    ax.yaxis.grid(False)
+    interval = f", with {_spread(first['metric'])}" if rows["low"].notna().any() else ""
+    ax.set_xlabel(f"{label}{interval}")
+    return figure
+
+
+def _number(value: float, unit: str = "") -> str:
+    return (
+        f"{value:,.1f}{unit}"
+        if unit or 10 <= abs(value) < 1000
+        else f"{value:,.4g}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
+
+
+def results_html(rows: pd.DataFrame) -> str:
+    """The same as a table, with whether the best is clear of the others."""
+    scale, unit, label = _unit(rows["metric"].iloc[0])
+    cells = [
+        [
+            escape(row["name"]),
+            f"<b>{_number(row['value'] * scale, unit)}</b>",
+            _interval(row, scale, unit),
+            "" if pd.isna(row["n"]) else f"{row['n']:,.0f}",
+        ]
+        for _, row in rows.iterrows()
+    ]
+    return page(html_table(["", escape(label), _spread(rows["metric"].iloc[0]), "n"], cells), paragraph(_clear(rows)))
+
+
+def _clear(rows: pd.DataFrame) -> str:
+    measured = rows.dropna(subset=["low", "high"]).sort_values("value", ascending=False)
+    if len(measured) < 2 or rows["metric"].iloc[0] not in SCORES:
+        return ""
+    best, others = measured.iloc[0], measured.iloc[1:]
+    near = others[others["high"] >= best["low"]]
+    if near.empty:
+        return f"The interval of <b>{escape(best['name'])}</b> lies above all others."
+    names = ", ".join(escape(name) for name in near["name"])
+    return f"<b>{escape(best['name'])}</b> is highest, but its interval overlaps with those of: {names}."
+
+
+@dataclass
+class Index:
+    """Texts and an encoder's unit vectors of them [texts, hidden], centred on `mean` [hidden]."""
+
+    encoder: Encoder
+    texts: list[str]
+    mean: np.ndarray
+    units: np.ndarray
+
+
+def build_index(encoder: Encoder, texts: Sequence[str], vectors: np.ndarray | None = None) -> Index:
+    """vectors: the encoder's vectors of the texts, float [texts, hidden]; computed if not given."""
+    vectors = text_vectors(encoder, list(texts))[:, 0] if vectors is None else np.asarray(vectors, np.float32)
+    if vectors.shape != (len(texts), encoder.hidden):
+        raise UserError(
+            f"vectors are {vectors.shape}; {len(texts)} texts of {encoder.name} need {(len(texts), encoder.hidden)}"
+        )
+    mean = vectors.mean(0)
+    return Index(encoder, list(texts), mean, _unit_rows(vectors - mean))
+
+
+def _unit_rows(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
+
+
+def nearest(index: Index, query: str, count: int = 5) -> pd.DataFrame:
+    """The texts most like the query, best first: text, cosine (of centred vectors). The query itself is left out."""
+    cosine = index.units @ _unit_rows(text_vector(index.encoder, query) - index.mean)
+    best = [i for i in np.argsort(-cosine, kind="stable") if index.texts[i] != query][:count]
+    return pd.DataFrame({"text": [index.texts[i] for i in best], "cosine": cosine[best].astype(float)})
+
+
+def text_vector(encoder: Encoder, text: str) -> np.ndarray:
+    """The mean-pooled last state of one text: float32 [hidden]; as `text_vectors`, without its progress bar."""
+    return _states(encoder, encoder.tokenize([text])[0].ids).mean(0).cpu().numpy()
+
+
+def neighbours_html(found: Mapping[str, pd.DataFrame], query: str) -> str:
+    """Neighbours by each model side by side; texts that all of them found are marked."""
+    both = set.intersection(*(set(table["text"]) for table in found.values()))
+    count = max(map(len, found.values()))
+    rows = []
+    for i in range(count):
+        row = [f"{i + 1}"]
+        for table in found.values():
+            text, cosine = table.iloc[i] if i < len(table) else ("", np.nan)
+            look = f"background:{tint(PALETTE[0], 0.2)};color:#222"
+            shown = f'<span style="{look}">✓ {escape(text)}</span>' if text in both else escape(text)
+            row.append(f"{shown} <small>({cosine:.2f})</small>" if text else "")
+        rows.append(row)
+    said = f"Of {count} neighbours <b>{len(both)}</b> are found by all (✓). In brackets the cosine."
+    return page(
+        paragraph(f"Nearest to: <i>{escape(query)}</i>"), html_table(["", *map(escape, found)], rows), paragraph(said)
+    )
+
+
+Classify = Callable[[str], dict[str, float]]
+
+
+def probe_classifier(encoder: Encoder, task: Task, rows: int | None = 1000) -> Classify:
+    """A function from a text to the probability of each label: a linear probe on the encoder's frozen vectors.
+
+    It is trained on the task's training rows, at most `rows` of them. Raises UserError for tasks on pairs or words.
+    """
+    if task.kind not in ("classify", "multilabel"):
+        raise UserError(
+            f"task {task.name} is of kind {task.kind}; a sentence alone has labels in classify and multilabel"
+        )
+    train = task.train.take(rows)
+    pipeline: Pipeline = classifier(task.kind)
+    pipeline.fit(
+        text_vectors(encoder, train.texts, label=f"{encoder.name}: {task.name}")[:, 0], np.asarray(train.targets)
+    )
+    # A class without a training row has no column.
+    classes = range(len(task.labels)) if task.kind == "multilabel" else pipeline.classes_
+
+    def classify(text: str) -> dict[str, float]:
+        shares = pipeline.predict_proba(text_vector(encoder, text)[None])[0]
+        return dict.fromkeys(task.labels, 0.0) | {task.labels[c]: float(p) for c, p in zip(classes, shares)}
+
+    return classify
+
+
+def timed(classify: Classify, text: str, repeats: int = 3) -> tuple[dict[str, float], float]:
+    """The labels of a text and the median time that takes, in milliseconds, after one call to warm up."""
+    answer, spent = classify(text), []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        classify(text)
+        spent.append(1000 * (time.perf_counter() - start))
+    return answer, float(np.median(spent))
+
+
+def labels_html(answers: Mapping[str, tuple[dict[str, float], float]]) -> str:
+    """Labels with probabilities by each model side by side, the likeliest first, and how long each took."""
+    first = next(iter(answers.values()))[0]
+    labels = sorted(first, key=lambda label: -first[label])
+    rows = []
+    for label in labels:
+        row = [escape(label)]
+        for name, (shares, _) in answers.items():
+            percent = f"{shares[label]:.1%}"
+            top = label == max(shares, key=shares.get)
+            colour = LOOKS[name].colour if name in LOOKS else PALETTE[2]
+            row.append(bar(shares[label], colour, mark(percent) if top else percent))
+        rows.append(row)
+    rows.append(["<i>time for this text</i>", *(f"<i>{ms:.1f} ms</i>" for _, ms in answers.values())])
+    return page(html_table(["", *map(escape, answers)], rows))

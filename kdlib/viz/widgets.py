@@ -1,0 +1,570 @@
+"""Widgets that teach: controls over what `kdlib.pictures` draws.
+
+Each function gives a `Panel`; the last line of a cell shows it. Where nobody can move a control (papermill, nbconvert)
+a still view takes its place, as a picture and a table that any viewer shows; and a running notebook keeps that view
+beside its widget, for viewers that have none.
+"""
+
+import signal
+import threading
+import time
+import warnings
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import ipywidgets as W
+import numpy as np
+import pandas as pd
+from IPython.display import HTML, DisplayHandle, display
+from matplotlib.figure import Figure
+
+from kdlib.errors import UserError
+from kdlib.models.encoder import Encoder
+from kdlib.pruning.selection import Selection
+from kdlib.viz import display as notebook
+from kdlib.viz import figures
+from kdlib.viz.explore import (
+    Classify,
+    Index,
+    attention_figure,
+    attention_html,
+    attentions,
+    build_index,
+    comparable,
+    labels_html,
+    layer_choice_html,
+    layer_curves,
+    layer_figure,
+    layer_html,
+    masked_logits,
+    nearest,
+    neighbours_html,
+    pieces_html,
+    results_figure,
+    results_html,
+    size_figure,
+    size_html,
+    size_table,
+    targets_html,
+    timed,
+    training_facts,
+    training_html,
+)
+from kdlib.viz.html import escape, page, paragraph
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+Build = Callable[..., W.ValueWidget]
+text_box = partial(W.Text, continuous_update=False, layout={"width": "98%"}, placeholder="type a sentence, then Enter")
+
+
+@dataclass
+class View:
+    """What a panel shows: a picture, HTML under it, or one of them."""
+
+    html: str = ""
+    figure: Figure | None = None
+
+    @cached_property
+    def png(self) -> bytes:
+        return _quietly(notebook.picture, self.figure).data if self.figure else b""
+
+
+def _quietly(draw: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """Draw without a word on letters that the machine has no font for: all text is in the HTML, too."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        return draw(*arguments, **named)
+
+
+class Panel:
+    """Controls over a view.
+
+    view: called with the value of each control by name. controls: how each is built, a partial of a widget class with
+    its first `value`; they are built when somebody can use them, so a headless run makes no widget. adapt: called
+    with the name of a control that was moved and all controls, before the view is drawn; may move others.
+    """
+
+    def __init__(
+        self,
+        view: Callable[..., View],
+        adapt: Callable[[str, dict[str, W.ValueWidget]], None] | None = None,
+        **controls: Build,
+    ):
+        self._view, self._adapt, self._builders = view, adapt, controls
+        self._firsts = {name: build.keywords["value"] for name, build in controls.items()}
+        self._adapting = False
+
+    @cached_property
+    def first(self) -> View:
+        """The view of the first values."""
+        return _quietly(self._view, **self._firsts)
+
+    @cached_property
+    def controls(self) -> dict[str, W.ValueWidget]:
+        built = {name: build(description=_label(name, build)) for name, build in self._builders.items()}
+        for name, control in built.items():
+            control.style.description_width = "initial"
+            control.observe(partial(self._moved, name), "value")
+        return built
+
+    @cached_property
+    def image(self) -> W.Image:
+        return W.Image(format="png", layout={"width": f"{notebook.WIDTH}px", "max_width": "100%"})
+
+    @cached_property
+    def text(self) -> W.HTML:
+        return W.HTML(layout={"width": "98%"})
+
+    @cached_property
+    def widget(self) -> W.VBox:
+        """The panel as a widget, to be put into other ones."""
+        controls = W.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "width": "98%"})
+        self.put(self.first)
+        return W.VBox([controls, self.image, self.text])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The values of the controls; the first ones as long as none are built."""
+        built = vars(self).get("controls", {})
+        return self._firsts | {name: control.value for name, control in built.items()}
+
+    def _moved(self, name: str, change: Mapping[str, Any]) -> None:
+        if self._adapting:
+            return
+        try:
+            if self._adapt:
+                self._adapting = True
+                self._adapt(name, self.controls)
+            view = _quietly(self._view, **self.state)
+        except UserError as error:
+            view = View(page(paragraph(escape(error))))
+        except Exception as error:  # in a callback a traceback goes to a log that nobody reads
+            view = View(page(paragraph(f"<b>{type(error).__name__}</b>: {escape(error)}")))
+        finally:
+            self._adapting = False
+        self.put(view)
+
+    def put(self, view: View) -> None:
+        """Show a view in the widget."""
+        self.image.value = view.png
+        self.image.layout.display = None if view.figure else "none"
+        self.text.value = view.html
+
+    def _ipython_display_(self) -> None:
+        if notebook.headless():
+            layouts = {name: build.keywords.get("layout", {}) for name, build in self._builders.items()}
+            shown = [name for name, layout in layouts.items() if layout.get("display") != "none"]
+            show_still(self.first, [_label(name, self._builders[name]) for name in shown])
+        else:
+            display(_bundle(self.widget, self.first), raw=True)
+
+
+def show_still(view: View, controls: Sequence[str] = ()) -> None:
+    """A view as ordinary output, with a word on what can be changed in a running notebook."""
+    if view.figure is not None:
+        display(notebook.Image(view.png, width=notebook.WIDTH))
+    names = escape(", ".join(controls))
+    hint = f"<p><i>A still view. In a running notebook you can change: {names}.</i></p>" if controls else ""
+    if view.html or hint:
+        display(HTML(view.html + hint))
+
+
+def _bundle(widget: W.Widget, view: View) -> dict[str, Any]:
+    """One output in two forms: the widget where it lives, else the still view; never both."""
+    still = {"image/png": b64encode(view.png).decode()} if view.figure is not None else {"text/html": view.html}
+    return widget._repr_mimebundle_() | still
+
+
+def _label(name: str, build: partial) -> str:
+    return build.keywords.get("description", name)
+
+
+def _several(names: Sequence[str], value: Sequence[str] | None = None) -> partial:
+    """A list to choose several from; all at first."""
+    names = list(names)
+    chosen = tuple(names if value is None else value)
+    return partial(W.SelectMultiple, options=names, value=chosen, rows=min(7, max(2, len(names))))
+
+
+def _needs_text(text: str) -> str:
+    if not text.strip():
+        raise UserError("Type a sentence.")
+    return text
+
+
+def tokeniser(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
+    """How each encoder's tokenizer cuts any sentence, while it is typed."""
+
+    def view(sentence: str) -> View:
+        return View(pieces_html(encoders, _needs_text(sentence)))
+
+    return Panel(view, sentence=partial(text_box, value=sentence, continuous_update=True))
+
+
+def vocabulary_size(teacher: Encoder, selection: Selection, texts: Sequence[str], rows: int | None = None) -> Panel:
+    """Rows of the vocabulary against coverage, unknown tokens and parameters, measured on (held-out) `texts`.
+
+    rows: the size first shown; the nearest that was measured is taken, the selection's own by default.
+    """
+    table = size_table(teacher, selection, texts)
+    sizes = table["rows"].tolist()
+    wanted = len(selection.ids) if rows is None else rows
+
+    def view(rows: int) -> View:
+        return View(size_html(table, rows), size_figure(table, rows))
+
+    slider = partial(
+        W.SelectionSlider, options=[(f"{size:,}", size) for size in sizes], continuous_update=False,
+        value=min(sizes, key=lambda size: abs(size - wanted)), layout={"width": "98%"},
+    )  # fmt: skip
+    return Panel(view, rows=slider)
+
+
+def layer_explorer(table: pd.DataFrame, model: str = "teacher") -> Panel:
+    """What each layer of a model knows: probes by task and retrieval by language, from the table of results."""
+    curves = layer_curves(table, model)
+    names = {kind: list(part["curve"].unique()) for kind, part in curves.groupby("kind")}
+    last = int(curves["layer"].max())
+
+    def view(layer: int, tasks: Sequence[str] = (), languages: Sequence[str] = ()) -> View:
+        shown = [*tasks, *languages]
+        if not shown:
+            raise UserError("Choose a task or a language.")
+        return View(layer_html(curves, shown, layer), layer_figure(curves, shown, layer))
+
+    slider = partial(W.IntSlider, min=0, max=last, value=last, continuous_update=False, layout={"width": "98%"})
+    lists = {}
+    if "task" in names:
+        lists["tasks"] = _several(names["task"])
+    if "language" in names:
+        centred = [name for name in names["language"] if name.endswith(", centred")]
+        lists["languages"] = _several(names["language"], centred or None)
+    return Panel(view, layer=slider, **lists)
+
+
+class LayerMapEditor(Panel):
+    """Which teacher layer each layer of the student starts from; made by `layer_map_editor`."""
+
+    @property
+    def value(self) -> list[int]:
+        """The list for `student.init`."""
+        state = self.state
+        return [state[f"layer_{i + 1}"] for i in range(state["depth"])]
+
+
+def layer_map_editor(teacher_layers: int, layers: Sequence[int]) -> LayerMapEditor:
+    """Choose depth and starting layers of a student; `.value` is the list for `student.init`.
+
+    layers: those first shown, one teacher layer (1 = first) per student layer. The dotted lines are what distillation
+    compares with, whatever is copied.
+    """
+
+    def spread(depth: int) -> list[int]:
+        return [(i + 1) * teacher_layers // depth for i in range(depth)]
+
+    presets = {
+        "alternate": spread,
+        "first": lambda depth: list(range(1, depth + 1)),
+        "last": lambda depth: list(range(teacher_layers - depth + 1, teacher_layers + 1)),
+    }
+
+    def view(depth: int, start: str, **chosen: int) -> View:
+        copied = [chosen[f"layer_{i + 1}"] for i in range(depth)]
+        picture = figures.layer_map_figure(teacher_layers, depth, copied, spread(depth))
+        return View(layer_choice_html(copied), picture)
+
+    def adapt(name: str, controls: dict[str, W.ValueWidget]) -> None:
+        depth, start = controls["depth"].value, controls["start"]
+        if name.startswith("layer_"):
+            start.value = "own choice"
+        for i in range(teacher_layers):
+            control = controls[f"layer_{i + 1}"]
+            control.layout.display = None if i < depth else "none"
+            if start.value in presets and i < depth:
+                control.value = presets[start.value](depth)[i]
+
+    depth, layers = len(layers), list(layers)
+    start = next((name for name, preset in presets.items() if preset(depth) == layers), "own choice")
+    rows = layers + [teacher_layers] * (teacher_layers - depth)
+    selectors = {
+        f"layer_{i + 1}": partial(
+            W.Dropdown,
+            options=range(1, teacher_layers + 1),
+            value=layer,
+            description=f"layer {i + 1} from",
+            layout={"width": "150px", "display": None if i < depth else "none"},
+        )  # fmt: skip
+        for i, layer in enumerate(rows)
+    }
+    return LayerMapEditor(
+        view, adapt,
+        depth=partial(W.IntSlider, min=1, max=teacher_layers, value=depth, continuous_update=False),
+        start=partial(W.ToggleButtons, options=[*presets, "own choice"], value=start),
+        **selectors,
+    )  # fmt: skip
+
+
+def attention_heads(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
+    """What one head of each encoder looks at in a sentence; the last layers' first heads at the beginning."""
+
+    @lru_cache(maxsize=4)
+    def probabilities(text: str) -> dict[str, tuple[list[str], np.ndarray]]:
+        return {name: attentions(encoder, text) for name, encoder in encoders.items()}
+
+    def view(sentence: str, **place: int) -> View:
+        maps = {}
+        for i, (name, (pieces, states)) in enumerate(probabilities(_needs_text(sentence)).items()):
+            layer, head = place[f"layer_{i}"], place[f"head_{i}"]
+            maps[f"{name}, layer {layer}, head {head}"] = (pieces, states[layer - 1, head - 1])
+        return View(attention_html(maps), attention_figure(maps))
+
+    sliders: dict[str, Build] = {}
+    for i, (name, encoder) in enumerate(encoders.items()):
+        for part, count, value in (
+            ("layer", encoder.layers, encoder.layers),
+            ("head", encoder.model.config.num_attention_heads, 1),
+        ):
+            sliders[f"{part}_{i}"] = partial(
+                W.IntSlider, min=1, max=count, value=value, description=f"{name}: {part}", continuous_update=False,
+                layout={"width": "48%"},
+            )  # fmt: skip
+    return Panel(view, sentence=partial(text_box, value=sentence), **sliders)
+
+
+def temperature(source: Encoder | Callable[[str], tuple[Sequence[str], np.ndarray]], sentence: str) -> Panel:
+    """The soft targets for a hidden word, at a temperature to choose.
+
+    source: an encoder with a masked-language head, or a function from a text with a gap (___) to the pieces of the
+    vocabulary and their logits. An encoder without a head is told in a sentence.
+    """
+    if isinstance(source, Encoder) and (source.head is None or source.tokenizer.mask_token is None):
+        try:
+            masked_logits(source, sentence)
+        except UserError as error:
+            told = View(page(paragraph(escape(error))))
+            return Panel(lambda: told)
+    logits = lru_cache(maxsize=8)(partial(masked_logits, source) if isinstance(source, Encoder) else source)
+
+    def view(sentence: str, temperature: float) -> View:
+        return View(targets_html(*logits(_needs_text(sentence)), temperature))
+
+    slider = partial(
+        W.SelectionSlider, options=[0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0], value=2.0,
+        layout={"width": "60%"},
+    )  # fmt: skip
+    return Panel(view, sentence=partial(text_box, value=sentence), temperature=slider)
+
+
+def results_explorer(table: pd.DataFrame) -> Panel:
+    """Any numbers of a study that can be held beside each other, with their intervals, from the table of results."""
+    rows = comparable(table)
+
+    def options(what: str, task: str | None = None, metric: str | None = None) -> dict[str, list[str]]:
+        """What can be chosen beside these; a task or metric that does not occur there gives way to the first."""
+        part = rows[rows["what"] == what]
+        tasks = list(part["task"].unique())
+        part = part[part["task"] == (task if task in tasks else _preferred(tasks))]
+        metrics = list(part["metric"].unique())
+        part = part[part["metric"] == (metric if metric in metrics else metrics[0])]
+        return {"task": tasks, "metric": metrics, "names": list(part["name"].unique())}
+
+    def view(what: str, task: str, metric: str, names: Sequence[str]) -> View:
+        part = rows[(rows["what"] == what) & (rows["task"] == task) & (rows["metric"] == metric)]
+        part = part[part["name"].isin(names)]
+        if part.empty:
+            raise UserError("Choose a model or an arm.")
+        return View(results_html(part), results_figure(part))
+
+    def adapt(name: str, controls: dict[str, W.ValueWidget]) -> None:
+        if name == "names":
+            return
+        found = options(controls["what"].value, controls["task"].value, controls["metric"].value)
+        for key in ("task", "metric"):
+            value = controls[key].value
+            controls[key].options = _labelled(found[key])
+            controls[key].value = value if value in found[key] else _preferred(found[key])
+        controls["names"].options = found["names"]
+        controls["names"].value = tuple(found["names"])
+
+    whats = list(rows["what"].unique())
+    what = next((name for name in whats if name.startswith("benchmark: ")), whats[0])
+    found = options(what)
+    return Panel(
+        view, adapt,
+        what=partial(W.Dropdown, options=whats, value=what),
+        task=partial(W.Dropdown, options=_labelled(found["task"]), value=_preferred(found["task"])),
+        metric=partial(W.Dropdown, options=_labelled(found["metric"]), value=found["metric"][0]),
+        names=_several(found["names"]),
+    )  # fmt: skip
+
+
+def _preferred(names: Sequence[str]) -> str:
+    return "average" if "average" in names else names[0]
+
+
+def _labelled(names: Sequence[str]) -> list[tuple[str, str]]:
+    return [(name.replace("_", " ") or "(no task)", name) for name in names]
+
+
+def neighbours(
+    encoders: Mapping[str, Encoder],
+    texts: Sequence[str],
+    sentence: str,
+    vectors: Mapping[str, np.ndarray] | None = None,
+) -> Panel:
+    """The texts nearest to any sentence, by each encoder side by side.
+
+    vectors: by encoder, float [texts, hidden], where they are known; else they are computed when the panel is shown.
+    """
+
+    @lru_cache(maxsize=1)
+    def indexes() -> dict[str, Index]:
+        known = vectors or {}
+        return {name: build_index(encoder, texts, known.get(name)) for name, encoder in encoders.items()}
+
+    def view(sentence: str, neighbours: int) -> View:
+        query = _needs_text(sentence)
+        found = {name: nearest(index, query, neighbours) for name, index in indexes().items()}
+        return View(neighbours_html(found, query))
+
+    return Panel(
+        view,
+        sentence=partial(text_box, value=sentence),
+        neighbours=partial(W.IntSlider, min=1, max=min(10, len(texts)), value=min(5, len(texts))),
+    )
+
+
+def labels(classifiers: Mapping[str, Classify], sentence: str) -> Panel:
+    """The labels that each classifier gives any sentence, with probabilities and how long it took.
+
+    classifiers: by model, a function from a text to label -> probability, such as `pictures.probe_classifier` makes.
+    """
+
+    def view(sentence: str) -> View:
+        text = _needs_text(sentence)
+        return View(labels_html({name: timed(c, text) for name, c in classifiers.items()}))
+
+    return Panel(view, sentence=partial(text_box, value=sentence))
+
+
+class TrainingPanel:
+    """Loss curves, speed, time left and a stop button, around a training that can stop at a checkpoint:
+
+        with TrainingPanel(steps, tokens) as panel:
+            train(on_point=panel.on_point, should_stop=panel.should_stop)
+
+    steps, tokens: of the whole training. Inside the block the kernel's interrupt asks for the same as the button; a
+    second one interrupts at once.
+    """
+
+    def __init__(self, steps: int, tokens: int):
+        self.steps, self.tokens = steps, tokens
+        self.curve = pd.DataFrame()
+        self._stop = threading.Event()
+        self._shown: DisplayHandle | None = None
+        self._live = self._over = False
+        self._drawn = self._drawing = 0.0  # when the last drawing ended, and how long it took; seconds
+
+    def should_stop(self) -> bool:
+        """Whether the training should write a checkpoint and stop; to be asked after every step."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Ask for a stop, from any thread."""
+        self._stop.set()
+
+    def on_point(self, curve: pd.DataFrame) -> None:
+        """Show a curve: columns split, step, seconds, loss and the objectives.
+
+        Drawing takes a twentieth of the time at most: curves that come faster are told in words only, but the last.
+        """
+        self.curve = curve
+        if time.monotonic() - self._drawn > 20 * self._drawing:
+            self._draw()
+        elif self._live:
+            self._panel.text.value = self._words()
+
+    @cached_property
+    def button(self) -> W.Button:
+        button = W.Button(
+            description="Stop at a checkpoint", icon="stop", button_style="warning", layout={"width": "220px"}
+        )
+
+        def press(_: W.Button) -> None:
+            self.stop()
+            button.description, button.disabled = "Stopping …", True
+
+        button.on_click(press)
+        # While a cell runs, only messages that come over a subshell arrive (JupyterLab sends those of widgets so).
+        # ipykernel 7.4 passes them on to where the widget last spoke, which is the cell: keep them where they came.
+        button.comm._reply_subshell_for = lambda data, default: default
+        return button
+
+    @cached_property
+    def _panel(self) -> Panel:
+        return Panel(self._view)
+
+    def _words(self) -> str:
+        if self.curve.empty:
+            text = (
+                "No point of the curve: nothing was trained."
+                if self._over
+                else "Waiting for the first point of the curve."
+            )
+            return page(paragraph(text))
+        facts = training_facts(self.curve, self.steps, self.tokens)
+        return training_html(facts, self.curve, self._over and self.should_stop())
+
+    def _view(self) -> View:
+        points = 0 if self.curve.empty else int((self.curve["split"] == "train").sum())
+        return View(self._words(), figures.live_curve(self.curve) if points > 1 else None)  # one is no line
+
+    def _draw(self) -> View:
+        started = time.monotonic()
+        view = self._view()
+        if self._live:
+            self._panel.put(view)
+        elif view.figure is not None:
+            image = notebook.Image(view.png, width=notebook.WIDTH)
+            if self._shown is None:
+                self._shown = display(image, display_id=True)
+            else:
+                self._shown.update(image)
+        self._drawn = time.monotonic()
+        self._drawing = self._drawn - started
+        return view
+
+    def __enter__(self) -> "TrainingPanel":
+        self._stop.clear()
+        self._over = False
+        self._live = not notebook.headless()
+        if self._live:
+            self._shown = display(_bundle(self._widget, self._panel.first), raw=True, display_id=True)
+        self._before = signal.getsignal(signal.SIGINT)
+        with suppress(ValueError):  # outside the main thread, where no interrupt comes
+            signal.signal(signal.SIGINT, self._interrupted)
+        return self
+
+    @cached_property
+    def _widget(self) -> W.VBox:
+        return W.VBox([self.button, self._panel.widget])
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        # Only the flag: what was interrupted may be a message on its way to the widget.
+        signal.signal(signal.SIGINT, self._before)
+        self.stop()
+
+    def __exit__(self, *error: Any) -> None:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, self._before)
+        self._over = True
+        view = self._draw()
+        if self._live:
+            self.button.disabled, self.button.description = True, "Stopped" if self.should_stop() else "Finished"
+            self._shown.update(_bundle(self._widget, view), raw=True)
+        else:
+            display(HTML(view.html))

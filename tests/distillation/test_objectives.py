@@ -1,0 +1,235 @@
+"""Objectives against plain loops, and what must not change them."""
+
+import math
+
+import pytest
+import torch
+
+from kdlib.distillation.objectives import (
+    OBJECTIVES,
+    ModelOutputs,
+    RequiredOutputs,
+    attention_loss,
+    check_objectives,
+    cosine_loss,
+    hidden_loss,
+    kl_loss,
+    mlm_loss,
+    sentence_loss,
+    tinybert_attention_loss,
+    tinybert_hidden_loss,
+    total_loss,
+)
+from kdlib.errors import UserError
+
+MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
+WHOLE = torch.ones(2, 5, dtype=torch.long)
+TARGETS = torch.tensor([3, 0, 6])
+
+
+def states(seed, layers=2, heads=2, size=4, mask=MASK):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
+    hidden = [draw(2, 5, heads * size) for _ in range(layers)]
+    query, key = ([draw(2, heads, 5, size) for _ in range(layers)] for _ in range(2))
+    return ModelOutputs(hidden, mask, query, key, draw(2, 5, heads * size), draw(3, 7) * 3, TARGETS)
+
+
+def real_tokens():
+    return [(b, t) for b in range(2) for t in range(5) if MASK[b, t]]
+
+
+def test_hidden_loss_is_the_mse_over_real_tokens_by_the_teachers_variance():
+    student, teacher = states(0), states(1)
+    expected = 0
+    for mine, theirs in zip(student.hidden, teacher.hidden):
+        values = [(mine[b, t, i].item(), theirs[b, t, i].item()) for b, t in real_tokens() for i in range(8)]
+        mean = sum(y for _, y in values) / len(values)
+        variance = sum((y - mean) ** 2 for _, y in values) / (len(values) - 1)
+        expected += sum((x - y) ** 2 for x, y in values) / len(values) / variance / 2
+    assert hidden_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_attention_loss_is_the_mse_of_scaled_dot_products_before_the_softmax():
+    both = student, teacher = states(2), states(3)
+
+    def dot(query, key):
+        return sum(query[k].item() * key[k].item() for k in range(4)) / math.sqrt(4)
+
+    expected = 0
+    for layer in range(2):
+        pairs = []
+        for b in range(2):
+            for head in range(2):
+                for i in range(5):
+                    for j in range(5):
+                        if MASK[b, i] and MASK[b, j]:
+                            pairs.append([dot(s.query[layer][b, head, i], s.key[layer][b, head, j]) for s in both])
+        mean = sum(y for _, y in pairs) / len(pairs)
+        variance = sum((y - mean) ** 2 for _, y in pairs) / (len(pairs) - 1)
+        expected += sum((x - y) ** 2 for x, y in pairs) / len(pairs) / variance / 2
+    assert attention_loss(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_sentence_loss_is_one_minus_the_cosine_of_the_means():
+    student, teacher = states(4), states(5)
+    expected = 0
+    for b in range(2):
+        count = int(MASK[b].sum())
+        a, c = (s.hidden[-1][b, :count].mean(0).double() for s in (student, teacher))
+        expected += (1 - (a @ c / a.norm() / c.norm()).item()) / 2
+    assert sentence_loss(student, teacher).item() == pytest.approx(expected, abs=1e-6)
+
+
+# TinyBERT, against its published training step: tensors of all layers in, scores with the mask already added
+
+
+def published_step(student_atts, student_reps, teacher_atts, teacher_reps, fit):
+    mse = torch.nn.MSELoss()
+    att_loss, rep_loss = 0.0, 0.0
+    per_block = int(len(teacher_atts) / len(student_atts))
+    for i, student_att in enumerate(student_atts):
+        teacher_att = teacher_atts[i * per_block + per_block - 1]
+        student_att = torch.where(student_att <= -1e2, torch.zeros_like(student_att), student_att)
+        teacher_att = torch.where(teacher_att <= -1e2, torch.zeros_like(teacher_att), teacher_att)
+        att_loss = att_loss + mse(student_att, teacher_att)
+    for i, student_rep in enumerate(student_reps):
+        rep_loss = rep_loss + mse(fit(student_rep), teacher_reps[i * per_block])
+    return att_loss, rep_loss
+
+
+def published(student, teacher, fit=lambda x: x, text=None):
+    """The published step on compared layers alone, on the batch or, cut to its length, on one text of it."""
+    rows = slice(None) if text is None else slice(text, text + 1)
+    end = student.mask.shape[1] if text is None else int(student.mask[text].sum())
+    parts = []
+    for s in (student, teacher):
+        scores = [q[rows, :, :end] @ k[rows, :, :end].transpose(2, 3) / math.sqrt(4) for q, k in zip(s.query, s.key)]
+        parts += [scores, [h[rows, :end] for h in (s.embedded, *s.hidden)]]
+    return published_step(*parts, fit)
+
+
+def test_tinybert_losses_are_the_published_ones_where_nothing_is_padded():
+    student, teacher = states(2, mask=WHOLE), states(3, mask=WHOLE)
+    attention, hidden = published(student, teacher)
+    assert tinybert_attention_loss(student, teacher).item() == pytest.approx(attention.item(), rel=1e-6)
+    assert tinybert_hidden_loss(student, teacher).item() == pytest.approx(hidden.item(), rel=1e-6)
+
+
+def test_tinybert_losses_are_the_published_ones_over_real_tokens():
+    """What the published step gives for each text cut to its length, weighted by how much each text compares."""
+    student, teacher = states(2), states(3)
+    lengths = [4, 2]
+    singles = [published(student, teacher, text=i) for i in range(2)]
+    attention = sum(a * n * n for (a, _), n in zip(singles, lengths)) / sum(n * n for n in lengths)
+    hidden = sum(h * n for (_, h), n in zip(singles, lengths)) / sum(lengths)
+    assert tinybert_attention_loss(student, teacher).item() == pytest.approx(attention.item(), rel=1e-6)
+    assert tinybert_hidden_loss(student, teacher).item() == pytest.approx(hidden.item(), rel=1e-6)
+
+
+def test_tinybert_sums_over_layers_and_divides_by_no_variance():
+    student, teacher = states(2), states(3)
+    doubled = [ModelOutputs([3 * h for h in s.hidden], MASK, embedded=3 * s.embedded) for s in (student, teacher)]
+    once = tinybert_hidden_loss(student, teacher)
+    assert tinybert_hidden_loss(*doubled).item() == pytest.approx(9 * once.item(), rel=1e-5)
+    assert hidden_loss(*doubled).item() == pytest.approx(hidden_loss(student, teacher).item(), rel=1e-5)
+
+
+# DistilBERT
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+def test_kl_is_that_of_softened_targets_times_the_temperature_squared(temperature):
+    student, teacher = states(4), states(5)
+    expected = 0
+    for mine, theirs in zip(student.logits.double(), teacher.logits.double()):
+        p, q = ([math.exp(v / temperature) for v in row.tolist()] for row in (theirs, mine))
+        p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+        expected += sum(a * math.log(a / b) for a, b in zip(p, q)) / 3 * temperature**2
+    assert kl_loss(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mlm_is_the_mean_surprise_at_the_masked_tokens():
+    student = states(4)
+    expected = -sum(
+        math.log(math.exp(row[t]) / sum(math.exp(v) for v in row)) for row, t in zip(student.logits.tolist(), TARGETS)
+    )
+    assert mlm_loss(student).item() == pytest.approx(expected / 3, rel=1e-5)
+
+
+def test_cosine_is_the_librarys_over_real_tokens():
+    student, teacher = states(6), states(7)
+    mine, theirs = (s.hidden[-1][MASK.bool()] for s in (student, teacher))
+    expected = torch.nn.CosineEmbeddingLoss()(mine, theirs, torch.ones(len(mine)))
+    assert cosine_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"mlm"}))
+def test_a_perfect_copy_costs_nothing(name):
+    assert OBJECTIVES[name](states(6), states(6)).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_padding_never_counts(name):
+    student, teacher = states(7), states(8)
+    before = OBJECTIVES[name](student, teacher)
+    for s in (student, teacher):
+        for tensor in (*s.hidden, s.embedded):
+            tensor[MASK == 0] = 1e4
+        for tensor in s.query + s.key:
+            tensor.transpose(1, 2)[MASK == 0] = 1e4
+    assert torch.equal(before, OBJECTIVES[name](student, teacher))
+
+
+def test_total_is_the_weighted_sum_of_its_parts():
+    weights = {"hidden": 2.0, "sentence": 0.5, "attention": 0.0}
+    total, parts = total_loss(weights, states(0), states(1))
+    assert set(parts) == {"hidden", "sentence"}
+    assert total.item() == pytest.approx(2 * parts["hidden"].item() + 0.5 * parts["sentence"].item())
+
+
+def test_temperature_reaches_the_soft_targets():
+    total, parts = total_loss({"kl": 2.0, "mlm": 1.0}, states(0), states(1), temperature=4.0)
+    assert parts["kl"].item() == pytest.approx(kl_loss(states(0), states(1), 4.0).item())
+    assert total.item() == pytest.approx(2 * parts["kl"].item() + parts["mlm"].item())
+
+
+@pytest.mark.parametrize("loss", [attention_loss, tinybert_attention_loss])
+def test_attention_without_maps_is_refused_not_zero(loss):
+    empty = ModelOutputs(states(0).hidden, MASK, [], [])
+    with pytest.raises(ValueError, match="attention maps"):
+        loss(empty, empty)
+
+
+def test_every_objective_has_a_gradient():
+    for name, loss in OBJECTIVES.items():
+        student = states(0)
+        leaves = [*student.hidden, *student.query, *student.key, student.embedded, student.logits]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss(student, states(1)).backward()
+        assert any(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in leaves), name
+
+
+@pytest.mark.parametrize(
+    "names, cacheable, teacher, masked",
+    [
+        (["hidden", "sentence"], True, True, False),
+        (["tinybert_hidden"], True, True, False),
+        (["cosine", "attention"], False, True, False),
+        (["kl", "mlm", "cosine"], False, True, True),
+        (["mlm"], False, False, True),
+    ],
+)
+def test_what_objectives_need(names, cacheable, teacher, masked):
+    needs = RequiredOutputs.of(dict.fromkeys(names, 1.0) | dict.fromkeys(set(OBJECTIVES) - set(names), 0.0))
+    assert (needs.cacheable, needs.teacher, needs.masked) == (cacheable, teacher, masked)
+
+
+@pytest.mark.parametrize("weights", [{"hiden": 1.0}, {"hidden": -1.0}, {"hidden": 0.0}, {}])
+def test_wrong_weights_are_refused(weights):
+    with pytest.raises(UserError):
+        check_objectives(weights)
