@@ -184,7 +184,7 @@ class Distill(Section):
     precision: Precision = "auto"
     compile: bool | None = Field(None, description="torch.compile; None: on a GPU")
     evaluations: int = Field(8, ge=1, description="held-out evaluations, evenly spaced, and one before the first step")
-    watched: int = Field(400, ge=10, description="held-out sentences of an evaluation at most")
+    heldout_sentences: int = Field(400, ge=10, description="held-out sentences of an evaluation at most")
     max_texts: int | None = Field(None, ge=50, description="use so many texts of the corpus at most")
 
 

@@ -4,19 +4,22 @@ import contextlib
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from safetensors import SafetensorError
 
 from kdlib.errors import UserError
 
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 SEAL = "made.json"  # in a folder: what its files should be
 CHUNK = 1 << 24  # bytes that are summed up at once
 _sums: dict[tuple[int, ...], int] = {}  # files that this process has read through, by identity, size and time of change
@@ -131,6 +134,29 @@ def flaw(folder: Path) -> str:
         except (OSError, ValueError, TypeError):
             return f"{name} cannot be read"
     return ""
+
+
+def is_whole(folder: Path, then: str) -> bool:
+    """Whether a sealed folder is there as it was written.
+
+    A damaged one is named in a warning that ends with `then`: what happens now, such as "the texts are tokenised again".
+    """
+    if not folder.is_dir():
+        return False
+    if wrong := flaw(folder):
+        log.warning("%s: %s; %s", folder, wrong, then)
+    return not wrong
+
+
+def read_or_none(file: Path, read: Callable[[Path], T], then: str) -> T | None:
+    """What `read` makes of a file; None where the file is absent or, with a warning that ends with `then`, damaged."""
+    try:
+        return read(file)
+    except Exception as error:  # readers raise a dozen kinds, and for all of them the file is rebuilt
+        if file.exists():
+            reason = str(error) if isinstance(error, UserError) else f"{file}: damaged ({type(error).__name__})"
+            log.warning("%s; %s", reason, then)
+        return None
 
 
 def checksum(file: Path) -> int:

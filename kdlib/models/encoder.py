@@ -22,7 +22,7 @@ from kdlib.progress import track
 @dataclass
 class Encoder:
     """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens; head: the
-    trained masked-language head, where the model has one; memory: of the texts it has read, where that is kept."""
+    trained masked-language head, where the model has one; vector_cache: of the texts it has read, where that is kept."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ class Encoder:
     max_length: int = 128
     bf16: bool = False
     head: MaskedHead | None = None
-    memory: VectorCache | None = None
+    vector_cache: VectorCache | None = None
 
     @property
     def layers(self) -> int:
@@ -120,10 +120,10 @@ def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None
                 out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
         return out
 
-    if encoder.memory is None:
+    if encoder.vector_cache is None:
         return pooled(range(len(encodings)), layers)
     shape = (encoder.layers + 1, encoder.hidden)
-    return encoder.memory.vectors([encoding.ids for encoding in encodings], layers, shape, pooled)
+    return encoder.vector_cache.vectors([encoding.ids for encoding in encodings], layers, shape, pooled)
 
 
 @torch.inference_mode()
@@ -154,11 +154,11 @@ def word_vectors(
                 out[target, k] = states[layer][lines, columns].float().cpu().numpy()
         return out
 
-    if encoder.memory is not None and layers == [encoder.layers]:
-        return encoder.memory.words(rows, starts, lambda some: states_of(some)[:, 0])[:, None], places
+    if encoder.vector_cache is not None and layers == [encoder.layers]:
+        return encoder.vector_cache.words(rows, starts, lambda some: states_of(some)[:, 0])[:, None], places
     out = states_of(range(len(rows)))
-    if encoder.memory is not None and layers[-1] == encoder.layers:
-        encoder.memory.keep_words(rows, starts, out[:, -1])
+    if encoder.vector_cache is not None and layers[-1] == encoder.layers:
+        encoder.vector_cache.keep_words(rows, starts, out[:, -1])
     return out, places
 
 

@@ -175,7 +175,7 @@ class Study:
     def _remembering(self, encoder: Encoder, ids: np.ndarray | None = None) -> Encoder:
         """The encoder, which from now on reads no text twice in this run; ids: as `Memory` has them."""
         key = body_key(encoder.model, self.bf16, encoder.token_types)
-        encoder.memory = VectorCache(self.run.path / "cache" / f"vectors-{key}", ids)
+        encoder.vector_cache = VectorCache(self.run.path / "cache" / f"vectors-{key}", ids)
         return encoder
 
     def _place(self, name: str, stage: str) -> Path:
@@ -438,7 +438,7 @@ class Study:
     @property
     def _watched(self) -> Sequence[str]:
         """The held-out sentences that trainings are watched with."""
-        return sentences(self.corpus.heldout)[: self.profile.distill.watched]
+        return sentences(self.corpus.heldout)[: self.profile.distill.heldout_sentences]
 
     def _prepared(self, train: Sequence[str]) -> tuple[TokenizedCorpus, TokenizedCorpus]:
         held = self._watched

@@ -30,7 +30,7 @@ def reads(monkeypatch):
 
 def remembering(folder, **changes):
     encoder = tiny.encoder(layers=2)
-    encoder.memory = VectorCache(folder, **changes)
+    encoder.vector_cache = VectorCache(folder, **changes)
     return encoder
 
 
@@ -58,7 +58,7 @@ def test_a_pruned_encoder_remembers_what_the_whole_one_read(tmp_path, reads):
     pruned.tokenizer = prune_tokenizer(pruned.tokenizer, ids)
     pruned.model = prune_model(pruned.model, whole.tokenizer, ids)
     assert body_key(pruned.model) == body_key(whole.model) != body_key(tiny.encoder(layers=1).model)
-    pruned.memory = VectorCache(tmp_path / "v", np.array(ids))
+    pruned.vector_cache = VectorCache(tmp_path / "v", np.array(ids))
     wanted = text_vectors(whole, TEXTS)
     assert np.array_equal(text_vectors(pruned, TEXTS), wanted) and reads == [3]
 
