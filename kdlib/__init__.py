@@ -1,4 +1,9 @@
-"""kdlib: from a massively multilingual transformer to a small single-language encoder, every step measured.
+"""TEMPORARY."""
 
-Start with the notebooks, or with `kdlib.study.Study`, which they call.
-"""
+
+def __getattr__(name):
+    if name == "Study":
+        from kdlib.study.study import Study
+
+        return Study
+    raise AttributeError(name)

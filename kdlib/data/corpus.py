@@ -46,7 +46,7 @@ class Corpus:
     temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
 
 
-def load_corpus(profile: config.Profile, cache_root: Path | None = None) -> Corpus:
+def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path | None = None) -> Corpus:
     """The profile's corpus, split by document. The split depends on the text alone, not on order or seed.
 
     It is read from the first of the corpus's source and its fallbacks that can be. With corpus.streaming it is the
@@ -56,20 +56,19 @@ def load_corpus(profile: config.Profile, cache_root: Path | None = None) -> Corp
     again as long as what it was read from stays as it is, or without one in a temporary folder.
     Raises UserError for sources that cannot be read, an empty text, or too few documents to hold any out.
     """
-    spec = profile.corpus
     if spec.source == "embedded":
-        if profile.language != "tgl":
+        if language != "tgl":
             raise UserError(
-                f"the embedded corpus is Tagalog (tgl); for language {profile.language!r} set corpus.source to a file"
+                f"the embedded corpus is Tagalog (tgl); for language {language!r} set corpus.source to a file"
             )
         documents = _embedded()
         corpus = _split_embedded(documents)
         if spec.max_documents and len(corpus.train) > spec.max_documents:
-            corpus.train = random.Random(profile.seed).sample(corpus.train, spec.max_documents)
+            corpus.train = random.Random(seed).sample(corpus.train, spec.max_documents)
         corpus.origin = _origin(corpus, spec.source, None, digest(d.sentences for d in documents))
         check_leaks(corpus)
     else:
-        corpus, passed_over = first_of(spec, lambda place: _load(place, profile.seed, cache_root), "corpus")
+        corpus, passed_over = first_of(spec, lambda place: _load(place, seed, cache_root), "corpus")
         corpus.origin = replace(corpus.origin, passed_over=passed_over)
     return corpus
 
@@ -315,3 +314,31 @@ def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document
                 yield Document(document.id, kept, document.meta)
 
     return Lazy(left) if isinstance(documents, Lazy) else list(left())
+
+
+def draw(texts, count, share, seed):
+    """TEMPORARY."""
+    if share == 1 and (count is None or count >= len(texts)):
+        return texts
+    chosen = np.random.default_rng(seed).permutation(len(texts))[:count]
+    chosen = chosen[: max(1, round(len(chosen) * share))]
+    wanted = np.zeros(len(texts), bool)
+    wanted[chosen] = True
+    some = Lazy(lambda: itertools.compress(texts, wanted), len(chosen))
+    return some if isinstance(texts, Lazy) else list(some)
+
+
+def load_parallel(spec, language, rows):
+    """TEMPORARY."""
+    from kdlib.data import sources
+
+    count = rows
+    if spec is None or language not in spec.languages:
+        return {}
+    rows = sources.embedded_rows("parallel") if spec.source == "embedded" else sources.read_rows(spec, spec.languages)
+    missing = [code for code in spec.languages if code not in rows]
+    if missing:
+        raise UserError(f"parallel.languages: no column {', '.join(missing)}; there are {', '.join(rows.columns)}")
+    whole = rows[spec.languages].map(lambda text: isinstance(text, str) and bool(text.strip())).all(axis=1)
+    rows = rows[whole][:count]
+    return {code: list(rows[code]) for code in spec.languages}

@@ -90,12 +90,12 @@ class Task:
         return found or {"none"}
 
 
-def load_tasks(profile: config.Profile, corpus: Corpus) -> list[Task]:
+def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
     """The profile's tasks, each checked for test rows that also stand in train, and the embedded ones for test
     sentences in the embedded corpus. (From a corpus of the user's own, `Study.texts` takes test sentences out.)"""
-    own = corpus.train if profile.corpus.source == "embedded" else []
+    own = corpus.train if corpus.origin.source == "embedded" else []
     distilled = {sentence for document in own for sentence in document.sentences}
-    loaded = [load_task(spec, corpus) for spec in profile.tasks]
+    loaded = [load_task(spec, corpus) for spec in specs]
     names = [task.name for task in loaded]
     if len(set(names)) < len(names):
         raise UserError(f"two tasks have the same name: {', '.join(names)}")
@@ -404,3 +404,13 @@ def check(task: Task, distilled: set[str]) -> None:
         )
         if task.kind != "tokens" and len(seen) < 2:
             raise UserError(f"task {task.name}: the {name} rows hold one class only; at least two are needed")
+
+
+def training_documents(corpus, tasks):
+    """TEMPORARY."""
+    from kdlib.data.corpus import without
+
+    def parts(text):
+        return (text,) if isinstance(text, str) else text if isinstance(text, tuple) else (" ".join(text),)
+
+    return without(corpus.train, {part for task in tasks for text in task.test.texts for part in parts(text)})

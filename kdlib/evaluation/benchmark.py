@@ -69,7 +69,7 @@ SETTINGS = {  # the keys of the profile's benchmark section that a trial's resul
 }
 
 
-def run(
+def run_trials(
     encoders: Mapping[str, Encoder | Callable[[], Encoder]],
     tasks: Sequence[Task],
     spec: config.Benchmark,
@@ -95,7 +95,7 @@ def run(
         load = functools.cache(given if callable(given) else lambda given=given: given)
         for task in tasks:
             attempt = None
-            for x, seed in itertools.product(sizes(task, spec) if method == "fewshot" else [None], spec.seeds):
+            for x, seed in itertools.product(fewshot_sizes(task, spec) if method == "fewshot" else [None], spec.seeds):
                 about = dict(model=name, task=task.name, method=method, x=x, seed=seed)
                 key = folder and fingerprint(keys[name], contents[task.name], method, settings, x, seed)
                 file, work = (folder / f"{key}.npz", folder / f"{key}-checkpoints") if folder else (None, None)
@@ -111,7 +111,7 @@ def run(
     return trials
 
 
-def sizes(task: Task, spec: config.Benchmark) -> list[int]:
+def fewshot_sizes(task: Task, spec: config.Benchmark) -> list[int]:
     """The examples per class that few-shot trials of a task take: spec.fewshot, where the largest class has so many;
     every larger size comes to all rows, which are taken once, under the number of the largest class."""
     largest = max(Counter(name for target in task.train.targets for name in task.classes(target)).values())
@@ -140,7 +140,7 @@ def load_metrics(file: Path) -> list[Metric] | None:
         return None
 
 
-def rows(trials: Sequence[Trial], spec: config.Benchmark) -> list[dict]:
+def trial_rows(trials: Sequence[Trial], spec: config.Benchmark) -> list[dict]:
     """Result rows of trials: `rows_of` every model, task and size, and where a model has all of its tasks at a size,
     their `average_row`."""
     runs: dict[tuple, dict[str, list[list[Metric]]]] = {}
@@ -152,13 +152,13 @@ def rows(trials: Sequence[Trial], spec: config.Benchmark) -> list[dict]:
     for (model, method, x), by_task in runs.items():
         labels = dict(model=model, method=method) | ({} if x is None else dict(x=x))
         for task, task_runs in by_task.items():
-            out += rows_of(task_runs, spec, task=task, **labels)
+            out += score_rows(task_runs, spec, task=task, **labels)
         if by_task.keys() == tasks[model, method]:
             out.append(average_row(by_task, spec, **labels))
     return out
 
 
-def rows_of(runs: Sequence[Sequence[Metric]], spec: config.Benchmark, **labels) -> list[dict]:
+def score_rows(runs: Sequence[Sequence[Metric]], spec: config.Benchmark, **labels) -> list[dict]:
     """Result rows: per seed the score with its interval over test items, and (seed empty) the mean over seeds with an
     interval over seeds and items together."""
     rows = []
@@ -192,4 +192,4 @@ def average_row(runs: dict[str, Sequence[Sequence[Metric]]], spec: config.Benchm
 
 def probe_runs(encoder: Encoder, task: Task, spec: config.Benchmark) -> list[list[Metric]]:
     """Linear probes of one encoder on one task, one list of metrics per seed."""
-    return [trial.metrics for trial in run({encoder.name: encoder}, [task], spec, "probe")]
+    return [trial.metrics for trial in run_trials({encoder.name: encoder}, [task], spec, "probe")]

@@ -37,7 +37,9 @@ MOST_LAYERS = 1000
 TIED_ROWS = 256  # rows of the output matrix that tell whether it is the embeddings: trained apart, all differ
 
 
-def load_teacher(spec: config.Teacher, device: torch.device | str = "cpu", bf16: bool = False) -> Encoder:
+def load_teacher(
+    spec: config.Teacher, device: torch.device | str = "cpu", bf16: bool = False, cache_root: Path | None = None
+) -> Encoder:
     """The teacher as an Encoder.
 
     spec.source: "embedded", a hub id, or a local folder of BERT, XLM-R, RoBERTa, DistilBERT or DeBERTa-v2 kind, with a
@@ -48,9 +50,9 @@ def load_teacher(spec: config.Teacher, device: torch.device | str = "cpu", bf16:
         source, name = embedded_teacher.folder(), embedded_teacher.NAME.split("/")[1]
     else:
         source, name = spec.source, Path(spec.source).name
-    encoder = load_encoder(source, name, prefix_of(spec), spec.max_length, spec.revision, spec.allow_pickle)
-    encoder.bf16 = bf16
-    return encoder.to(device)
+    return load_encoder(
+        source, name, prefix_of(spec), spec.max_length, spec.revision, spec.allow_pickle, device, bf16, cache_root
+    )
 
 
 def prefix_of(spec: config.Teacher) -> str:
@@ -67,6 +69,10 @@ def load_encoder(
     max_length: int = 128,
     revision: str | None = None,
     allow_pickle: bool = False,
+    device="cpu",
+    bf16=False,
+    cache_root=None,
+    kept_ids=None,
 ) -> Encoder:
     """Any Hugging Face folder or hub id as an Encoder in eval mode; weights from safetensors unless `allow_pickle`.
 
@@ -130,6 +136,14 @@ def load_encoder(
     limit = min(max_length, positions(model.config))
     encoder = Encoder(model.eval(), tokenizer, name, prefix, limit, head=head)
     _check(encoder, source, info["missing_keys"])
+    encoder.to(device)
+    encoder.bf16 = bf16
+    if cache_root:
+        from kdlib.models.vector_cache import VectorCache, body_key
+
+        encoder.vector_cache = VectorCache(
+            cache_root / f"vectors-{body_key(encoder.model, bf16, encoder.token_types)}", kept_ids
+        )
     return encoder
 
 

@@ -25,11 +25,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from kdlib import distributed, progress
+from kdlib.config import load_profile
+from kdlib.device import pick_device
 from kdlib.errors import UserError
 from kdlib.progress import clock
-from kdlib.study import arms as ablate
+from kdlib.study.arms import arms as check_arms
 from kdlib.study.kernel import ARGUMENTS, START_SECONDS, empty, kernel
 from kdlib.study.run import Run
+from kdlib.study.stage import contents
 from kdlib.study.study import NOTEBOOKS, STAGES, Study
 from kdlib.viz import figures
 
@@ -86,16 +89,16 @@ def run_study(
     console = console or Console()
     stages = wanted_stages(list(only), start)
     study = Study(out, profile, overrides)
-    study.tasks  # reads corpus and tasks: what is wrong with them is said now, not after the first stage
-    study.parallel
-    ablate.arms(study.profile, arms)
+    reports = study.graph.reports  # reads corpus, tasks and sentences: what is wrong with them is said now
+    check_arms(study.profile, arms)
     source = notebook_folder()
     target = study.run.folder("notebooks")
     begun = time.time()
     with study.run.lock(), nullcontext(shared) if shared else kernel() as shared:
         for stage in stages:
-            key, data = study.key(stage), study.data_of(stage)
-            if not only and not start and study.run.done(stage, key) and study.intact(stage):
+            report = reports[stage]
+            key, data = report.key, contents(report)
+            if not only and not start and study.run.done(stage, key) and report.intact():
                 console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
                 continue
             if changed := study.run.changed(stage, data):
@@ -119,9 +122,8 @@ def distill(out: Path, profile: str, overrides: list[str], console: Console | No
     Under torchrun or `accelerate launch` their processes do it together; the run folder has to be one that all of them
     see. Raises UserError for bad input.
     """
+    distributed.join(pick_device(load_profile(profile, overrides).device))
     study = Study(out, profile, overrides)
-    distributed.join(study.device)
-    study.bf16 = distributed.broadcast(study.bf16)  # may have been measured
     with study.run.lock() if distributed.rank() == 0 else nullcontext():
         _, curve, facts = study.distill()
     if distributed.rank() == 0:

@@ -1,0 +1,277 @@
+"""The plan of a study: which stage depends on what. Only this module sees a whole profile; stages see parts of it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kdlib import config
+from kdlib.data.corpus import Corpus, draw, load_corpus, load_parallel, sentences, windows
+from kdlib.data.lazy import Document
+from kdlib.data.sources import digest
+from kdlib.data.tasks import Task, load_tasks, origins, training_documents
+from kdlib.distillation.objectives import check_objectives
+from kdlib.files import fingerprint, write_json
+from kdlib.models.encoder import Encoder
+from kdlib.models.loading import load_teacher, prefix_of
+from kdlib.models.safetensors_files import weights_fingerprint
+from kdlib.study.arms import Arm, arms, students
+from kdlib.study.model_card import CardFacts
+from kdlib.study.reports import (
+    AblationReport,
+    BenchmarkReport,
+    BenchmarkSettings,
+    ClozeSettings,
+    ConditionReport,
+    DistillReport,
+    FigureReport,
+    NoSettings,
+    ProbeReport,
+    ProbeSettings,
+    PruneReport,
+    PruneReportSettings,
+)
+from kdlib.study.stage import Context, Derived, Keyed, Report, Source
+from kdlib.study.stages import (
+    ArmScores,
+    Condition,
+    ConditionSettings,
+    Distill,
+    DistillSettings,
+    Prune,
+    PruneSettings,
+    Reference,
+    ScoreSettings,
+    start_name,
+)
+
+PROBES = ("seeds", "probe_share", "probe_rows", "probe_test_rows", "bootstrap")  # of the benchmark's settings
+
+
+class Graph:
+    """The stages of one profile. Equal stages of several graphs of a context are one object.
+
+    Args:
+        profile: the study's, or an arm's.
+        context: of the run.
+        links: whether people find this graph's models under `vocabulary`, `conditioned` and `student`.
+        student: the name of the link to the student; "" for none.
+    """
+
+    def __init__(self, profile: config.Profile, context: Context, links: bool = False, student: str = ""):
+        self.profile, self.context, self.links, self.link = profile, context, links, student
+
+    def check(self) -> None:
+        """Raises UserError where a parameter of the study, of an arm or of another student makes no sense."""
+        graded = [self.profile, *(arm.profile for arm in arms(self.profile)), *students(self.profile).values()]
+        for profile in graded:
+            check_objectives(profile.distill.objectives)
+
+    # -- what is read
+
+    @cached_property
+    def corpus(self) -> Source[Corpus]:
+        """The corpus, split into training, held-out and test documents."""
+        spec, language, seed = self.profile.corpus, self.profile.language, self.profile.seed
+        settings = [spec.model_dump(), language, seed]
+        return self.context.source(
+            "corpus",
+            settings,
+            lambda: load_corpus(spec, language, seed, self.context.cache),
+            lambda source: source.value.origin.sha256,
+        )
+
+    @cached_property
+    def tasks(self) -> Source[list[Task]]:
+        """All tasks of the profile. What was read is written to `sources.json`."""
+        flags = {"probe", "finetune", "fewshot", "ablate"}
+
+        def read() -> list[Task]:
+            corpus = self.corpus.get()
+            tasks = load_tasks(self.profile.tasks, corpus)
+            write_json(self.context.path / "sources.json", origins(corpus, tasks))
+            return tasks
+
+        return self.context.source(
+            "tasks", [[spec.model_dump(exclude=flags) for spec in self.profile.tasks], self.corpus.settings], read,
+            lambda source: fingerprint({task.name: task.origin.sha256 for task in source.value}),
+        )  # fmt: skip
+
+    @cached_property
+    def parallel(self) -> Source[dict[str, list[str]]]:
+        """The parallel sentences by language; none where the study's language is not among them."""
+        spec, language, rows = self.profile.parallel, self.profile.language, self.profile.probe.languages_rows
+        settings = [spec and spec.model_dump(), language, rows]
+        return self.context.source(
+            "parallel",
+            settings,
+            lambda: load_parallel(spec, language, rows),
+            lambda source: digest(source.value.items()),
+        )
+
+    @cached_property
+    def teacher(self) -> Source[Encoder]:
+        """The teacher."""
+        return self._encoder("teacher", self.profile.teacher, remembers=True)
+
+    def _encoder(self, kind: str, spec: config.Teacher, remembers: bool = False) -> Source[Encoder]:
+        """A model that is read; its key holds the weights of a local folder, which may change under its name."""
+        cache, bf16 = self.context.cache if remembers else None, self.context.bf16
+        folder = Path(spec.source).expanduser()
+        return self.context.source(
+            kind, spec.model_dump(), lambda: load_teacher(spec, self.context.device, bf16(), cache),
+            lambda _: weights_fingerprint(folder) if folder.is_dir() else "",
+        )  # fmt: skip
+
+    @cached_property
+    def training(self) -> Source[Sequence[Document]]:
+        """The training documents, without what the tasks are tested on."""
+        return self.context.source(
+            "training", [], lambda: training_documents(self.corpus.get(), self.tasks.get()),
+            lambda source: digest(document.sentences for document in source.value),
+            also=[self.corpus.key, self.tasks.key],
+        )  # fmt: skip
+
+    def texts(self, *counts: int | None, share: float = 1.0) -> Derived[Sequence[str]]:
+        """Windows of the training documents, at most so many, drawn one count after the other; and of those a share."""
+        lengths, seed = self.profile.distill.windows, self.profile.seed
+
+        def make() -> Sequence[str]:
+            found = windows(self.training.get(), lengths)
+            for count in counts[:-1]:
+                found = draw(found, count, 1.0, seed)
+            return draw(found, counts[-1], share, seed)
+
+        return Derived("texts", [lengths, counts, share, seed], make, training=self.training)
+
+    @cached_property
+    def heldout(self) -> Derived[Sequence[str]]:
+        """The held-out sentences that evaluations during training use."""
+        count = self.profile.distill.heldout_sentences
+        return Derived("heldout", count, lambda: sentences(self.corpus.get().heldout)[:count], corpus=self.corpus)
+
+    # -- what is computed
+
+    @cached_property
+    def prune(self) -> Prune:
+        """The pruned teacher."""
+        spec, profile = self.profile.vocabulary, self.profile
+        settings = PruneSettings(vocabulary=spec, language=profile.language, teacher=profile.teacher)
+        link = "vocabulary" if self.links else ""
+        return self.context.stage(Prune(self.context, settings, link, teacher=self.teacher, corpus=self.corpus))
+
+    @cached_property
+    def condition(self) -> Condition:
+        """The conditioned teacher."""
+        profile = self.profile
+        settings = ConditionSettings(
+            condition=profile.condition.model_copy(update={"use": False}), precision=profile.distill.precision,
+            device=profile.device, seed=profile.seed, teacher=profile.teacher,
+        )  # fmt: skip
+        texts = self.texts(profile.condition.max_texts)
+        return self.context.stage(
+            Condition(
+                self.context, settings, "conditioned" if self.links else "", pruned=self.prune, texts=texts,
+                heldout=self.heldout,
+            )
+        )  # fmt: skip
+
+    @cached_property
+    def distill(self) -> Distill:
+        """The student."""
+        profile, spec = self.profile, self.profile.distill
+        settings = DistillSettings(
+            student=profile.student, distill=spec, device=profile.device, seed=profile.seed, teacher=profile.teacher,
+            card=card_facts(profile),
+        )  # fmt: skip
+        source = self.condition if profile.condition.use else self.prune
+        texts = self.texts(spec.max_texts, share=spec.fraction)
+        return self.context.stage(
+            Distill(
+                self.context, settings, self.link, source=source, corpus=self.corpus, texts=texts, heldout=self.heldout
+            )
+        )
+
+    def student(self) -> Keyed[Encoder]:
+        """The student's encoder."""
+        return Derived("encoder", [], lambda: self.distill.get().encoder, student=self.distill)
+
+    def start(self, init: config.Init | None = None) -> Keyed[Encoder]:
+        """The student before distillation."""
+        return Derived(start_name(init), [init], lambda: self.distill.start(init), student=self.distill)
+
+    # -- what is reported
+
+    @cached_property
+    def others(self) -> dict[str, "Graph"]:
+        """The graphs of the profile's other students, by name."""
+        found = students(self.profile)
+        return {name: Graph(profile, self.context, student=f"students/{name}") for name, profile in found.items()}
+
+    @cached_property
+    def models(self) -> dict[str, Keyed[Encoder]]:
+        """The models that the benchmark compares, by the name that results show; each is made when it is needed."""
+        found: dict[str, Keyed[Encoder]] = {"teacher": self.teacher, "pruned teacher": self.prune}
+        if self.profile.condition.use:
+            found["conditioned teacher"] = Derived(
+                "encoder", [], lambda: self.condition.get().encoder, conditioned=self.condition
+            )
+        found |= {"student": self.student(), "no distillation": self.start(), "from scratch": self.start("random")}
+        found |= {name: graph.student() for name, graph in self.others.items()}
+        return found | {name: self._encoder("baseline", spec) for name, spec in self.profile.baselines.items()}
+
+    def named(self, flag: str) -> list[str]:
+        """The tasks the profile wants for a method; for "probe" and "ablate" all tasks where it wants none."""
+        wanted = [spec.name for spec in self.profile.tasks if getattr(spec, flag)]
+        return wanted or ([spec.name for spec in self.profile.tasks] if flag in ("probe", "ablate") else [])
+
+    @cached_property
+    def grid(self) -> list[tuple[Arm, ArmScores]]:
+        """The ablation grid, each arm with its scores."""
+        return [(arm, self._arm(Graph(arm.profile, self.context))) for arm in arms(self.profile)]
+
+    def _arm(self, graph: "Graph") -> ArmScores:
+        texts = graph.texts(graph.profile.distill.max_texts, self.profile.ablations.max_texts)
+        more = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        return self.context.stage(
+            ArmScores(self.context, self._scores(), student=graph.distill, arm_texts=texts, **more)
+        )
+
+    def _scores(self) -> ScoreSettings:
+        probes = config.Benchmark(**{name: getattr(self.profile.benchmark, name) for name in PROBES})
+        return ScoreSettings(probes=probes, tasks=self.named("ablate"), precision=self.profile.distill.precision)
+
+    def _reference(self, model: Keyed[Encoder]) -> Reference:
+        more = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        return self.context.stage(Reference(self.context, self._scores(), model=model, **more))
+
+    @cached_property
+    def reports(self) -> dict[str, Report[Any]]:
+        """The reports by the name of their stage, in the order of the notebooks."""
+        profile, context, precision = self.profile, self.context, self.profile.distill.precision
+        read = dict(teacher=self.teacher, corpus=self.corpus, parallel=self.parallel)
+        probe = ProbeSettings(probe=profile.probe, language=profile.language, seed=profile.seed, precision=precision)
+        cloze = ClozeSettings(cloze_sentences=profile.probe.cloze_sentences, precision=precision)
+        methods = {method: self.named(method) for method in ("probe", "finetune", "fewshot")}
+        benchmark = BenchmarkSettings(benchmark=profile.benchmark, tasks=methods, precision=precision)
+        references = {"teacher": self._reference(self.prune), "no distillation": self._reference(self.start())}
+        found: list[Report[Any]] = [
+            ProbeReport(context, probe, tasks=self.tasks, **read),
+            PruneReport(context, PruneReportSettings(language=profile.language), pruned=self.prune, **read),
+            ConditionReport(context, cloze, pruned=self.prune, conditioned=self.condition, corpus=self.corpus),
+            DistillReport(context, NoSettings(), student=self.distill, heldout=self.heldout),
+            BenchmarkReport(context, benchmark, self.models, tasks=self.tasks, corpus=self.corpus),
+            AblationReport(context, self.grid, references),
+        ]
+        reports = {report.name: report for report in found}
+        return reports | {"figures": FigureReport(context, NoSettings(), **reports)}
+
+
+def card_facts(profile: config.Profile) -> CardFacts:
+    """What a student's model card says of how it was made."""
+    return CardFacts(
+        language=profile.language, teacher=profile.teacher.source, prefix=prefix_of(profile.teacher),
+        max_length=profile.teacher.max_length, corpus=profile.corpus.source,
+        characters=profile.vocabulary.characters, layers=profile.student.layers, init=profile.student.init,
+        epochs=profile.distill.epochs, objectives=list(profile.distill.objectives),
+    )  # fmt: skip

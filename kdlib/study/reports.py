@@ -1,0 +1,300 @@
+"""The reports: rows of results, a class for each notebook that records some."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from kdlib import config
+from kdlib.data.corpus import Corpus, sentences
+from kdlib.data.tasks import Task
+from kdlib.evaluation.benchmark import Trial, run_trials
+from kdlib.evaluation.cloze import mlm_rows
+from kdlib.evaluation.paired_tests import paired_rows
+from kdlib.evaluation.probing import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
+from kdlib.evaluation.speed import size_rows, speed_rows
+from kdlib.models.encoder import Encoder, text_vectors
+from kdlib.models.tokenizer_files import token_list
+from kdlib.pruning.selection import count_tokens, coverage_curve, main_script
+from kdlib.pruning.verify import verify
+from kdlib.study.arms import Arm
+from kdlib.study.stage import Context, Keyed, Report, Settings, Source, Watch
+from kdlib.study.stages import ArmScores, Condition, Distill, Prune, Reference, trial_key
+
+Parallel = Source[dict[str, list[str]]]
+
+
+class ProbeSettings(Settings):
+    """What probing the teacher depends on."""
+
+    probe: config.Probe
+    language: str
+    seed: int
+    precision: config.Precision
+
+
+class ProbeReport(Report[ProbeSettings]):
+    """What the teacher knows of the language (notebook 01)."""
+
+    name = "probe"
+    teacher: Source[Encoder]
+    corpus: Source[Corpus]
+    parallel: Parallel
+    tasks: Source[list[Task]]
+
+    def segmentation_rows(self) -> list[dict]:
+        """Fertility, unknown tokens and split words of the teacher's tokenizer, per language.
+
+        Without parallel sentences in the language, the held-out text is used, and there is one language.
+        """
+        parallel, language = self.parallel.get(), self.settings.language
+        texts = parallel or {language: sentences(self.corpus.get().heldout)}
+        return [
+            dict(
+                model="teacher", language=code, metric=metric, value=value, n=len(lines),
+                method="parallel" if parallel else "heldout",
+            )
+            for code, lines in texts.items()
+            for metric, value in segmentation(self.teacher.get().tokenizer, lines).items()
+        ]  # fmt: skip
+
+    def usage_rows(self) -> list[dict]:
+        """How much of the teacher's vocabulary the corpus uses."""
+        counts = count_tokens(self.teacher.get().tokenizer, sentences(self.corpus.get().train))
+        used, row = int((counts > 0).sum()), dict(model="teacher", n=int(counts.sum()))
+        shares = {"vocabulary_used": used, "vocabulary_share": used / len(counts)}
+        return [row | dict(metric=metric, value=value) for metric, value in shares.items()]
+
+    def layer_probe_rows(self) -> list[dict]:
+        """A linear probe at every layer, on every task."""
+        spec, teacher = self.settings.probe, self.teacher.get()
+        found = (layer_probe(teacher, t, spec.train_rows, spec.test_rows, self.settings.seed) for t in self.tasks.get())
+        return [row for rows in found for row in rows]
+
+    def retrieval_rows(self) -> list[dict]:
+        """Translation retrieval at every layer; none without parallel sentences in the language and another one."""
+        parallel, language = self.parallel.get(), self.settings.language
+        usable = language in parallel and len(parallel) > 1
+        return retrieval_rows(self.teacher.get(), parallel, language) if usable else []
+
+    def cka_rows(self) -> list[dict]:
+        """Linear CKA between all layers."""
+        held = sentences(self.corpus.get().heldout)[: self.settings.probe.cka_sentences]
+        return cka_rows(self.teacher.get(), held)
+
+    def cloze_rows(self) -> list[dict]:
+        """Pseudo-perplexity and cloze accuracy; none for a teacher without a masked-language head."""
+        teacher, held = self.teacher.get(), sentences(self.corpus.get().heldout)
+        return mlm_rows(teacher, held, "teacher", self.settings.probe.cloze_sentences) if teacher.head else []
+
+
+class PruneReportSettings(Settings):
+    """What the report of pruning depends on."""
+
+    language: str
+
+
+class PruneReport(Report[PruneReportSettings]):
+    """What pruning keeps, drops and costs (notebook 02)."""
+
+    name = "prune"
+    makes = "pruned"
+    pruned: Prune
+    teacher: Source[Encoder]
+    corpus: Source[Corpus]
+    parallel: Parallel
+
+    def verify(self, texts: list[str] | None = None, states_of: int = 100) -> pd.DataFrame:
+        """Check that pruning changed nothing, on these texts (default: the training text); see `pruning.verify`."""
+        texts = sentences(self.corpus.get().train) if texts is None else texts
+        return verify(self.teacher.get(), self.pruned.get(), self.pruned.kept_ids(), texts, states_of)
+
+    def rows(self) -> list[dict]:
+        """Sizes, tokens and unknown tokens before and after; what is kept by script and reason; coverage by size."""
+        full, pruned, chosen = self.teacher.get(), self.pruned.get(), self.pruned.selection
+        corpus, parallel, language = self.corpus.get(), self.parallel.get(), self.settings.language
+        texts = {"corpus": sentences(corpus.train), "heldout": sentences(corpus.heldout)}
+        if language in parallel:
+            texts["parallel"] = parallel[language]
+        rows = size_rows(full, "teacher") + size_rows(pruned, "pruned teacher")
+        for name, encoder in (("teacher", full), ("pruned teacher", pruned)):
+            for method, lines in texts.items():
+                facts = segmentation(encoder.tokenizer, lines)
+                rows += [
+                    dict(model=name, metric=metric, method=method, value=facts[metric], n=len(lines))
+                    for metric in ("fertility", "unknown_rate")
+                ]
+        tokens, kept = token_list(full.tokenizer), set(chosen.ids)
+        scripts = pd.DataFrame(
+            {"script": [main_script(token) for token in tokens], "kept": [i in kept for i in range(len(tokens))]}
+        )
+        shared = dict(model="pruned teacher")
+        for (script, keep), count in scripts.value_counts().items():
+            rows.append(shared | dict(metric="rows_kept" if keep else "rows_cut", arm=script, value=count))
+        for reason, count in pd.Series(chosen.reason).value_counts().items():
+            rows.append(shared | dict(metric="rows_reason", arm=reason, value=count))
+        held = count_tokens(full.tokenizer, texts["heldout"])
+        for method, counts in (("corpus", chosen.counts), ("heldout", held)):
+            shared |= dict(metric="coverage", method=method, n=int(counts.sum()))
+            rows += [shared | dict(x=size, value=share) for size, share in coverage_curve(chosen, counts)]
+        return rows
+
+
+class ClozeSettings(Settings):
+    """What the report of conditioning depends on."""
+
+    cloze_sentences: int
+    precision: config.Precision
+
+
+class ConditionReport(Report[ClozeSettings]):
+    """What conditioning changed (notebook 02b)."""
+
+    name = "condition"
+    makes = "conditioned"
+    pruned: Prune
+    conditioned: Condition
+    corpus: Source[Corpus]
+
+    def rows(self) -> list[dict]:
+        """The curve and the facts of the training."""
+        trained, shared = self.conditioned.get(), dict(model="conditioned teacher")
+        rows = [
+            shared
+            | dict(metric="perplexity", method=p["split"], x=p["seconds"], n=int(p["step"]))
+            | {key: p[name] for key, name in (("value", "perplexity"), ("low", "low"), ("high", "high")) if name in p}
+            for p in trained.curve.to_dict("records")
+        ]
+        return rows + [shared | dict(metric=name, value=float(value)) for name, value in trained.facts.items()]
+
+    def cloze_rows(self) -> list[dict]:
+        """Pseudo-perplexity and cloze accuracy, before (where the teacher has a head) and after conditioning."""
+        texts, before = sentences(self.corpus.get().heldout), self.pruned.get()
+        encoders = [*([before] if before.head is not None else []), self.conditioned.get().encoder]
+        return [row for e in encoders for row in mlm_rows(e, texts, e.name, self.settings.cloze_sentences)]
+
+
+class NoSettings(Settings):
+    """Everything that the report depends on is in its inputs."""
+
+
+class DistillReport(Report[NoSettings]):
+    """How the distillation went (notebook 03)."""
+
+    name = "distill"
+    makes = "student"
+    student: Distill
+    heldout: Keyed[Sequence[str]]
+
+    def rows(self) -> list[dict]:
+        """The curve and the facts of the training, and the similarity to the teacher before and after."""
+        student, curve, facts = self.student.get()
+        losses = [column for column in curve if column not in ("split", "step", "seconds")]
+        rows = [
+            dict(metric=metric, method=point["split"], x=point["seconds"], n=int(point["step"]), value=point[metric])
+            for point in curve.to_dict("records")
+            for metric in losses
+        ]
+        rows = [dict(model="student") | row for row in rows + [dict(metric=m, value=v) for m, v in facts.items()]]
+        held = self.heldout.get()
+        target = text_vectors(self.student.teacher, held)[:, 0]
+        for encoder in (self.student.start(), student):
+            value = similarity(text_vectors(encoder, held)[:, 0], target)
+            rows.append(dict(model=encoder.name, metric="similarity", method="heldout", value=value, n=len(held)))
+        return rows
+
+
+class BenchmarkSettings(Settings):
+    """What the benchmark depends on. tasks: by method ("probe", "finetune", "fewshot"), the names of its tasks."""
+
+    benchmark: config.Benchmark
+    tasks: dict[str, list[str]]
+    precision: config.Precision
+
+
+# Models that a method leaves out: the pruned teacher computes what the teacher computes; few-shot curves show no model
+# that was not distilled.
+LEFT_OUT = {
+    "probe": (),
+    "finetune": ("pruned teacher",),
+    "fewshot": ("pruned teacher", "no distillation", "from scratch"),
+}
+AS_FAST = ("conditioned teacher", "no distillation", "from scratch")  # as the pruned teacher, and as the student
+
+
+class BenchmarkReport(Report[BenchmarkSettings]):
+    """The student beside its teacher and others (notebook 04). models: by the name that results show."""
+
+    name = "benchmark"
+    tasks: Source[list[Task]]
+    corpus: Source[Corpus]
+
+    def __init__(
+        self, context: Context, settings: BenchmarkSettings, models: Mapping[str, Keyed[Encoder]], **read: Any
+    ):
+        super().__init__(context, settings, **read)
+        self.inputs |= {f"model {name}": model for name, model in models.items()}
+        self.models = models
+
+    def trials(self, method: str) -> list[Trial]:
+        """Every model on every task with every seed; each trial is kept in `benchmark/` as soon as it is done.
+
+        Args:
+            method: "probe" (linear probe), "finetune" or "fewshot" (fine-tuning on a few rows per class).
+        """
+        models = {name: model for name, model in self.models.items() if name not in LEFT_OUT[method]}
+        keys = {name: trial_key(self.context, name, model) for name, model in models.items()}
+        tasks = [task for task in self.tasks.get() if task.name in self.settings.tasks[method]]
+        encoders = {name: model.get for name, model in models.items()}
+        return run_trials(encoders, tasks, self.settings.benchmark, method, self.context.path / "benchmark", keys)
+
+    def paired_rows(self, trials: Sequence[Trial]) -> list[dict]:
+        """The student against every other model, tested on the same seeds and items."""
+        spec, others = self.settings.benchmark, [name for name in self.models if name != "student"]
+        rows = paired_rows(trials, [("student", name) for name in others], spec)
+        return [*rows, dict(model="student", metric="margin", value=spec.margin)]
+
+    def efficiency_rows(self) -> list[dict]:
+        """Sizes of all models, speeds of those that differ in speed."""
+        encoders = {name: model.get() for name, model in self.models.items()}
+        rows = [row for name, encoder in encoders.items() for row in size_rows(encoder, name)]
+        timed = {name: encoder for name, encoder in encoders.items() if name not in AS_FAST}
+        texts = sentences(self.corpus.get().heldout)[:1000]
+        return rows + speed_rows(timed, texts, self.settings.benchmark.latency_runs)
+
+
+class AblationReport(Report[NoSettings]):
+    """The ablations (notebook 05). arms: the grid, each arm with what scores it; references: by name."""
+
+    name = "ablations"
+
+    def __init__(self, context: Context, arms: Sequence[tuple[Arm, ArmScores]], references: Mapping[str, Reference]):
+        super().__init__(context, NoSettings())
+        self.inputs |= {f"{arm.family}/{arm.name}": scores for arm, scores in arms} | dict(references)
+        self.arms, self.references = arms, references
+
+    def rows(self, wanted: Sequence[str] = (), on_arm: Callable[[Arm, list[dict]], None] | None = None) -> list[dict]:
+        """Every arm distilled and scored, and the teacher and the undistilled student for reference.
+
+        Args:
+            wanted: run only these arms, "family" or "family/arm"; of the others, the finished ones are shown.
+            on_arm: called with each arm and its rows.
+        """
+        rows = [
+            row | dict(model=name, method="reference") for name, stage in self.references.items() for row in stage.get()
+        ]
+        for arm, stage in self.arms:
+            if wanted and not {arm.family, f"{arm.family}/{arm.name}"} & set(wanted) and not stage.intact():
+                continue
+            made = stage.get(Watch(label=f"arm {arm.family} {arm.name}"))
+            made = [row | dict(model="student", method=arm.family, arm=arm.name, x=arm.x) for row in made]
+            rows += made
+            if on_arm:
+                on_arm(arm, made)
+        return rows
+
+
+class FigureReport(Report[NoSettings]):
+    """The figures (notebook 06): out of date as soon as any other report is."""
+
+    name = "figures"

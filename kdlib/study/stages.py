@@ -1,0 +1,320 @@
+"""The stages that leave a model, and the arms of the ablations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from kdlib import config, distributed
+from kdlib.data.corpus import Corpus, sentences
+from kdlib.data.tasks import Task
+from kdlib.distillation.conditioning import condition
+from kdlib.distillation.distill import Outcome, TokenizedCorpus, distill, prepare, training_size
+from kdlib.distillation.student_init import build_student, layer_map
+from kdlib.errors import UserError
+from kdlib.evaluation.benchmark import average_row, run_trials, score_rows
+from kdlib.evaluation.probing import similarity
+from kdlib.files import fingerprint, read_json, read_table, write_json
+from kdlib.models import embedded_teacher
+from kdlib.models.encoder import Encoder, text_vectors
+from kdlib.models.loading import prefix_of
+from kdlib.models.safetensors_files import weights_folder
+from kdlib.pruning.model import prune_encoder
+from kdlib.pruning.selection import Selection, keep_all, select_tokens, word_list
+from kdlib.study.model_card import CardFacts, write_card
+from kdlib.study.stage import Context, Keyed, Settings, Source, Stage, Watch
+
+CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
+SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
+
+
+class Trained(NamedTuple):
+    """A trained encoder, the curve of its training, and the training's sizes and speeds."""
+
+    encoder: Encoder
+    curve: pd.DataFrame
+    facts: dict[str, Any]
+
+
+def in_precision(encoder: Encoder, bf16: bool) -> Encoder:
+    """The same model, read in this precision; vectors that were cached in the other one are left aside."""
+    return encoder if encoder.bf16 == bf16 else replace(encoder, bf16=bf16, vector_cache=None)
+
+
+class PruneSettings(Settings):
+    """What pruning depends on."""
+
+    vocabulary: config.Vocabulary
+    language: str
+    teacher: config.Teacher
+
+
+class Prune(Stage[PruneSettings, Encoder]):
+    """The teacher with the pruned vocabulary."""
+
+    name = "vocabulary"
+    teacher: Source[Encoder]
+    corpus: Source[Corpus]
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The tokens to keep, and why."""
+        spec, tokenizer = self.settings.vocabulary, self.teacher.get().tokenizer
+        texts = sentences(self.corpus.get().train)
+        if not spec.prune:
+            return keep_all(tokenizer, texts)
+        words = word_list(self.settings.language) if spec.wordlist else []
+        prefix = prefix_of(self.settings.teacher)
+        return select_tokens(tokenizer, texts, words, [prefix] if prefix else [], spec.characters, spec.max_rows)
+
+    def make(self, folder: Path, watch: Watch) -> None:
+        """Prune the teacher, from its files where they hold its weights."""
+        ids, spec = self.selection.ids, self.settings.teacher
+        stored = embedded_teacher.folder() if spec.source == "embedded" else weights_folder(spec.source, spec.revision)
+        prune_encoder(self.teacher.get(), ids, folder, stored)
+        np.save(folder / "kept_ids.npy", np.array(ids))
+
+    def load(self, folder: Path) -> Encoder:
+        """The pruned teacher; it shares its vector cache with the teacher."""
+        return self.context.load_encoder(
+            folder, "pruned teacher", self.settings.teacher, kept_ids=self.kept_ids(folder), remembers=True
+        )
+
+    def kept_ids(self, folder: Path | None = None) -> np.ndarray:
+        """The teacher's id of each kept token: int [rows]."""
+        return np.load((folder or self.folder) / "kept_ids.npy")
+
+
+class ConditionSettings(Settings):
+    """What conditioning depends on."""
+
+    condition: config.Condition
+    precision: config.Precision
+    device: str
+    seed: int
+    teacher: config.Teacher
+
+
+class Condition(Stage[ConditionSettings, Trained]):
+    """The pruned teacher, trained further on the language."""
+
+    name = "conditioned"
+    pruned: Prune
+    texts: Keyed[Sequence[str]]
+    heldout: Keyed[Sequence[str]]
+
+    def make(self, folder: Path, watch: Watch) -> None:
+        """Train, from the last checkpoint where there is one."""
+        if distributed.world_size() > 1:
+            raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
+        spec, bf16 = self.settings, self.context.bf16(self.settings.precision)
+        outcome = condition(
+            in_precision(self.pruned.get(), bf16), self.texts.get(), self.heldout.get(), spec.condition, self.work,
+            spec.seed, watch.label or "conditioning the teacher", watch.on_point, self.context.cache,
+        )  # fmt: skip
+        outcome.encoder.save(folder)
+        write_training(folder, outcome.curve, outcome.facts)
+
+    def load(self, folder: Path) -> Trained:
+        """The conditioned teacher with its training."""
+        bf16 = self.context.bf16(self.settings.precision)
+        encoder = self.context.load_encoder(folder, "conditioned teacher", self.settings.teacher, bf16)
+        return Trained(encoder, *read_training(folder))
+
+
+class DistillSettings(Settings):
+    """What distillation depends on. card: what the student's model card says of it."""
+
+    student: config.Student
+    distill: config.Distill
+    device: str
+    seed: int
+    teacher: config.Teacher
+    card: CardFacts
+
+
+class Distill(Stage[DistillSettings, Trained]):
+    """The student, distilled from the pruned or the conditioned teacher."""
+
+    name = "student"
+    source: Prune | Condition
+    corpus: Source[Corpus]
+    texts: Keyed[Sequence[str]]
+    heldout: Keyed[Sequence[str]]
+
+    @property
+    def bf16(self) -> bool:
+        """Whether this distillation computes in bfloat16."""
+        return self.context.bf16(self.settings.distill.precision)
+
+    @property
+    def teacher(self) -> Encoder:
+        """The encoder that the student learns from."""
+        found = self.source.get()
+        return in_precision(found.encoder if isinstance(found, Trained) else found, self.bf16)
+
+    @property
+    def copied_layers(self) -> list[int]:
+        """The teacher layers that the student starts from, 1 = first; none for a random start."""
+        spec = self.settings.student
+        return [] if spec.init == "random" else layer_map(spec.init, spec.layers, self.teacher.layers)
+
+    @property
+    def compared_layers(self) -> list[int]:
+        """The teacher layer that each student layer is compared with, 1 = first."""
+        return layer_map("alternate", self.settings.student.layers, self.teacher.layers)
+
+    def start(self, init: config.Init | None = None) -> Encoder:
+        """The student before distillation, with another start where `init` is given."""
+        spec = self.settings.student if init is None else self.settings.student.model_copy(update={"init": init})
+        sample = [encoding.ids for encoding in self.teacher.tokenize(sentences(self.corpus.get().train)[:SAMPLE])]
+        model = build_student(self.teacher.model, spec, self.settings.seed, sample).to(self.context.device)
+        return replace(self.teacher, model=model, name=start_name(init), head=None, vector_cache=None)
+
+    def prepare(self, texts: Sequence[str]) -> TokenizedCorpus:
+        """Texts as tokens, with the states of the teacher that the student is compared with."""
+        return prepare(self.teacher, texts, self.settings.distill, self.context.cache, self.settings.student.layers)
+
+    @cached_property
+    def training_sets(self) -> tuple[TokenizedCorpus, TokenizedCorpus]:
+        """The training texts and the held-out sentences, prepared."""
+        with distributed.main_process_first():
+            return self.prepare(self.texts.get()), self.prepare(self.heldout.get())
+
+    @property
+    def training_size(self) -> tuple[int, int]:
+        """Steps and tokens of the training."""
+        return training_size(self.training_sets[0], self.settings.distill, self.settings.seed)
+
+    def train(self, train: TokenizedCorpus, heldout: TokenizedCorpus, work: Path, watch: Watch) -> Outcome:
+        """Distil on `train`, from the last checkpoint under `work` where there is one."""
+        spec, start = self.settings.distill, self.start().model
+        if self.settings.student.init == "random" or start.config.hidden_size != self.teacher.hidden:
+            spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
+        return distill(
+            self.teacher, start, train, heldout, spec, work, self.settings.seed, watch.label or "distilling the student",
+            watch.on_point, watch.should_stop,
+        )  # fmt: skip
+
+    def make(self, folder: Path, watch: Watch) -> None:
+        """Train, and write the student."""
+        outcome = self.train(*self.training_sets, self.work, watch)
+        if distributed.rank() == 0:
+            made = replace(self.teacher, model=outcome.student, name="student", head=outcome.head, vector_cache=None)
+            made.save(folder)
+            write_training(folder, outcome.curve, outcome.facts)
+
+    def add_unsealed(self, folder: Path) -> None:
+        """Write the model card; the benchmark's numbers are added when they are known."""
+        write_card(folder, self.settings.card, self.context.path)
+
+    def load(self, folder: Path) -> Trained:
+        """The student with its training."""
+        encoder = self.context.load_encoder(folder, "student", self.settings.teacher, self.bf16, remembers=True)
+        return Trained(encoder, *read_training(folder))
+
+
+def start_name(init: config.Init | None) -> str:
+    """What results call a student that was not distilled."""
+    return "from scratch" if init == "random" else "no distillation"
+
+
+def write_training(folder: Path, curve: pd.DataFrame, facts: dict[str, Any]) -> None:
+    """Keep the curve and the facts of a training."""
+    curve.to_csv(folder / "curve.csv", index=False)
+    write_json(folder / "facts.json", facts)
+
+
+def read_training(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What `write_training` wrote."""
+    return read_table(folder / "curve.csv", CURVE), read_json(folder / "facts.json")
+
+
+class ScoreSettings(Settings):
+    """What the scores of an arm depend on. probes: of the benchmark what a linear probe needs, the rest as it comes."""
+
+    probes: config.Benchmark
+    tasks: list[str]
+    precision: config.Precision
+
+
+class Scored(Stage[ScoreSettings, list[dict]]):
+    """Rows of an arm, or of a model that arms are compared with: probe scores, similarity to the teacher, size.
+
+    teacher, compared: the pruned teacher and the sentences whose vectors all arms are compared with.
+    """
+
+    room = "ablations"
+    said = "the arm is computed again"
+    teacher: Prune
+    compared: Keyed[Sequence[str]]
+    tasks: Source[list[Task]]
+
+    def scores(self, encoder: Encoder, keys: Mapping[str, str] | None = None) -> list[dict]:
+        """Probe scores on the arms' tasks, their mean, and the similarity to the teacher.
+
+        Args:
+            encoder: the student.
+            keys: of a model of the benchmark, so that its trials are the benchmark's.
+        """
+        spec, tasks = self.settings.probes, [task for task in self.tasks.get() if task.name in self.settings.tasks]
+        runs: dict[str, list] = {}
+        folder = self.context.path / "benchmark" if keys else None
+        for trial in run_trials({encoder.name: encoder}, tasks, spec, "probe", folder, keys):
+            runs.setdefault(trial.task, []).append(trial.metrics)
+        rows = [row for task, task_runs in runs.items() for row in score_rows(task_runs, spec, task=task)]
+        rows.append(average_row(runs, spec))
+        held, target = self.compared.get(), text_vectors(self.teacher.get(), self.compared.get())[:, 0]
+        if encoder.hidden == target.shape[1]:
+            value = similarity(text_vectors(encoder, held)[:, 0], target)
+            rows.append(dict(metric="similarity", value=value, n=len(held)))
+        return [*rows, dict(metric="parameters", value=encoder.parameters)]
+
+    def load(self, folder: Path) -> list[dict]:
+        """The rows."""
+        return read_json(folder / "rows.json", list)
+
+
+class Reference(Scored):
+    """Rows of a model that arms are compared with."""
+
+    name = "reference"
+    model: Keyed[Encoder]
+
+    def make(self, folder: Path, watch: Watch) -> None:
+        """Probe the model."""
+        encoder = self.model.get()
+        key = trial_key(self.context, encoder.name, self.model)
+        write_json(folder / "rows.json", self.scores(encoder, {encoder.name: key}))
+
+
+class ArmScores(Scored):
+    """Rows of an arm: a student that is distilled, scored and not kept.
+
+    student: how it is distilled. arm_texts: on which texts, before `distill.fraction` of them is drawn.
+    """
+
+    name = "arm"
+    student: Distill
+    arm_texts: Keyed[Sequence[str]]
+
+    def make(self, folder: Path, watch: Watch) -> None:
+        """Distil the arm's student, from the last checkpoint where there is one, and score it."""
+        arm, spec = self.student, self.student.settings
+        train, heldout = arm.prepare(self.arm_texts.get()), arm.prepare(arm.heldout.get())
+        order = np.random.default_rng(spec.seed).permutation(len(train))
+        train = train.part(order[: max(1, round(len(train) * spec.distill.fraction))])
+        outcome = arm.train(train, heldout, self.work, watch)
+        write_training(folder, outcome.curve, outcome.facts)
+        loss = float(outcome.curve.query("split == 'heldout'")["loss"].iloc[-1])
+        student = replace(arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None)
+        write_json(folder / "rows.json", [dict(metric="heldout_loss", value=loss), *self.scores(student)])
+
+
+def trial_key(context: Context, name: str, model: Keyed[Encoder]) -> str:
+    """A fingerprint of all that a model's vectors depend on, as `run_trials` wants one."""
+    return fingerprint(name, model.key, context.bf16())
