@@ -233,7 +233,7 @@ def test_training_stops_at_the_button_and_goes_on(page, folder):
     step, steps = map(int, re.fullmatch(r"Stopped at step (\d+) of (\d+), .*\n?", stopped.text_content()).groups())
     assert 0 < step < steps and len(page.errors()) == 1
     assert "Stopped." in cell.locator(".widget-html-content").text_content()
-    assert list(folder.glob(f"runs/browser/distill/checkpoints-*/checkpoint-{step}"))
+    assert list(folder.glob(f"runs/browser/artefacts/student-*-checkpoints/checkpoint-{step}"))
     page.picture("stopped", cell)
 
     cell.locator(".cm-content").click()

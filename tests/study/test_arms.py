@@ -5,7 +5,6 @@ import pytest
 from kdlib.config import changed, load_profile, profile_names
 from kdlib.errors import UserError
 from kdlib.study.arms import arms
-from kdlib.study.study import stage_key
 
 
 @pytest.fixture
@@ -68,21 +67,6 @@ def test_a_wrong_arm_is_told_before_anything_runs(profile, changes, said):
 def test_a_familys_name_is_fit_for_a_file(profile, family):
     with pytest.raises(UserError, match="ablations.arms"):
         changed(profile, {"ablations.arms": {family: {"one": {}}}}, "test")
-
-
-def test_what_an_arm_leaves_alone_keeps_its_key(profile):
-    profile = changed(profile, {"ablations.arms.vocabulary.8,000 rows": {"vocabulary.max_rows": 8000}}, "test")
-    depth, rows, teacher = (
-        next(arm for arm in arms(profile) if arm.name == name).profile
-        for name in ("2 layers", "8,000 rows", "conditioned teacher")
-    )
-
-    def same(other, stage):
-        return stage_key(other, stage, {}) == stage_key(profile, stage, {})
-
-    assert same(depth, "prune") and same(depth, "condition") and not same(depth, "distill")
-    assert not same(rows, "prune") and not same(rows, "condition") and not same(rows, "distill")
-    assert same(teacher, "prune") and same(teacher, "condition") and not same(teacher, "distill")
 
 
 def test_a_preset_that_is_asked_for_comes_before_the_profiles_sizes(profile):

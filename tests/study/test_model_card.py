@@ -12,6 +12,7 @@ from kdlib.errors import UserError
 from kdlib.files import write_json
 from kdlib.models.safetensors_files import HEAD_FILE
 from kdlib.study.model_card import write_card
+from kdlib.study.plan import card_facts
 from kdlib.study.run import Run
 
 
@@ -23,7 +24,7 @@ def make(tmp_path):
             run.record("benchmark", list(rows))
         student = run.folder("student")
         (student / "config.json").write_text('{"hidden_size": 384}')
-        write_card(student, run)
+        write_card(student, card_facts(run.profile), run.path, run.results())
         return student
 
     return write
@@ -104,7 +105,7 @@ def test_single_seeds_other_models_and_other_stages_are_left_out(make, tmp_path)
     folder = make(rows=rows)
     run = Run(tmp_path / "run")
     run.record("ablations", [result(value=0.44)])
-    write_card(folder, run)
+    write_card(folder, card_facts(run.profile), run.path, run.results())
     assert "Not measured yet" in card(folder)
 
 
@@ -161,5 +162,5 @@ def test_full_disk_keeps_the_older_card(make, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full_disk)
         with pytest.raises(UserError, match="No space left"):
-            write_card(folder, Run(folder.parent))
+            write_card(folder, card_facts(Run(folder.parent).profile), folder.parent)
     assert card(folder) == before

@@ -160,7 +160,7 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_loses_nothing(tmp_path,
 
     result = run(out, own, "--only", "prune", preexec_fn=little)
     assert "too large" in line(result.stderr) and "02_prune_the_vocabulary" in result.stderr and result.returncode == 2
-    assert not (out / "vocabulary").exists() and not list(out.glob(".vocabulary*"))
+    assert not (out / "vocabulary").exists() and not list(out.rglob(".vocabulary*"))
     result = run(out, own, "--only", "prune")
     assert result.returncode == 0 and (out / "vocabulary" / "model.safetensors").is_file(), result.stderr
 
@@ -170,9 +170,10 @@ def test_ctrl_c_says_how_to_go_on_and_it_goes_on(tmp_path, own):
     process = subprocess.Popen(
         command(out, overrides, "--only", "distill"), cwd=ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `nohup` and a shell's `&` start us with it ignored
     )  # fmt: skip
     end = time.time() + 300
-    while not list(out.glob("distill/checkpoints-*")) and process.poll() is None and time.time() < end:
+    while not list(out.glob("artefacts/student-*-checkpoints/*")) and process.poll() is None and time.time() < end:
         time.sleep(0.1)
     kernels = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
