@@ -1,14 +1,17 @@
-"""docs/reference.md lists every parameter of a profile, as config.py has them now."""
+"""The pages of the documentation are current: parameters, modules, links, and the length of the README."""
 
 import importlib.util
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
 
+import kdlib
 from kdlib import config
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,26 @@ def test_an_old_table_is_replaced_and_the_rest_of_the_page_kept(parameters):
     page = parameters.page(f"above\n{before}\nold\n{after}\nbelow\n")
     assert page.startswith(f"above\n{before}\n\n### The study") and page.endswith(f"{after}\nbelow\n")
     assert "old\n" not in page and parameters.page(page) == page
+
+
+def test_the_api_page_names_every_module():
+    found = {module.name for module in pkgutil.walk_packages(kdlib.__path__, "kdlib.") if not module.ispkg}
+    named = re.findall(r"^\.\. automodule:: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.M)
+    assert sorted(named) == sorted(found - {"kdlib.__main__", "kdlib.cli"})  # the command line is in reference.md
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "offline" / "INSTALL.md"]))
+def test_links_between_the_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" not in target:
+            name, _, heading = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), f"{page.name}: {target}"
+            if heading:
+                titles = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.M)
+                anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+                assert heading in anchors, f"{page.name}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1000
