@@ -7,31 +7,50 @@ CASES ?= 10000
 KILLS ?= 100
 RUNS ?= smoke
 BIN = .venv/bin
-# In a container one is often root, which Jupyter wants to be told.
+# Jupyter refuses to run as root unless this is given. In a container one often is root.
 ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
+# Two files of tests run at a time. The tests of one file stay together, because they share what takes long to make.
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: study test rehearse fuzz soak bench lab figures reset offline-bundle clean
+.PHONY: study test test-fast lint docs rehearse fuzz soak bench lab figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
 
-# Two files of tests at a time; the tests of one file stay together, since they share what takes long to make.
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
-# The paper's profile, every stage, arm and objective, small, against a stand-in hub.
+# The tests to run while you work.
+test-fast: .venv/ready
+	$(PYTEST) -m "not slow and not browser and not teacher"
+
+# Style, types, the direction of imports, and notebooks without outputs.
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+
+# Rewrites the table of parameters in docs/reference.md, then builds the pages in build/docs.
+docs: .venv/docs
+	$(BIN)/python docs/parameters.py
+	$(BIN)/python -m sphinx --quiet docs build/docs
+	@echo "open build/docs/index.html"
+
+# Runs every stage, arm and objective of the paper's profile, small, against a stand-in hub.
 rehearse: .venv/ready
 	$(BIN)/python tests/harness/rehearse.py
 
-# Hostile input for every reader: so many cases each, slow readers a share of them.
+# Gives hostile input to every reader: CASES cases each, and a share of them to the slow readers.
 fuzz: .venv/ready
 	$(BIN)/python tests/harness/fuzz.py --cases $(CASES)
 
-# A small study killed at so many random moments, each time to the same end; SEED=n for the same moments again.
+# Kills a small study at KILLS random moments and compares each outcome. SEED=n repeats the same moments.
 soak: .venv/ready
 	$(BIN)/python tests/harness/soak.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
-# Every measurement, beside what else there is; wants both cores for itself.
+# Measures speed and memory against other libraries. It needs both cores for itself.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 
@@ -41,28 +60,38 @@ lab: .venv/ready
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)
 
-# Back to the start: notebooks as they were handed out, no runs. What was there moves to set_aside/.
+# Restores the notebooks and removes the runs. What was there moves to set_aside/.
 reset: .venv/ready
 	$(BIN)/kdlib reset
 
-# All that machines of this one's kind need to install without a network; RUNS are the finished runs that go with it.
+# Collects all that machines of the same kind need to install without a network. RUNS names the runs to include.
 BUNDLE = dist/kdlib-offline
 offline-bundle: .venv/ready
 	$(foreach run,$(RUNS),$(BIN)/kdlib run --profile $(run) --out runs/$(run) &&) true
 	rm -rf $(BUNDLE) $(BUNDLE).tar
 	mkdir -p $(BUNDLE)/handout
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch .
-	cp -r README.md docs figures offline/* $(BUNDLE)
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch '.[notebooks]'
+	cp -r README.md LICENSE docs figures offline/* $(BUNDLE)
 	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
 	tar -cf $(BUNDLE).tar -C dist kdlib-offline
 	@du -sh $(BUNDLE)/* $(BUNDLE).tar
 
-# Set-up happens once, and again when what is to be installed changes.
+# pip shows its progress on a terminal and is quiet elsewhere.
+INSTALL = if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; \
+	$(BIN)/python -m pip install $$quiet --disable-pip-version-check -c constraints.txt
+
+# Set-up happens once, and again when pyproject.toml or constraints.txt changes.
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
-	touch $@
+	@echo "setting up .venv: about 2 minutes, 2 GB"
+	@$(PYTHON) -m venv .venv
+	@$(INSTALL) torch
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+.venv/docs: .venv/ready
+	@echo "adding what builds the documentation to .venv"
+	@$(INSTALL) -e '.[docs]'
+	@touch $@
 
 clean:
-	rm -rf .venv runs benchmarks/.venvs benchmarks/.work
+	rm -rf .venv build runs benchmarks/.venvs benchmarks/.work

@@ -1,6 +1,6 @@
-"""All benchmarks: python -m benchmarks [--quick] [NAME ...]; a table, `results.json`, and the table in docs and README.
+"""All benchmarks: python -m benchmarks [--quick] [NAME ...]; a table, `results.json`, and the table in docs.
 
-Names (batches, pruning, step, ...) choose some; then the results of the others are kept.
+Names (batches, pruning, step, ...) choose some of them; the results of the others are kept.
 """
 
 import importlib
@@ -15,7 +15,7 @@ NAMES = ("batches", "pruning", "step", "distillation", "brewer", "cache", "fast"
 
 
 def keep(rows: list[dict], target: Path, pages: tuple[Path, ...]) -> list[dict]:
-    """Write the rows of a benchmark, beside those of the others that are there; returns all of them."""
+    """Write the rows of a benchmark, compared with those of the others that are there; returns all of them."""
     before = json.loads(target.read_text("utf-8")) if target.is_file() else []
     rows = [row for row in before if row["benchmark"] != rows[0]["benchmark"]] + rows
     rows.sort(key=lambda row: NAMES.index(row["benchmark"]))

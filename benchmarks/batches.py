@@ -19,8 +19,8 @@ def measure(quick: bool = False) -> list[dict]:
     other = f"of {BATCH} texts at random"
     return [
         row("share of real tokens in the kit's batches", ours, unit="share", at_least=0.95, note=how),
-        row(f"share of real tokens, beside batches {other}", ours, lengths.sum() / padded, "share"),
-        row(f"share of real tokens, beside texts padded to {LENGTH}", ours,
+        row(f"share of real tokens, compared with batches {other}", ours, lengths.sum() / padded, "share"),
+        row(f"share of real tokens, compared with texts padded to {LENGTH}", ours,
             np.minimum(lengths, LENGTH).sum() / (len(lengths) * LENGTH), "share"),
     ]  # fmt: skip
 

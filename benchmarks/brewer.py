@@ -25,8 +25,8 @@ from kdlib.distillation.objectives import RequiredOutputs, total_loss
 
 OBJECTIVE = {"tinybert_hidden": 1.0}  # the sum over layers of the MSE of hidden states: TextBrewer's hidden_mse
 CLAIMS = (
-    ("distillation, teacher live, beside TextBrewer", 1.0),
-    ("distillation, teacher cached, beside TextBrewer (which cannot cache states)", 2.0),
+    ("distillation, teacher live, compared with TextBrewer", 1.0),
+    ("distillation, teacher cached, compared with TextBrewer (which cannot cache states)", 2.0),
 )
 
 

@@ -25,9 +25,10 @@ def measure(quick: bool = False) -> list[dict]:
     shutil.rmtree(root)
     how = f"{len(job.texts)} texts, {job.train.tokens:,} tokens, layers {', '.join(map(str, cached.cached.layers))}"
     return [
-        row("an epoch with the teacher cached, beside live", found["cached"], found["live"], "s", True, at_least=1.5,
-            note=how),
-        row("the first epoch, with the cache to be made, beside live", first, found["live"], "s", True, at_least=0.9),
+        row("an epoch with the teacher cached, compared with live", found["cached"], found["live"], "s", True,
+            at_least=1.5, note=how),
+        row("the first epoch, with the cache to be made, compared with live", first, found["live"], "s", True,
+            at_least=0.9),
         row("size of the cache", bytes_ / job.train.tokens, unit="bytes/token"),
         row(f"loss with cached states, {batches} batches: largest relative difference from live", gap, at_most=1e-3),
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Distilling the default student: texts per second, beside the plain loop of the paper's scripts."""
+"""Distilling the default student: texts per second, compared with the plain loop of the paper's scripts."""
 
 from functools import partial
 from itertools import islice
@@ -46,15 +46,15 @@ def measure(quick: bool = False) -> list[dict]:
         how = f"{kind}: {len(job.texts)} of the corpus, {means[kind]:.0f} tokens on average, {BATCH} a batch; "
         how += f"the plain loop pads each to {LENGTH}"
         lines += [
-            row(f"distillation of {kind}, teacher live, beside the plain loop", found[f"{kind}, live"],
+            row(f"distillation of {kind}, teacher live, compared with the plain loop", found[f"{kind}, live"],
                 found["reference"], "texts/s", at_least=4, note=how),
-            row(f"distillation of {kind}, from the second epoch on (teacher cached), beside the plain loop",
+            row(f"distillation of {kind}, from the second epoch on (teacher cached), compared with the plain loop",
                 found[f"{kind}, cached"], found["reference"], "texts/s", at_least=8),
         ]  # fmt: skip
     long = "texts of 1 to 3 sentences"
     return [
         *lines,
-        row("distillation, teacher live, beside the plain loop if all its rows were full",
+        row("distillation, teacher live, compared with the plain loop if all its rows were full",
             [rate * means[long] for rate in found[f"{long}, live"]], [rate * LENGTH for rate in found["reference"]],
             "tokens/s"),
         row("distillation, the same loss on one batch without padding: relative difference",

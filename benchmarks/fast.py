@@ -1,4 +1,4 @@
-"""Fast students: the student in ONNX Runtime, float32 and 8-bit, beside torch: latency, throughput, accuracy."""
+"""Fast students: the student in ONNX Runtime, float32 and 8-bit, compared with torch: latency, throughput, accuracy."""
 
 import shutil
 
@@ -42,22 +42,26 @@ def measure(quick: bool = False) -> list[dict]:
     for kind in KINDS:
         rows += [
             row(
-                f"{kind}: latency of one text, beside {TORCH}",
+                f"{kind}: latency of one text, compared with {TORCH}",
                 *both(kind, "latency_ms"),
                 "ms",
                 True,
                 at_least=1,
                 note=how,
             ),
-            row(f"{kind}: texts in batches of 32, beside {TORCH}", *both(kind, "sentences_per_second"), "texts/s"),
+            row(
+                f"{kind}: texts in batches of 32, compared with {TORCH}", *both(kind, "sentences_per_second"), "texts/s"
+            ),
         ]
         for length in lengths:
             rows.append(
-                row(f"{kind}: batches of 32 texts of {length} tokens, beside {TORCH}",
+                row(f"{kind}: batches of 32 texts of {length} tokens, compared with {TORCH}",
                     *both(kind, "sentences_per_second", length), "texts/s")
             )  # fmt: skip
         rows.append(row(f"{kind}: size", *both(kind, "megabytes"), "MB", True))
-        rows.append(row(f"{kind}: {metric}, {task.name}, beside {TORCH}", *both(kind, metric), metric, at_least=0.97))
+        rows.append(
+            row(f"{kind}: {metric}, {task.name}, compared with {TORCH}", *both(kind, metric), metric, at_least=0.97)
+        )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Pruning an XLM-R's vocabulary: time and memory beside the trimmers on PyPI, and whose results are right."""
+"""Pruning an XLM-R's vocabulary: time and memory compared with the trimmers on PyPI, and whose results are right."""
 
 import json
 import shutil
@@ -47,7 +47,7 @@ def measure(quick: bool = False) -> list[dict]:
         return run(sys.executable, PRUNE, given, work / "kdlib")
 
     what = f"XLM-R-base shapes, {sizes['vocab_size']:,} x {sizes['hidden_size']}, {sizes['num_hidden_layers']} layers"
-    what += f", {len(ids):,} pieces kept; random weights, the embedded teacher's tokenizer; imports are not counted"
+    what += f", {len(ids):,} tokens kept; random weights, the embedded teacher's tokenizer; imports are not counted"
     try:
         python = peer("trimmers")
         run_peer(python, TRIM, "slow", large)
@@ -59,10 +59,10 @@ def measure(quick: bool = False) -> list[dict]:
     except PeerMissing as reason:
         mine = in_turns({"kdlib": ours}, rounds)["kdlib"]
         return [
-            row("pruning, beside the fastest right peer: time", column(mine, "seconds"), unit="s", at_least=10,
+            row("pruning, compared with the fastest right peer: time", column(mine, "seconds"), unit="s", at_least=10,
                 missing=reason),
-            row("pruning, beside the fastest right peer: memory", column(mine, "megabytes"), unit="MB", at_least=3,
-                missing=reason),
+            row("pruning, compared with the fastest right peer: memory", column(mine, "megabytes"), unit="MB",
+                at_least=3, missing=reason),
             *absolute(mine, what),
         ]  # fmt: skip
     mine = reports["kdlib"]
@@ -71,7 +71,7 @@ def measure(quick: bool = False) -> list[dict]:
     rows = []
     for tool in TOOLS:
         for key, unit, goal in (("seconds", "s", 10), ("megabytes", "MB", 3)):
-            name = f"pruning, {'time' if unit == 's' else 'memory'}, beside {tool}"
+            name = f"pruning, {'time' if unit == 's' else 'memory'}, compared with {tool}"
             name += " (the fastest with right results)" * (tool == fastest)
             rows.append(
                 row(name, column(mine, key), column(reports[tool], key), unit, True,
@@ -80,7 +80,7 @@ def measure(quick: bool = False) -> list[dict]:
     rows += absolute(mine, what)
     equal = right["kdlib"]
     rows += [
-        row("pruning: texts with the pieces and hidden states of the full model, as transformers 4 reads them",
+        row("pruning: texts with the tokens and hidden states of the full model, as transformers 4 reads them",
             min(equal["pieces"], equal["states"]), unit="share", at_least=1),
         row("pruning: largest difference of a hidden state from the full model's", equal["largest"], at_most=0),
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def measure(quick: bool = False) -> list[dict]:
         for tool in TOOLS:
             theirs, own = found[tool], found["kdlib"]
             rows.append(
-                row(f"right results, {kind}: texts with the full model's pieces and states, beside {tool}",
+                row(f"right results, {kind}: texts with the full model's tokens and states, compared with {tool}",
                     min(own["pieces"], own["states"]), min(theirs["pieces"], theirs["states"]), "share",
                     note=f"{tool}, {kind}: {theirs['error']}" if "error" in theirs else "",
                     peers=["vocabtrimmer", "textpruner"])

@@ -1,4 +1,4 @@
-"""The step of distillation: floating-point operations a second on real tokens, beside what the machine can do."""
+"""The step of distillation: floating-point operations a second on real tokens, compared with the machine's peak."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -46,9 +46,9 @@ def measure(quick: bool = False) -> list[dict]:
     how += f"where the time of a step goes: {PROFILE.parent.name}/{PROFILE.name}"
     PROFILE.write_text(where(job, cached), "utf-8")
     return [
-        row(f"the student's step, teacher cached, beside the machine's peak ({kind})", found["cached"], found["peak"],
-            "GFLOP/s", at_least=0.5, note=how),
-        row(f"the step with the teacher live, beside the machine's peak ({kind})", found["live"], found["peak"],
+        row(f"the student's step, teacher cached, compared with the machine's peak ({kind})", found["cached"],
+            found["peak"], "GFLOP/s", at_least=0.5, note=how),
+        row(f"the step with the teacher live, compared with the machine's peak ({kind})", found["live"], found["peak"],
             "GFLOP/s", at_least=0.5),
     ]  # fmt: skip
 

@@ -1,0 +1,75 @@
+"""The pages of the documentation are current: parameters, modules, links, and the length of the README."""
+
+import importlib.util
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import kdlib
+from kdlib import config
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    spec = importlib.util.spec_from_file_location("parameters", DOCS / "parameters.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_has_the_current_tables_of_parameters(parameters):
+    text = (DOCS / "reference.md").read_text("utf-8")
+    assert parameters.page(text) == text, "run make docs"
+
+
+def test_every_parameter_is_in_the_tables(parameters):
+    table = parameters.reference_table()
+    named = set(re.findall(r"^\| `([\w.\[\]<>]+)` \|", table, re.M)) | set(re.findall(r"^### `(.+)`$", table, re.M))
+    missing = set(config.all_keys()) - named
+    assert all(key.startswith("baselines.") for key in missing)  # there as baselines.<name>
+    assert {"distill.learning_rate", "tasks[].name", "corpus.fallbacks[].text", "parallel", "baselines"} <= named
+
+
+def test_a_table_tells_type_limits_and_default(parameters):
+    table = parameters.reference_table()
+    assert "| `distill.warmup` | number (≥ 0, < 1) | `0.06` | " in table
+    assert (
+        "| `student.init` | `alternate`, `first`, `last`, `random` or list of whole numbers | `alternate` | " in table
+    )
+    assert "| `tasks[].name` | text | (required) | " in table
+    assert "The same keys as `teacher`." in table  # of baselines
+
+
+def test_an_old_table_is_replaced_and_the_rest_of_the_page_kept(parameters):
+    before, after = parameters.MARKS
+    page = parameters.page(f"above\n{before}\nold\n{after}\nbelow\n")
+    assert page.startswith(f"above\n{before}\n\n### The study") and page.endswith(f"{after}\nbelow\n")
+    assert "old\n" not in page and parameters.page(page) == page
+
+
+def test_the_api_page_names_every_module():
+    found = {module.name for module in pkgutil.walk_packages(kdlib.__path__, "kdlib.") if not module.ispkg}
+    named = re.findall(r"^\.\. automodule:: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.M)
+    assert sorted(named) == sorted(found - {"kdlib.__main__", "kdlib.cli"})  # the command line is in reference.md
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "offline" / "INSTALL.md"]))
+def test_links_between_the_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        if "://" not in target:
+            name, _, heading = target.partition("#")
+            there = page.parent / name if name else page
+            assert there.exists(), f"{page.name}: {target}"
+            if heading:
+                titles = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.M)
+                anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+                assert heading in anchors, f"{page.name}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1000
