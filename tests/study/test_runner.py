@@ -173,7 +173,7 @@ def test_ctrl_c_says_how_to_go_on_and_it_goes_on(tmp_path, own):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `nohup` and a shell's `&` start us with it ignored
     )  # fmt: skip
     end = time.time() + 300
-    while not list(out.glob("artefacts/student-*-checkpoints/*")) and process.poll() is None and time.time() < end:
+    while not list(out.glob("artefacts/student-*-checkpoints")) and process.poll() is None and time.time() < end:
         time.sleep(0.1)
     kernels = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
