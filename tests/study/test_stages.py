@@ -252,7 +252,7 @@ def test_ablations_that_were_stopped_after_each_arm_end_as_undisturbed_ones(give
         "vocabulary": {"whole": {"vocabulary.prune": False}},
         "sentences": {"few": {"distill.heldout_sentences": 15}, "as it is": {}},
     }
-    own = given({"ablations.arms": grid, "students": {}})
+    own = given({"ablations.arms": grid, "students": {}, "corpus.heldout": 0.4})
     whole = Study(tmp_path / "whole", "smoke", own).ablation_rows()
 
     class Stop(Exception):
