@@ -106,8 +106,8 @@ class PruneReport(Report[PruneReportSettings]):
 
     def verify(self, texts: list[str] | None = None, states_of: int = 100) -> pd.DataFrame:
         """Check that pruning changed nothing, on these texts (default: the training text); see `pruning.verify`."""
-        texts = sentences(self.corpus.get().train) if texts is None else texts
-        return verify(self.teacher.get(), self.pruned.get(), self.pruned.kept_ids(), texts, states_of)
+        given = sentences(self.corpus.get().train) if texts is None else texts
+        return verify(self.teacher.get(), self.pruned.get(), self.pruned.kept_ids(), given, states_of)
 
     def rows(self) -> list[dict]:
         """Sizes, tokens and unknown tokens before and after; what is kept by script and reason; coverage by size."""
@@ -129,7 +129,7 @@ class PruneReport(Report[PruneReportSettings]):
             {"script": [main_script(token) for token in tokens], "kept": [i in kept for i in range(len(tokens))]}
         )
         shared = dict(model="pruned teacher")
-        for (script, keep), count in scripts.value_counts().items():
+        for script, keep, count in scripts.value_counts().reset_index().itertuples(index=False):
             rows.append(shared | dict(metric="rows_kept" if keep else "rows_cut", arm=script, value=count))
         for reason, count in pd.Series(chosen.reason).value_counts().items():
             rows.append(shared | dict(metric="rows_reason", arm=reason, value=count))

@@ -41,9 +41,11 @@ S = TypeVar("S", bound=Settings)
 class Keyed(Protocol[A]):
     """An input of a stage: a value, and a key that says what the value depends on."""
 
-    @property
-    def key(self) -> str: ...
-    def get(self) -> A: ...
+    key: Any  # str; a `cached_property` matches no narrower type here
+
+    def get(self) -> A:
+        """The value."""
+        ...
 
 
 class Derived(Generic[A]):

@@ -306,10 +306,10 @@ class ArmScores(Scored):
         """Distil the arm's student, from the last checkpoint where there is one, and score it."""
         arm, spec = self.student, self.student.settings
         train, heldout = arm.prepare(self.arm_texts.get()), arm.prepare(arm.heldout.get())
-        order = np.random.default_rng(spec.seed).permutation(len(train))
+        order = np.random.default_rng(spec.seed).permutation(len(train)).tolist()
         train = train.part(order[: max(1, round(len(train) * spec.distill.fraction))])
         outcome = arm.train(train, heldout, self.work, watch)
-        write_training(folder, outcome.curve, outcome.facts)
+        outcome.curve.to_csv(folder / "curve.csv", index=False)
         loss = float(outcome.curve.query("split == 'heldout'")["loss"].iloc[-1])
         student = replace(arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None)
         write_json(folder / "rows.json", [dict(metric="heldout_loss", value=loss), *self.scores(student)])

@@ -523,7 +523,7 @@ def evil_zip(files: dict[str, bytes], texts: list[str], rng: Random) -> bytes:
 
 def read_corpus(here: Path, case: Case) -> None:
     spec = config.Corpus(**case.about | {"source": str(here / case.about["source"])})
-    loaded = corpus.load_corpus(config.Profile(language="ceb", corpus=spec))
+    loaded = corpus.load_corpus(spec, "ceb", 0)
     assert loaded.train and loaded.heldout
     for document in loaded.train + loaded.heldout:
         assert document.sentences

@@ -214,8 +214,8 @@ def write_data(root: Path) -> list[str]:
     datasets.disable_progress_bars()
     home = root / "datasets"
     profile = load_profile("workshop")
-    corpus = load_corpus(profile)
-    tasks = {task.name: task for task in load_tasks(profile, corpus)}
+    corpus = load_corpus(profile.corpus, profile.language, profile.seed)
+    tasks = {task.name: task for task in load_tasks(profile.tasks, corpus)}
     pages = [
         {
             "id": d.id,

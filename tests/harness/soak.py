@@ -49,6 +49,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from kdlib.evaluation import benchmark
 from kdlib.study.run import read_results
+from kdlib.study.stage import contents
 from kdlib.study.study import NOTEBOOKS, Study
 from kdlib.training import checkpoints
 
@@ -137,22 +138,23 @@ def run_stages(out: Path, overrides: dict, moments: Moments) -> None:
     spec = study.profile.benchmark
 
     def trials() -> list[dict]:
-        found = [trial for method in ("probe", "finetune", "fewshot") for trial in study.trials(method)]
-        return benchmark.rows(found, spec) + study.efficiency_rows() + study.paired_rows(found)
+        report = study.report("benchmark")
+        found = [trial for method in ("probe", "finetune", "fewshot") for trial in report.trials(method)]
+        return benchmark.trial_rows(found, spec) + report.efficiency_rows() + report.paired_rows(found)
 
     rows = {
-        "prune": study.prune_rows,
-        "condition": lambda: study.condition_rows(*study.condition()[1:]) + study.cloze_rows(),
-        "distill": lambda: study.distill_rows(*study.distill()[1:]),
+        "prune": lambda: study.report("prune").rows(),
+        "condition": lambda: study.report("condition").rows() + study.report("condition").cloze_rows(),
+        "distill": lambda: study.report("distill").rows(),
         "benchmark": trials,
         "ablations": study.ablation_rows,
     }
     with study.run.lock():
         for stage in STAGES:
-            moments.stage, key = stage, study.key(stage)
-            if not (study.run.done(stage, key) and study.intact(stage)):
+            moments.stage, report = stage, study.report(stage)
+            if not (study.run.done(stage, report.key) and report.intact()):
                 study.run.record(stage, rows[stage]())
-                study.run.mark(stage, key, 0.0, study.data_of(stage))
+                study.run.mark(stage, report.key, 0.0, contents(report))
 
 
 def start(out: Path, overrides: dict, end: tuple[str, int] | None = None, counts: Path | None = None) -> int:
@@ -213,10 +215,10 @@ def differences(first: Path, second: Path) -> list[str]:
         found.extend(f"{name} is in one run only" for name in sorted(both[0] ^ both[1]))
         return both[0] & both[1]
 
-    for pattern in ("ablations/*/*.json", "vocabulary/*.npy"):
+    for pattern in ("ablations/*/rows.json", "artefacts/*/*.npy"):
         found += [f"{n} differs" for n in names(pattern) if (first / n).read_bytes() != (second / n).read_bytes()]
-    for pattern in ("*/*.safetensors", "others/*/*.safetensors"):
-        found += [f"{n} differs" for n in names(pattern) if weights(first / n) != weights(second / n)]
+    models = names("artefacts/*/*.safetensors")
+    found += [f"{name} differs" for name in models if weights(first / name) != weights(second / name)]
     for name in names("benchmark/*.npz"):
         pairs = zip(*(benchmark.load_metrics(run / name) for run in (first, second)), strict=True)
         if any(a.name != b.name or not np.array_equal(a.items, b.items) for a, b in pairs):
