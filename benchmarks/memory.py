@@ -99,7 +99,8 @@ def work(folder: Path) -> dict:
     time.sleep(0.1)
     watch.enter("reading")
     overrides = {"language": "xx", "corpus.source": str(folder / "text.txt"), "corpus.heldout": 0.001}
-    corpus = load_corpus(load_profile("workshop", overrides), folder)
+    profile = load_profile("workshop", overrides)
+    corpus = load_corpus(profile.corpus, profile.language, profile.seed, folder)
     watch.enter("counting")
     count_tokens(teacher.tokenizer, sentences(corpus.train))
     watch.enter("tokenising")

@@ -135,6 +135,7 @@ def push(
     from kdlib.data import hub
     from kdlib.files import flaw
     from kdlib.study.model_card import write_card
+    from kdlib.study.plan import card_facts
     from kdlib.study.run import Run
 
     student = run_dir / "student"
@@ -143,7 +144,8 @@ def push(
             raise UserError(f"{student}: no student here; distil one first (notebook 03, or kdlib run)")
         if fault := flaw(student):
             raise UserError(f"{student}: {fault}; distil it again")
-        write_card(student, Run(run_dir))
+        run = Run(run_dir)
+        write_card(student, card_facts(run.profile), run.path, run.results())
         typer.echo(hub.push(student, to, public))
     except UserError as error:
         _fail(str(error), 2)

@@ -4,6 +4,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from kdlib.data.corpus import load_corpus
 from kdlib.models.encoder import Encoder
 
 WORDS = (
@@ -54,3 +55,8 @@ def texts(count, seed=0, length=6):
 
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(2, length))) for _ in range(count)]
+
+
+def corpus_of(profile, cache=None):
+    """The corpus of a profile."""
+    return load_corpus(profile.corpus, profile.language, profile.seed, cache)

@@ -16,7 +16,7 @@ import numpy as np
 
 from kdlib import config
 from kdlib.data.lazy import Document, Lazy, picked, read, write
-from kdlib.data.sources import Origin, digest, embedded_rows, first_of, local_state, row_bytes, stream_rows
+from kdlib.data.sources import Origin, digest, embedded_rows, first_of, local_state, read_rows, row_bytes, stream_rows
 from kdlib.errors import UserError
 from kdlib.files import fingerprint, new_folder, read_json, write_json
 
@@ -316,8 +316,11 @@ def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document
     return Lazy(left) if isinstance(documents, Lazy) else list(left())
 
 
-def draw(texts, count, share, seed):
-    """TEMPORARY."""
+def draw(texts: Sequence[str], count: int | None, share: float, seed: int) -> Sequence[str]:
+    """Draw at most `count` of the texts, and of those a share, in their order; a smaller draw is part of a larger one.
+
+    `Lazy` where the texts are.
+    """
     if share == 1 and (count is None or count >= len(texts)):
         return texts
     chosen = np.random.default_rng(seed).permutation(len(texts))[:count]
@@ -328,17 +331,16 @@ def draw(texts, count, share, seed):
     return some if isinstance(texts, Lazy) else list(some)
 
 
-def load_parallel(spec, language, rows):
-    """TEMPORARY."""
-    from kdlib.data import sources
+def load_parallel(spec: config.Parallel | None, language: str, rows: int) -> dict[str, list[str]]:
+    """The first `rows` parallel sentences that all languages have, by language.
 
-    count = rows
+    Empty without any, or where `language` is not among their languages. Raises UserError for a missing column.
+    """
     if spec is None or language not in spec.languages:
         return {}
-    rows = sources.embedded_rows("parallel") if spec.source == "embedded" else sources.read_rows(spec, spec.languages)
-    missing = [code for code in spec.languages if code not in rows]
+    table = embedded_rows("parallel") if spec.source == "embedded" else read_rows(spec, spec.languages)
+    missing = [code for code in spec.languages if code not in table]
     if missing:
-        raise UserError(f"parallel.languages: no column {', '.join(missing)}; there are {', '.join(rows.columns)}")
-    whole = rows[spec.languages].map(lambda text: isinstance(text, str) and bool(text.strip())).all(axis=1)
-    rows = rows[whole][:count]
-    return {code: list(rows[code]) for code in spec.languages}
+        raise UserError(f"parallel.languages: no column {', '.join(missing)}; there are {', '.join(table.columns)}")
+    whole = table[spec.languages].map(_has_text).all(axis=1)
+    return {code: list(table[whole][code])[:rows] for code in spec.languages}

@@ -4,15 +4,16 @@ import hashlib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.cluster.hierarchy import DisjointSet
 
 from kdlib import config
-from kdlib.data.corpus import Corpus, Document
+from kdlib.data.corpus import Corpus, Document, without
 from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table
 from kdlib.errors import UserError
 
@@ -237,22 +238,14 @@ def _entities(corpus: Corpus) -> Task:
     """Named entities; sentences that share a name stay on the same side, so that every test name is new."""
     parsed = [parse_entities(text) for text in embedded_rows("entities")["text"]]
     labels = ["O"] + [f"{part}-{kind}" for kind in ("PER", "LOC", "ORG") for part in "BI"]
-    parent = list(range(len(parsed)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            i = parent[i]
-        return i
-
-    first: dict[str, int] = {}
+    sharing, first = DisjointSet(range(len(parsed))), {}
     for i, (_, _, names) in enumerate(parsed):
         for name in names:
-            parent[root(i)] = root(first.setdefault(name, i))
-    groups: dict[int, list[int]] = {}
-    for i in range(len(parsed)):
-        groups.setdefault(root(i), []).append(i)
+            sharing.merge(i, first.setdefault(name, i))
     test: set[int] = set()
-    for group in sorted(groups.values(), key=lambda g: hashlib.sha256(repr(parsed[g[0]][0]).encode()).hexdigest()):
+    for group in sorted(
+        map(sorted, sharing.subsets()), key=lambda g: hashlib.sha256(repr(parsed[g[0]][0]).encode()).hexdigest()
+    ):
         if len(group) <= 3 and len(test) < TEST_SHARE * len(parsed):
             test.update(group)
 
@@ -393,7 +386,7 @@ def check(task: Task, distilled: set[str]) -> None:
             f"task {task.name}: {len(shared)} test rows also stand in train, such as {next(iter(shared))!r}"
         )
     for text in task.test.texts:
-        parts = [text] if isinstance(text, str) else [" ".join(text)] if task.kind == "tokens" else text
+        parts = _parts(text, task.kind)
         if any(part in distilled for part in parts):
             raise UserError(f"task {task.name}: a test sentence stands in the distillation corpus: {parts[0]!r}")
     for name, split in (("train", task.train), ("test", task.test)):
@@ -406,11 +399,14 @@ def check(task: Task, distilled: set[str]) -> None:
             raise UserError(f"task {task.name}: the {name} rows hold one class only; at least two are needed")
 
 
-def training_documents(corpus, tasks):
-    """TEMPORARY."""
-    from kdlib.data.corpus import without
+def training_documents(corpus: Corpus, tasks: list[Task]) -> Sequence[Document]:
+    """The training documents without the sentences that a task is tested on."""
+    tested: set[str] = set()
+    for task in tasks:
+        tested.update(part for text in task.test.texts for part in _parts(text, task.kind))
+    return without(corpus.train, tested)
 
-    def parts(text):
-        return (text,) if isinstance(text, str) else text if isinstance(text, tuple) else (" ".join(text),)
 
-    return without(corpus.train, {part for task in tasks for text in task.test.texts for part in parts(text)})
+def _parts(text: Any, kind: str) -> tuple[str, ...]:
+    """The sentences of a task's text."""
+    return (" ".join(text),) if kind == "tokens" else (text,) if isinstance(text, str) else tuple(text)

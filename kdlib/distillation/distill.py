@@ -23,6 +23,7 @@ from kdlib.distillation.teacher_cache import TeacherStates, gigabytes, teacher_s
 from kdlib.errors import UserError
 from kdlib.models import token_store
 from kdlib.models.encoder import Encoder
+from kdlib.models.families import family_of
 from kdlib.models.masking import mask_id, mask_tokens
 from kdlib.models.mlm_head import MaskedHead, new_head
 from kdlib.models.token_store import Ragged
@@ -30,11 +31,6 @@ from kdlib.training import checkpoints
 from kdlib.training.arguments import training_attention
 from kdlib.training.callbacks import Curve
 
-PROJECTIONS = (
-    ("attention.self.query", "attention.self.key"),
-    ("attention.self.query_proj", "attention.self.key_proj"),
-    ("attention.q_lin", "attention.k_lin"),
-)
 LOGS = 50  # points of the training curve
 FIT_TOKENS = 4096  # that a projection is started on
 
@@ -98,16 +94,13 @@ class StateCapture(nn.Module):
         return self.model
 
 
-def _projections(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+def _projections(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
     """The query and the key projections of all layers, lowest first."""
-    modules = dict(model.named_modules())
-    for query, key in PROJECTIONS:
-        found = [[m for n, m in modules.items() if n.endswith(name)] for name in (query, key)]
-        if len(found[0]) == len(found[1]) == model.config.num_hidden_layers:
-            return found[0], found[1]
-    raise UserError(
-        f"attention objectives do not know where a {model.config.model_type} model keeps its queries and keys"
-    )
+    family = family_of(model.config.model_type)
+    ends = [f"{family.layers}.{{}}.{names[0]}" for names in (family.query, family.key)]
+    modules, depth = dict(model.named_modules()), range(model.config.num_hidden_layers)
+    query, key = ([next(m for n, m in modules.items() if n.endswith(end.format(i))) for i in depth] for end in ends)
+    return query, key
 
 
 @dataclass

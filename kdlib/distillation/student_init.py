@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,50 +13,9 @@ from kdlib import config
 from kdlib.batching import budget_batches, pad, tokens_per_batch
 from kdlib.errors import UserError
 from kdlib.models.build import with_state
+from kdlib.models.families import Family, family_of
 
-LAYER = re.compile(r"^(.*(?:encoder|transformer)\.layer\.)(\d+)(\..*)$")
 SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
-
-
-@dataclass(frozen=True)
-class Names:
-    """How a family names the linear modules of a layer whose sizes can change, and its feed-forward width (ffn).
-
-    query, key: all projections into the space where a head compares; some need not be there.
-    """
-
-    layers: str
-    query: tuple[str, ...]
-    key: tuple[str, ...]
-    value: str
-    out: str
-    up: str
-    down: str
-    ffn: str = "intermediate_size"
-
-    @property
-    def attention(self) -> tuple[str, ...]:
-        return (*self.query, *self.key, self.value, self.out)
-
-
-_BERT = Names(
-    "encoder.layer", ("attention.self.query",), ("attention.self.key",), "attention.self.value",
-    "attention.output.dense", "intermediate.dense", "output.dense",
-)  # fmt: skip
-FAMILIES = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "deberta-v2": Names(
-        "encoder.layer", ("attention.self.query_proj", "attention.self.pos_query_proj"),
-        ("attention.self.key_proj", "attention.self.pos_key_proj"), "attention.self.value_proj",
-        "attention.output.dense", "intermediate.dense", "output.dense",
-    ),
-    "distilbert": Names(
-        "transformer.layer", ("attention.q_lin",), ("attention.k_lin",), "attention.v_lin", "attention.out_lin",
-        "ffn.lin1", "ffn.lin2", "hidden_dim",
-    ),
-}  # fmt: skip
 
 
 def layer_map(init: str | list[int], student_layers: int, teacher_layers: int) -> list[int]:
@@ -115,15 +73,15 @@ def build_student(
     wide = _with_layers(teacher, source)
     if _sizes(wide.config) == _sizes(sizes):
         return wide
-    if teacher.config.model_type not in FAMILIES or teacher.base_model is not teacher:
+    if teacher.base_model is not teacher:
         raise UserError(f"cannot resize a {type(teacher).__name__}: student.init must be random")
     return _narrow(teacher, source, wide, _blank(teacher, sizes, seed), spec.narrow, sample)
 
 
 def _sizes(settings: PretrainedConfig) -> tuple[int, int, int]:
     """Width, heads, feed-forward width."""
-    names = FAMILIES.get(settings.model_type, _BERT)
-    return settings.hidden_size, settings.num_attention_heads, getattr(settings, names.ffn)
+    width = getattr(settings, family_of(settings.model_type).ffn)
+    return settings.hidden_size, settings.num_attention_heads, width
 
 
 def _student_config(teacher: PreTrainedModel, spec: config.Student) -> PretrainedConfig:
@@ -142,7 +100,7 @@ def _student_config(teacher: PreTrainedModel, spec: config.Student) -> Pretraine
         raise UserError(f"student.hidden is {hidden}, which {heads} heads do not divide evenly (student.heads)")
     sizes = copy.deepcopy(teacher.config)
     sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = spec.layers, hidden, heads
-    setattr(sizes, FAMILIES.get(sizes.model_type, _BERT).ffn, ffn)
+    setattr(sizes, family_of(sizes.model_type).ffn, ffn)
     if getattr(sizes, "layer_types", None):
         sizes.layer_types = sizes.layer_types[: spec.layers]
     for key, value in (("attention_head_size", hidden // heads), ("pooler_hidden_size", hidden)):
@@ -163,9 +121,10 @@ def _with_layers(teacher: PreTrainedModel, source: list[int]) -> PreTrainedModel
     shorter.num_hidden_layers = len(source)
     if getattr(shorter, "layer_types", None):
         shorter.layer_types = shorter.layer_types[: len(source)]
+    layer = re.compile(rf"^(.*{re.escape(family_of(teacher.config.model_type).layers)}\.)(\d+)(\..*)$")
     state, seen = {}, set()
     for name, value in teacher.state_dict().items():
-        match = LAYER.match(name)
+        match = layer.match(name)
         if match is None:
             state[name] = value
             continue
@@ -197,7 +156,7 @@ def _narrow(
     Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights in
     and out stay.
     """
-    names = FAMILIES[teacher.config.model_type]
+    names = family_of(teacher.config.model_type)
     (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
     state = {name: value.float() for name, value in wide.state_dict().items()}
     layers = [f"{names.layers}.{i}." for i in range(len(source))]
@@ -237,7 +196,7 @@ def _principal(
     """Principal directions, about the origin, of what the embeddings, the layers `source` and, halfway, their attention
     give on a sample: float [width, size], orthonormal columns, strongest first. All of these weigh the same, and so do
     DeBERTa's relative positions, which the layers read too."""
-    names = FAMILIES[teacher.config.model_type]
+    names = family_of(teacher.config.model_type)
     if sample is None:
         generator = torch.Generator().manual_seed(0)
         sample = torch.randint(teacher.config.vocab_size, (SAMPLE_TOKENS // 32, 32), generator=generator).tolist()
@@ -272,7 +231,7 @@ def _principal(
 def _narrow_heads(
     state: dict[str, torch.Tensor],
     prefix: str,
-    names: Names,
+    names: Family,
     heads: int,
     new_heads: int,
     basis: torch.Tensor,

@@ -1,30 +1,112 @@
-"""Families of models: what the kit knows of each."""
+"""Families of models: all that the kit knows of a family is its row here.
+
+Neither torch nor transformers is imported: pruning of files works without them.
+"""
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from kdlib.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def positions(config: PreTrainedConfig) -> int:
-    """How many tokens a text may have at most; RoBERTa and XLM-R number positions from after the pad id."""
-    shift = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0
-    return config.max_position_embeddings - shift
+@dataclass(frozen=True)
+class Head:
+    """How checkpoints name a masked-language head: its dense layer, its norm, the owner of its bias, its output matrix."""
+
+    dense: str
+    norm: str
+    owner: str
+    decoder: str = ""
+
+    @property
+    def output(self) -> str:
+        """The output matrix, a row for every token."""
+        return self.decoder or f"{self.owner}.decoder.weight"
 
 
-# The families whose files are known, and the special ids that a config of theirs means where it names none.
+@dataclass(frozen=True)
+class Family:
+    """A family of models, named by transformers' `model_type`.
+
+    Args:
+        special_ids: the special ids that a config means where it names none.
+        head: of a masked model; `newer_head`: of one whose config says `legacy: false`.
+        activation: the config's key for the head's activation; "": GELU.
+        layers: the list of layers; the names that follow are relative to a layer.
+        query: the projections into the space where an attention head compares; so is `key`. The first is the text's.
+        value, out: the other two attention projections.
+        up, down: the feed-forward projections.
+        ffn: the config's key for the feed-forward width.
+        positions_from_pad: whether position ids start after the pad id.
+    """
+
+    special_ids: dict[str, int]
+    head: Head
+    newer_head: Head | None = None
+    activation: str = "hidden_act"
+    layers: str = "encoder.layer"
+    query: tuple[str, ...] = ("attention.self.query",)
+    key: tuple[str, ...] = ("attention.self.key",)
+    value: str = "attention.self.value"
+    out: str = "attention.output.dense"
+    up: str = "intermediate.dense"
+    down: str = "output.dense"
+    ffn: str = "intermediate_size"
+    positions_from_pad: bool = False
+    row_tensors: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self):
+        heads = [head for head in (self.head, self.newer_head) if head]
+        ends = [f"{h.owner}.bias" for h in heads] + [h.output for h in heads]
+        ends += [h.output.removesuffix("weight") + "bias" for h in heads]
+        object.__setattr__(self, "row_tensors", ("word_embeddings.weight", *dict.fromkeys(ends)))
+
+    @property
+    def attention(self) -> tuple[str, ...]:
+        """All attention projections of a layer."""
+        return (*self.query, *self.key, self.value, self.out)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether a tensor of this name has a row for every token of the vocabulary."""
+        return name.endswith(tuple(f".{end}" for end in self.row_tensors)) or name in self.row_tensors
+
+
+_BERT_HEAD = Head("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions")
+_ROBERTA = Family(
+    {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
+    Head("lm_head.dense", "lm_head.layer_norm", "lm_head"), activation="", positions_from_pad=True,
+)  # fmt: skip
 FAMILIES = {
-    "bert": {"pad_token_id": 0},
-    "xlm-roberta": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    "roberta": {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2},
-    "distilbert": {"pad_token_id": 0},
-    "deberta-v2": {"pad_token_id": 0},
-}
-# Tensors with a row for every piece, by their names in the files of these families: the embeddings, and of the
-# masked-language head the decoder (BERT and DeBERTa-v2; RoBERTa and XLM-R; DistilBERT) and the bias beside it.
-BY_ROW = re.compile(
-    r"(.+\.)?(word_embeddings\.weight|(predictions|lm_head)\.(bias|decoder\.(weight|bias))|vocab_projector\.(weight|bias))"
-)
+    "bert": Family({"pad_token_id": 0}, _BERT_HEAD),
+    "xlm-roberta": _ROBERTA,
+    "roberta": _ROBERTA,
+    "distilbert": Family(
+        {"pad_token_id": 0}, Head("vocab_transform", "vocab_layer_norm", "vocab_projector", "vocab_projector.weight"),
+        activation="activation", layers="transformer.layer", query=("attention.q_lin",), key=("attention.k_lin",),
+        value="attention.v_lin", out="attention.out_lin", up="ffn.lin1", down="ffn.lin2", ffn="hidden_dim",
+    ),
+    "deberta-v2": Family(
+        {"pad_token_id": 0}, _BERT_HEAD,
+        Head("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head"),
+        query=("attention.self.query_proj", "attention.self.pos_query_proj"),
+        key=("attention.self.key_proj", "attention.self.pos_key_proj"), value="attention.self.value_proj",
+    ),
+}  # fmt: skip
+
+
+def family_of(kind: str, where: str = "this model") -> Family:
+    """The row of a `model_type`. Raises UserError, naming the families that work, for one that has none."""
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: a model of kind {kind!r}; known are {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """The most tokens that a text may have."""
+    shift = config.pad_token_id + 1 if family_of(config.model_type).positions_from_pad else 0
+    return config.max_position_embeddings - shift

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -23,16 +25,11 @@ from kdlib.data import hub
 from kdlib.errors import UserError
 from kdlib.models import embedded_teacher
 from kdlib.models.encoder import Encoder
-from kdlib.models.families import FAMILIES, positions
+from kdlib.models.families import family_of, positions
 from kdlib.models.mlm_head import MaskedHead, build_head, head_eps, load_head
 from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors, weights_folder
+from kdlib.models.vector_cache import VectorCache, body_key
 
-HEADS = {  # how checkpoints name the head: the dense layer, its norm, what holds the bias, and the output matrix
-    "cls": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm", "cls.predictions"),
-    "lm_head": ("lm_head.dense", "lm_head.layer_norm", "lm_head"),
-    "vocab": ("vocab_transform", "vocab_layer_norm", "vocab_projector"),
-    "lm_predictions": ("lm_predictions.lm_head.dense", "lm_predictions.lm_head.LayerNorm", "lm_predictions.lm_head"),
-}
 MOST_LAYERS = 1000
 TIED_ROWS = 256  # rows of the output matrix that tell whether it is the embeddings: trained apart, all differ
 
@@ -40,16 +37,19 @@ TIED_ROWS = 256  # rows of the output matrix that tell whether it is the embeddi
 def load_teacher(
     spec: config.Teacher, device: torch.device | str = "cpu", bf16: bool = False, cache_root: Path | None = None
 ) -> Encoder:
-    """The teacher as an Encoder.
+    """The teacher that a profile names.
 
-    spec.source: "embedded", a hub id, or a local folder of BERT, XLM-R, RoBERTa, DistilBERT or DeBERTa-v2 kind, with a
-    fast tokenizer. spec.prefix None takes the embedded teacher's own prefix, and none otherwise.
-    Raises UserError when the source cannot be loaded, saying how to go on offline.
+    Args:
+        spec: source "embedded", a hub id or a local folder; prefix None takes the prefix that the embedded teacher was
+            trained with, and none for other teachers.
+        device, bf16, cache_root: as `load_encoder` has them.
+
+    Raises:
+        UserError: where the source cannot be loaded; the message says what works offline.
     """
-    if spec.source == "embedded":
-        source, name = embedded_teacher.folder(), embedded_teacher.NAME.split("/")[1]
-    else:
-        source, name = spec.source, Path(spec.source).name
+    embedded = spec.source == "embedded"
+    source = embedded_teacher.folder() if embedded else spec.source
+    name = embedded_teacher.NAME.split("/")[1] if embedded else Path(spec.source).name
     return load_encoder(
         source, name, prefix_of(spec), spec.max_length, spec.revision, spec.allow_pickle, device, bf16, cache_root
     )
@@ -64,21 +64,44 @@ def prefix_of(spec: config.Teacher) -> str:
 
 def load_encoder(
     source: str | Path,
-    name: str,
+    name: str | None = None,
     prefix: str = "",
     max_length: int = 128,
     revision: str | None = None,
     allow_pickle: bool = False,
-    device="cpu",
-    bf16=False,
-    cache_root=None,
-    kept_ids=None,
+    device: torch.device | str = "cpu",
+    bf16: bool = False,
+    cache_root: Path | None = None,
+    kept_ids: np.ndarray | None = None,
 ) -> Encoder:
-    """Any Hugging Face folder or hub id as an Encoder in eval mode; weights from safetensors unless `allow_pickle`.
+    """Load a Hugging Face folder or hub id as an `Encoder` in eval mode.
 
-    Its head is the folder's own (`Encoder.save`), else the checkpoint's, if that holds a whole one: where the masked
-    model of transformers would fill in random weights, as for a base model or an RTD discriminator (mDeBERTa-v3), and
-    where the output matrix is not tied to the embeddings, the encoder has none.
+    Its masked-language head is the folder's own (`Encoder.save`), else the checkpoint's. There is none where
+    transformers would fill in random weights, as for a base model or an RTD discriminator (mDeBERTa-v3), or where the
+    output matrix is not tied to the embeddings.
+
+    Args:
+        source: a local folder, or a hub id.
+        name: what results call it; None: the last part of `source`.
+        prefix: put before every text.
+        max_length: tokens per text, where it is truncated; the model's own limit where that is smaller.
+        revision: commit, tag or branch on the hub.
+        allow_pickle: read .bin weights where there is no safetensors file.
+        device: where the model runs.
+        bf16: read texts in bfloat16.
+        cache_root: folder of a vector cache, so that no text is read twice; None: without.
+        kept_ids: of a pruned encoder, the full vocabulary's id of each token, so that it shares the teacher's cache.
+
+    Raises:
+        UserError: where nothing is there, the family is unknown, weights are missing or damaged, or the tokenizer
+            does not belong to the model.
+
+    Example:
+        >>> import kdlib
+        >>> from kdlib.models import embedded_teacher
+        >>> encoder = kdlib.load_encoder(embedded_teacher.folder(), prefix="query: ")
+        >>> encoder.layers, encoder.hidden
+        (12, 384)
     """
     folder = Path(source)
     local = os.path.isdir(folder)  # unlike Path.is_dir, False for any name no folder can have
@@ -96,9 +119,7 @@ def load_encoder(
     logging.disable_progress_bar()
     try:
         settings = hub.retried(lambda: AutoConfig.from_pretrained(source, **trusted))
-        kind = settings.model_type
-        if kind not in FAMILIES:
-            raise UserError(f"{source}: a model of kind {kind!r}; teachers are of kind {', '.join(FAMILIES)}")
+        family_of(settings.model_type, str(source))
         if not 1 <= settings.num_hidden_layers <= MOST_LAYERS:  # each is built before any weight is looked for
             raise UserError(f"{source}: a model of {settings.num_hidden_layers} layers; must lie in 1..{MOST_LAYERS}")
         if local:
@@ -133,18 +154,14 @@ def load_encoder(
             logging.enable_progress_bar()
     if not tokenizer.is_fast:
         raise UserError(f"{source}: no fast tokenizer (tokenizer.json)")
-    limit = min(max_length, positions(model.config))
-    encoder = Encoder(model.eval(), tokenizer, name, prefix, limit, head=head)
+    limit, name = min(max_length, positions(model.config)), name or Path(source).name
+    model = model.eval().to(device)
+    encoder = Encoder(model, tokenizer, name, prefix, limit, bf16, head.to(device) if head is not None else None)
     _check(encoder, source, info["missing_keys"])
-    encoder.to(device)
-    encoder.bf16 = bf16
-    if cache_root:
-        from kdlib.models.vector_cache import VectorCache, body_key
-
-        encoder.vector_cache = VectorCache(
-            cache_root / f"vectors-{body_key(encoder.model, bf16, encoder.token_types)}", kept_ids
-        )
-    return encoder
+    if cache_root is None:
+        return encoder
+    key = body_key(model, bf16, encoder.token_types)
+    return replace(encoder, vector_cache=VectorCache(cache_root / f"vectors-{key}", kept_ids))
 
 
 def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
@@ -201,19 +218,21 @@ def _checkpoint_head(
     source: str | Path, model: PreTrainedModel, beside: set[str], allow_pickle: bool, options: dict[str, Any]
 ) -> MaskedHead | None:
     """The head among the checkpoint's weights that the base model has no place for; None without a usable one."""
-    style, activation = _head_style(model.config)
-    dense, norm, owner = HEADS[style]
+    family = family_of(model.config.model_type)
+    newer = family.newer_head if not getattr(model.config, "legacy", True) else None
+    names = newer or family.head
+    activation = getattr(model.config, family.activation) if family.activation else "gelu"
     parts = {
-        "dense.weight": [f"{dense}.weight"],
-        "dense.bias": [f"{dense}.bias"],
-        "norm.weight": [f"{norm}.weight"],
-        "norm.bias": [f"{norm}.bias"],
-        "bias": [f"{owner}.bias", f"{owner}.decoder.bias"],
+        "dense.weight": [f"{names.dense}.weight"],
+        "dense.bias": [f"{names.dense}.bias"],
+        "norm.weight": [f"{names.norm}.weight"],
+        "norm.bias": [f"{names.norm}.bias"],
+        "bias": [f"{names.owner}.bias", f"{names.owner}.decoder.bias"],
     }
-    output = "vocab_projector.weight" if style == "vocab" else f"{owner}.decoder.weight"
+    output = names.output
     beside = {_modern(name) for name in beside}
     discriminator = any(name.startswith("mask_predictions.") for name in beside)
-    tied = getattr(model.config, "tie_word_embeddings", True) or style == "lm_predictions"
+    tied = getattr(model.config, "tie_word_embeddings", True) or newer is not None
     if discriminator or not tied or not all(beside & set(names) for names in parts.values()):
         return None
     stored = _read_tensors(source, {*sum(parts.values(), []), output}, output, allow_pickle, options)
@@ -228,17 +247,6 @@ def _checkpoint_head(
         return build_head(state, model, head_eps(model), activation, str(source))
     except UserError:  # a head left behind by embeddings that were resized
         return None
-
-
-def _head_style(settings: PreTrainedConfig) -> tuple[str, str]:
-    """Which of HEADS transformers gives a masked model of this config, and its activation."""
-    kind = settings.model_type
-    if kind in ("roberta", "xlm-roberta"):
-        return "lm_head", "gelu"
-    if kind == "distilbert":
-        return "vocab", settings.activation
-    legacy = kind == "bert" or getattr(settings, "legacy", True)
-    return "cls" if legacy else "lm_predictions", settings.hidden_act
 
 
 def _modern(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdlib.errors import UserError
 from kdlib.files import new_folder, write_json
-from kdlib.models.families import BY_ROW, FAMILIES
+from kdlib.models.families import family_of
 from kdlib.models.safetensors_files import HEAD_FILE, copy_tensors, read_header, runs, stored_tensors
 from kdlib.models.tokenizer_files import portable
 from kdlib.pruning.tokenizer_json import new_ids, parse_tokenizer, prune_spec, read_object
@@ -35,6 +35,7 @@ def prune_files(
     if target.resolve() == source.resolve():
         raise UserError(f"{target}: cannot be pruned into itself")
     tensors, settings = stored_tensors(source), _config(source)
+    family = family_of(settings["model_type"])
     old_rows = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("word_embeddings.weight")}
     if len(old_rows) != 1:
         raise UserError(f"{source}: must have one tensor word_embeddings.weight")
@@ -42,8 +43,8 @@ def prune_files(
     check_rows(new, min(old_rows))
     settings |= renumbered(settings, new)
     kept = runs(list(new))
-    rows = {name: kept for name, t in tensors.items() if BY_ROW.fullmatch(name) and t.shape[0] in old_rows}
-    if "roberta" in settings["model_type"]:  # positions are numbered from the pad id on: as in `prune_model`
+    rows = {name: kept for name, t in tensors.items() if family.has_rows(name) and t.shape[0] in old_rows}
+    if family.positions_from_pad:  # they move with the pad id, as in `prune_model`
         if settings["pad_token_id"] is None:
             raise UserError(f"{source}: the padding piece, {old_pad}, must be kept: positions are counted from its id")
         shift = old_pad - settings["pad_token_id"]
@@ -71,11 +72,10 @@ def _config(source: Path) -> dict[str, Any]:
         kind = str(settings["model_type"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{source}: no config of a model ({str(error).splitlines()[0]})") from None
-    if kind not in FAMILIES:
-        raise UserError(f"{source}: a model of kind {kind!r}; known are {', '.join(FAMILIES)}")
-    settings = {"max_position_embeddings": 512} | FAMILIES[kind] | settings
+    family = family_of(kind, str(source))
+    settings = {"max_position_embeddings": 512} | family.special_ids | settings
     for name in ("pad_token_id", "max_position_embeddings"):
-        if type(settings[name]) is not int and (settings[name] is not None or "roberta" in kind):
+        if type(settings[name]) is not int and (settings[name] is not None or family.positions_from_pad):
             raise UserError(f"{source}: no config of a model ({name} is {settings[name]!r}, must be a whole number)")
     return settings
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from kdlib.files import new_folder
 from kdlib.models.build import with_state
 from kdlib.models.encoder import Encoder
+from kdlib.models.families import family_of
 from kdlib.models.mlm_head import prune_head, save_head
 from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors
 from kdlib.pruning.files import check_rows, prune_files, renumbered
@@ -25,7 +26,7 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     `tokenizer` is the full one: it says which special ids of the config to renumber. Hidden states of the
     pruned model on pruned ids equal the full model's bit for bit.
     """
-    new = new_ids(ids)
+    new, family = new_ids(ids), family_of(model.config.model_type)
     rows = torch.tensor(list(new))
     old_rows = model.get_input_embeddings().weight.shape[0]
     check_rows(new, old_rows)
@@ -35,17 +36,14 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     by_row = {id(p) for p in (embedding, *(head.parameters() if head is not None else ())) if len(p) == old_rows}
-    shifted = [  # RoBERTa numbers positions from the pad id on
-        f"{name}.weight" for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]  # fmt: skip
+    ends = ("position_embeddings.weight",) if family.positions_from_pad else ()
+    shifted = {name for name in model.state_dict() if name.endswith(ends)}
     shift = model.config.pad_token_id - config.pad_token_id if shifted else 0
     if shift:
         config.max_position_embeddings -= shift
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        beside = name.endswith(("lm_head.bias", "predictions.bias"))  # a bias that need not be the head's own
-        if id(value) in by_row or beside:
+        if id(value) in by_row or family.has_rows(name):  # a head's bias need not be its decoder's own
             value = value[rows]
         state[name] = (value[shift:] if name in shifted else value).detach()
     return with_state(type(model), config, state).train(model.training)

@@ -4,10 +4,22 @@ import json
 import random
 
 import pytest
+import tiny
 
+from kdlib import config
 from kdlib.config import load_profile
 from kdlib.data import corpus as module
-from kdlib.data.corpus import Corpus, Document, check_leaks, load_corpus, sentences, split_sentences, windows, without
+from kdlib.data.corpus import (
+    Corpus,
+    Document,
+    check_leaks,
+    draw,
+    load_parallel,
+    sentences,
+    split_sentences,
+    windows,
+    without,
+)
 from kdlib.data.lazy import Lazy
 from kdlib.data.lazy import read as documents_of
 from kdlib.errors import UserError
@@ -15,7 +27,7 @@ from kdlib.errors import UserError
 
 @pytest.fixture(scope="module")
 def embedded():
-    return load_corpus(load_profile("workshop"))
+    return tiny.corpus_of(load_profile("workshop"))
 
 
 def parts(corpus):
@@ -27,7 +39,7 @@ def names(corpus):
 
 
 def own(source, **more):
-    return load_corpus(load_profile("workshop", {"corpus.source": str(source), "language": "xx"} | more))
+    return tiny.corpus_of(load_profile("workshop", {"corpus.source": str(source), "language": "xx"} | more))
 
 
 def text_of(count, start=0):
@@ -81,12 +93,12 @@ def test_embedded_split_does_not_depend_on_row_order_or_seed(embedded, monkeypat
     shuffled = module._embedded()
     random.Random(5).shuffle(shuffled)
     monkeypatch.setattr(module, "_embedded", lambda: shuffled)
-    assert names(load_corpus(load_profile("workshop", "seed=9"))) == names(embedded)
+    assert names(tiny.corpus_of(load_profile("workshop", "seed=9"))) == names(embedded)
 
 
 def test_max_documents_draws_by_seed_and_leaves_the_rest_alone(embedded):
     first, again, other = (
-        load_corpus(load_profile("workshop", f"corpus.max_documents=40 seed={s}")) for s in (0, 0, 1)
+        tiny.corpus_of(load_profile("workshop", f"corpus.max_documents=40 seed={s}")) for s in (0, 0, 1)
     )
     assert len(first.train) == 40 and names(first) == names(again)
     assert {d.id for d in first.train} < {d.id for d in embedded.train} and names(first)["train"] != names(other)[
@@ -98,7 +110,7 @@ def test_max_documents_draws_by_seed_and_leaves_the_rest_alone(embedded):
 @pytest.mark.parametrize("language", ["ceb", "tl", "eng"])
 def test_embedded_corpus_is_for_its_language_only(language):
     with pytest.raises(UserError, match=f"Tagalog.*'{language}'.*corpus.source"):
-        load_corpus(load_profile("workshop", f"language={language}"))
+        tiny.corpus_of(load_profile("workshop", f"language={language}"))
 
 
 @pytest.mark.parametrize("part", ["heldout", "test"])
@@ -275,9 +287,9 @@ def mixed(txt):
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_corpus_in_files_is_the_one_in_memory(txt, tmp_path, monkeypatch, changes, cached):
     profile = load_profile("workshop", {"corpus.source": str(mixed(txt)), "language": "xx"} | changes)
-    small = load_corpus(profile)
+    small = tiny.corpus_of(profile)
     monkeypatch.setattr(module, "IN_MEMORY", 500)
-    large = load_corpus(profile, tmp_path / "cache" if cached else None)
+    large = tiny.corpus_of(profile, tmp_path / "cache" if cached else None)
     assert isinstance(large.train, Lazy) and isinstance(small.train, list) and len(small.train) > 20
     assert large == small and large.origin == small.origin
     check_leaks(large)
@@ -294,7 +306,7 @@ def test_a_corpus_in_files_is_split_once(txt, tmp_path, monkeypatch):
 
     def load(**changes):
         profile = load_profile("workshop", {"corpus.source": str(file), "language": "xx"} | changes)
-        return load_corpus(profile, tmp_path / "cache")
+        return tiny.corpus_of(profile, tmp_path / "cache")
 
     first = load()
     assert load() == first and load().origin == first.origin and len(made) == 1
@@ -408,3 +420,23 @@ def test_windows_of_the_embedded_corpus(embedded):
     texts = windows(embedded.heldout, [2])
     assert " ".join(texts) == " ".join(sentences(embedded.heldout))
     assert windows([], [1, 2]) == []
+
+
+def test_a_draw_is_part_of_a_larger_one_and_keeps_the_order():
+    texts = [str(i) for i in range(200)]
+    small, large = draw(texts, 20, 1.0, 3), draw(texts, 80, 1.0, 3)
+    assert len(small) == 20 and set(small) < set(large) and list(small) == sorted(small, key=int)
+    assert draw(texts, None, 1.0, 3) is texts and draw(texts, 500, 1.0, 3) is texts
+    assert len(draw(texts, 80, 0.25, 3)) == 20 and set(draw(texts, 80, 0.25, 3)) == set(small)
+    assert list(draw(Lazy(lambda: iter(texts)), 20, 1.0, 3)) == small
+
+
+def test_parallel_sentences_are_those_that_all_languages_have(tmp_path):
+    file = tmp_path / "lines.csv"
+    file.write_text("tgl,eng\naraw,day\n,night\nbahay,house\n")
+    spec = config.Parallel(source=str(file), languages=["tgl", "eng"])
+    assert load_parallel(spec, "tgl", 9) == {"tgl": ["araw", "bahay"], "eng": ["day", "house"]}
+    assert load_parallel(spec, "tgl", 1) == {"tgl": ["araw"], "eng": ["day"]}
+    assert load_parallel(spec, "ceb", 9) == load_parallel(None, "tgl", 9) == {}
+    with pytest.raises(UserError, match="no column .*spa"):
+        load_parallel(config.Parallel(source=str(file), languages=["tgl", "spa"]), "tgl", 9)

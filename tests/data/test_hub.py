@@ -21,7 +21,7 @@ from transformers import BertConfig, BertModel
 from kdlib import config
 from kdlib.config import Source, load_profile
 from kdlib.data import hub, sources
-from kdlib.data.corpus import Corpus, load_corpus
+from kdlib.data.corpus import Corpus
 from kdlib.data.tasks import check, load_task, origins
 from kdlib.errors import UserError
 from kdlib.models.encoder import text_vectors
@@ -232,7 +232,7 @@ def task(**spec):
 
 
 def corpus(**spec):
-    return load_corpus(load_profile("workshop", {f"corpus.{key}": value for key, value in spec.items()}))
+    return tiny.corpus_of(load_profile("workshop", {f"corpus.{key}": value for key, value in spec.items()}))
 
 
 def vectors(**spec):

@@ -6,12 +6,13 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import tiny
 from seqeval.metrics.sequence_labeling import get_entities
 
 from kdlib import config
 from kdlib.config import load_profile
 from kdlib.data import sources
-from kdlib.data.corpus import Corpus, load_corpus, sentences, windows
+from kdlib.data.corpus import Corpus, sentences, windows
 from kdlib.data.tasks import EMBEDDED, Split, Task, check, load_task, load_tasks, origins, parse_entities
 from kdlib.errors import UserError
 
@@ -30,12 +31,12 @@ NOTHING = Corpus([], [], [])
 
 @pytest.fixture(scope="module")
 def corpus():
-    return load_corpus(load_profile("workshop"))
+    return tiny.corpus_of(load_profile("workshop"))
 
 
 @pytest.fixture(scope="module")
 def tasks(corpus):
-    return {task.name: task for task in load_tasks(load_profile("workshop"), corpus)}
+    return {task.name: task for task in load_tasks(load_profile("workshop").tasks, corpus)}
 
 
 @pytest.fixture
@@ -455,7 +456,7 @@ def test_test_sentence_that_is_distilled_on(corpus, put):
     test = [{"text": "Bago ito.", "label": "a"}, {"text": corpus.train[0].sentences[1], "label": "b"}]
     tasks = [{"name": "mine", "source": put(PLAIN), "test": put(test, "t.jsonl")}]
     with pytest.raises(UserError, match="mine: a test sentence stands in the distillation corpus"):
-        load_tasks(load_profile("workshop", {"tasks": tasks}), corpus)
+        load_tasks(load_profile("workshop", {"tasks": tasks}).tasks, corpus)
 
 
 @pytest.mark.parametrize("kind, part", [("pair", 0), ("pair", 1), ("tokens", None)])
@@ -493,7 +494,7 @@ def test_two_tasks_of_the_same_name(put, corpus):
     path = put(PLAIN)
     profile = load_profile("smoke", {"tasks": [{"name": "mine", "source": path}, {"name": "mine", "source": path}]})
     with pytest.raises(UserError, match="same name"):
-        load_tasks(profile, corpus)
+        load_tasks(profile.tasks, corpus)
 
 
 def test_take_draws_by_seed_and_keeps_texts_with_targets():

@@ -751,6 +751,7 @@ def read_head(here: Path, case: Case) -> None:
 
 # -- run folders
 
+
 def stages_of(study: Study) -> dict[str, Stage]:
     """A stage of each kind that reads a folder of its own."""
     return {"condition": study.graph.condition, "distill": study.graph.distill, "ablations": study.graph.grid[0][1]}

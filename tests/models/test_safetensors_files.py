@@ -1,17 +1,27 @@
 """Model files without a model: what they hold, and copies of some of their rows."""
 
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kdlib.errors import UserError
-from kdlib.models.safetensors_files import CHUNK, copy_tensors, read_header, runs, stored_tensors, weights_folder
+from kdlib.models.safetensors_files import (
+    CHUNK,
+    copy_tensors,
+    read_header,
+    runs,
+    stored_tensors,
+    weights_fingerprint,
+    weights_folder,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8, torch.bool]
 
@@ -159,3 +169,19 @@ def test_id_that_was_loaded_before_lies_in_the_cache(hub):
 @pytest.mark.parametrize("source", ["maker/other", "no id at all", "a/b/c", "/nowhere/model"])
 def test_what_lies_nowhere_has_no_folder(source, hub):
     assert weights_folder(source) is None
+
+
+def test_a_fingerprint_of_weights_moves_with_the_weights_and_not_with_the_folder(tmp_path):
+    model = tiny.encoder(layers=2).model
+    model.save_pretrained(tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    before = weights_fingerprint(tmp_path / "one")
+    assert weights_fingerprint(tmp_path / "two") == before
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3)
+    model.save_pretrained(tmp_path / "two")
+    assert weights_fingerprint(tmp_path / "two") != before
+    model.config.num_attention_heads = 2
+    model.config.save_pretrained(tmp_path / "one")
+    assert weights_fingerprint(tmp_path / "one") != before
