@@ -20,8 +20,9 @@ from benchmarks.common import (
 )
 from benchmarks.reference import BATCH
 from kdlib.batching import BudgetSampler
-from kdlib.distillation.distill import StateCapture, compared_layers, with_states
 from kdlib.distillation.objectives import RequiredOutputs, total_loss
+from kdlib.distillation.state_capture import StateCapture
+from kdlib.distillation.tokenized_corpus import compared_layers, with_states
 
 OBJECTIVE = {"tinybert_hidden": 1.0}  # the sum over layers of the MSE of hidden states: TextBrewer's hidden_mse
 CLAIMS = (

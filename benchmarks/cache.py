@@ -7,8 +7,9 @@ import torch
 from benchmarks.common import WORK, Job, in_turns, main, row, seconds, workshop
 from kdlib.batching import BudgetSampler
 from kdlib.device import autocast
-from kdlib.distillation.distill import StateCapture, TokenizedCorpus, compared_layers, with_states
 from kdlib.distillation.objectives import ModelOutputs, RequiredOutputs, total_loss
+from kdlib.distillation.state_capture import StateCapture
+from kdlib.distillation.tokenized_corpus import TokenizedCorpus, compared_layers, with_states
 
 
 def measure(quick: bool = False) -> list[dict]:

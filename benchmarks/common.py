@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 from kdlib import config
 from kdlib.batching import BudgetSampler
 from kdlib.data.corpus import windows
-from kdlib.distillation.distill import TokenizedCorpus, distill, tokenise
+from kdlib.distillation.distill import distill
+from kdlib.distillation.tokenized_corpus import TokenizedCorpus, tokenise
 from kdlib.files import new_file, write_json
 from kdlib.study.study import Study
 

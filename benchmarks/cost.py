@@ -22,9 +22,10 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.memory import encoder
 from kdlib.config import Distill, Student
-from kdlib.distillation.distill import TokenizedCorpus, distill, with_states
+from kdlib.distillation.distill import distill
 from kdlib.distillation.student_init import build_student
 from kdlib.distillation.teacher_cache import gigabytes
+from kdlib.distillation.tokenized_corpus import TokenizedCorpus, with_states
 from kdlib.models.encoder import Encoder
 from kdlib.models.token_store import Ragged
 

@@ -8,9 +8,10 @@ import torch
 from benchmarks.common import Job, in_turns, keep_memory, main, row, seconds, workshop
 from benchmarks.reference import BATCH, LENGTH, Loop, batches
 from kdlib.config import Student
-from kdlib.distillation.distill import StateCapture, compared_layers, with_states
 from kdlib.distillation.objectives import RequiredOutputs, total_loss
+from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.student_init import build_student
+from kdlib.distillation.tokenized_corpus import compared_layers, with_states
 
 OBJECTIVES = {"tinybert_hidden": 1.0, "tinybert_attention": 1.0}
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from benchmarks.common import WORK, main, row, workshop
 from kdlib.data.corpus import sentences
-from kdlib.distillation.distill import with_states
+from kdlib.distillation.tokenized_corpus import with_states
 from kdlib.evaluation.speed import export_rows
 from kdlib.models.encoder import Encoder
 from kdlib.models.onnx import export_student

@@ -91,8 +91,9 @@ def work(folder: Path) -> dict:
     from kdlib.batching import BudgetSampler
     from kdlib.config import Distill, Student, load_profile
     from kdlib.data.corpus import load_corpus, sentences, windows
-    from kdlib.distillation.distill import distill, prepare
+    from kdlib.distillation.distill import distill
     from kdlib.distillation.student_init import build_student
+    from kdlib.distillation.tokenized_corpus import prepare
     from kdlib.pruning.selection import count_tokens
 
     watch, teacher = Watch(), encoder()

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 from benchmarks.common import HERE, Job, in_turns, main, row, workshop
 from kdlib.batching import BudgetSampler
 from kdlib.device import matmul_speed
-from kdlib.distillation.distill import TokenizedCorpus, with_states
+from kdlib.distillation.tokenized_corpus import TokenizedCorpus, with_states
 
 PROFILE = HERE / "profile.txt"
 SIZES = (384, 768, 1536, 2048)

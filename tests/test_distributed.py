@@ -12,9 +12,10 @@ import tiny
 import torch
 
 from kdlib import config, distributed
-from kdlib.distillation.distill import distill, prepare
+from kdlib.distillation.distill import distill
 from kdlib.distillation.objectives import OBJECTIVES
 from kdlib.distillation.student_init import build_student
+from kdlib.distillation.tokenized_corpus import prepare
 from kdlib.models.mlm_head import new_head
 from kdlib.study import runner
 

@@ -1,7 +1,6 @@
 """Distillation: a `transformers.Trainer` that trains a student to have the teacher's states."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,194 +14,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from kdlib import config, distributed
-from kdlib.batching import BudgetSampler, pad, tokens_per_batch
+from kdlib.batching import BudgetSampler, tokens_per_batch
 from kdlib.device import autocast
 from kdlib.distillation.objectives import ModelOutputs, RequiredOutputs, check_objectives, total_loss
-from kdlib.distillation.student_init import layer_map
-from kdlib.distillation.teacher_cache import TeacherStates, gigabytes, teacher_states
+from kdlib.distillation.state_capture import StateCapture
+from kdlib.distillation.teacher_cache import TeacherStates, gigabytes
+from kdlib.distillation.tokenized_corpus import Masking, RankCollator, TokenizedCorpus, compared_layers, training_size
 from kdlib.errors import UserError
-from kdlib.models import token_store
 from kdlib.models.encoder import Encoder
-from kdlib.models.families import family_of
-from kdlib.models.masking import mask_id, mask_tokens
+from kdlib.models.masking import mask_id
 from kdlib.models.mlm_head import MaskedHead, new_head
-from kdlib.models.token_store import Ragged
 from kdlib.training import checkpoints
 from kdlib.training.arguments import training_attention
 from kdlib.training.callbacks import Curve
 
 LOGS = 50  # points of the training curve
 FIT_TOKENS = 4096  # that a projection is started on
-
-
-class StateCapture(nn.Module):
-    """A model whose forward pass gives `States`, as far as `needs` asks.
-
-    layers: whose states are kept, 1 = first, the last layer at the end. projection: hidden -> the teacher's hidden,
-    which all kept states go through (TinyBERT's, Jiao et al. 2020, eq. 8); head: gives the logits, from the states
-    before the projection. For a student this is what is trained and checkpointed; the model inside is what is kept.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[int],
-        needs: RequiredOutputs,
-        projection: nn.Linear | None = None,
-        head: MaskedHead | None = None,
-    ):
-        super().__init__()
-        self.model, self.projection, self.head = model, projection, head
-        self.layers, self.needs = list(layers), needs
-        self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}}
-        self.hooks = []
-        if needs.attention:
-            # Queries and keys are caught where they are projected: the scores before the softmax follow from them under
-            # any attention implementation, whereas `output_attentions` gives probabilities, and nothing with sdpa.
-            for kind, modules in zip(self.caught, _projections(model)):
-                self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind, layer)) for layer in layers]
-
-    def _catch(self, kind: str, layer: int) -> Callable:
-        heads = self.model.config.num_attention_heads
-
-        def hook(module, inputs, output):  # DeBERTa projects the relative positions too, after the text
-            self.caught[kind].setdefault(layer, output.unflatten(-1, (heads, -1)).transpose(1, 2))
-
-        return hook
-
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor, masked: torch.Tensor | None = None) -> ModelOutputs:
-        """ids, mask: [batch, tokens]; masked: places of the masked tokens in the flattened batch, for the logits."""
-        for caught in self.caught.values():
-            caught.clear()
-        found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        kept = [found[layer] for layer in self.layers]
-        embedded = found[0] if self.needs.embedded else None
-        logits = None
-        if self.head is not None and masked is not None:
-            embeddings = self.model.get_input_embeddings().weight
-            logits = self.head(kept[-1].flatten(0, 1)[masked], embeddings)
-        if self.projection is not None:
-            kept = [self.projection(states) for states in kept]
-            embedded = self.projection(embedded) if embedded is not None else None
-        query, key = (list(caught.values()) for caught in self.caught.values())
-        return ModelOutputs(kept, mask, query, key, embedded, logits)
-
-    def release(self) -> PreTrainedModel:
-        """The model, with nothing watching it any more."""
-        for hook in self.hooks:
-            hook.remove()
-        return self.model
-
-
-def _projections(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The query and the key projections of all layers, lowest first."""
-    family = family_of(model.config.model_type)
-    ends = [f"{family.layers}.{{}}.{names[0]}" for names in (family.query, family.key)]
-    modules, depth = dict(model.named_modules()), range(model.config.num_hidden_layers)
-    query, key = ([next(m for n, m in modules.items() if n.endswith(end.format(i))) for i in depth] for end in ends)
-    return query, key
-
-
-@dataclass
-class TokenizedCorpus:
-    """Tokenised texts and, where cached, the teacher's states for them. A torch data set of places in itself.
-
-    ids: int32 [tokens] of each text; maskable: bool [tokens] of each, where masked-language objectives may mask, unless
-    none is to.
-    """
-
-    ids: Ragged
-    pad_id: int
-    maskable: Ragged | None = None
-    cached: TeacherStates | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> int:
-        return i
-
-    @property
-    def tokens(self) -> int:
-        return int(self.lengths.sum(dtype=np.int64))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each text: int32 [texts]."""
-        return self.ids.lengths
-
-    def part(self, places: Sequence[int]) -> "TokenizedCorpus":
-        """Some of the texts, sharing the cached states."""
-        ids, maskable, cached = (found and found.part(places) for found in (self.ids, self.maskable, self.cached))
-        return TokenizedCorpus(ids, self.pad_id, maskable, cached)
-
-    def live(self) -> "TokenizedCorpus":
-        """The same texts without cached states: the teacher runs at every step."""
-        return replace(self, cached=None)
-
-    def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, int64 [batch, tokens]; if cached, for each layer its states, named "layer 3":
-        float16 [batch, tokens, hidden]."""
-        rows = [self.ids[i] for i in batch]
-        ids, mask = pad(rows, self.pad_id)
-        features = {"input_ids": ids, "attention_mask": mask}
-        if self.cached is not None:
-            lengths = [len(row) for row in rows]
-            for layer in self.cached.layers:
-                features[f"layer {layer}"] = self.cached.batch(layer, batch, lengths)
-        return features
-
-
-@dataclass
-class Masking:
-    """Masks the tokens of batches, the same ones for the same texts in the same epoch, so that a run that was cut off
-    goes on with what it would have seen. mask_id, rows, share: as `mlm.mask_tokens` has them."""
-
-    mask_id: int
-    rows: int
-    share: float
-    seed: int
-
-    def collate(
-        self, texts: TokenizedCorpus, sampler: BudgetSampler, batch: Sequence[int], rows: slice = slice(None)
-    ) -> dict[str, torch.Tensor]:
-        """As `Texts.collate`, with masked input_ids; and masked, int64 [masked tokens], their places in the flattened
-        batch, and targets, the tokens that were there. rows: of the masked batch, those that are wanted."""
-        features = texts.collate(batch)
-        ids = features["input_ids"]
-        maskable = pad([texts.maskable[i] for i in batch], 0)[0].bool()
-        name = f"{self.seed}-{sampler.epoch}-{list(batch)}"
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
-        generator = torch.Generator().manual_seed(number)
-        hidden, chosen = mask_tokens(ids, maskable, self.mask_id, self.rows, self.share, generator=generator)
-        ids, places = ids[rows].flatten(), chosen[rows].flatten().nonzero().squeeze(1)
-        mask = features["attention_mask"][rows]
-        return {"input_ids": hidden[rows], "attention_mask": mask, "masked": places, "targets": ids[places]}
-
-
-@dataclass
-class Dealer:
-    """Gives each of several processes its rows of every batch, every n-th of them."""
-
-    texts: TokenizedCorpus
-    sampler: BudgetSampler
-    masking: Masking | None
-
-    def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """As `Texts.collate` or `Masking.collate`. A process for which a batch has no row gets one that counts for
-        nothing: counted, int64 [1, tokens], is the mask that losses then go by, all 0."""
-        rows = slice(distributed.rank(), None, distributed.world_size())
-        spare = not batch[rows]
-        if spare:
-            rows = slice(0, 1)
-        if self.masking is None:
-            features = self.texts.collate(batch[rows])
-        else:
-            features = self.masking.collate(self.texts, self.sampler, batch, rows)
-        if spare:
-            features["counted"] = torch.zeros_like(features["attention_mask"])
-            features |= {name: features[name][:0] for name in ("masked", "targets") if name in features}
-        return features
 
 
 class DistillTrainer(Trainer):
@@ -269,7 +96,7 @@ class DistillTrainer(Trainer):
 
     def _loader(self, texts: TokenizedCorpus, budget: int, seed: int = 0) -> DataLoader:
         sampler = BudgetSampler(texts.lengths, budget, seed)
-        collate = Dealer(texts, sampler, self.masking).collate
+        collate = RankCollator(texts, sampler, self.masking).collate
         loader = DataLoader(
             texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"
         )
@@ -357,56 +184,6 @@ class Outcome:
     curve: pd.DataFrame
     facts: dict
     head: MaskedHead | None = None
-
-
-def tokenise(
-    encoder: Encoder, texts: Iterable[str], masks: bool = False, cache_root: Path | None = None
-) -> TokenizedCorpus:
-    """Token ids of every text, with the prefix, without the teacher's states; from the cache, where there is one.
-
-    masks: also where they may be masked, which takes as long again.
-    """
-    found = token_store.tokenise(encoder, texts, ["maskable"] * masks, cache_root)
-    return TokenizedCorpus(found["ids"], encoder.tokenizer.pad_token_id, found.get("maskable"))
-
-
-def prepare(
-    encoder: Encoder, texts: Iterable[str], spec: config.Distill, cache_root: Path | None, depth: int
-) -> TokenizedCorpus:
-    """Tokenise `texts` and get the teacher's states that a student of `depth` layers is compared with, from the cache.
-
-    The teacher runs live, at every step, where the profile or its size budget forbids a cache, or where an objective
-    needs what is not cached.
-    """
-    tokenised = tokenise(encoder, texts, RequiredOutputs.of(spec.objectives).masked, cache_root)
-    if not len(tokenised):
-        raise UserError("distillation: no texts")
-    return with_states(tokenised, encoder, spec, cache_root, depth)
-
-
-def with_states(
-    texts: TokenizedCorpus, encoder: Encoder, spec: config.Distill, cache_root: Path | None, depth: int
-) -> TokenizedCorpus:
-    """The same texts with the states that `spec` asks for; see `prepare`. Layers already cached are not made again."""
-    needs = RequiredOutputs.of(spec.objectives)
-    if not spec.cache or cache_root is None or spec.teacher_noise or not needs.cacheable:
-        return texts.live()
-    layers = [0] * needs.embedded + compared_layers(needs, depth, encoder.layers)[1]
-    return replace(texts, cached=teacher_states(cache_root, encoder, texts.ids, layers, spec.cache_gigabytes))
-
-
-def training_size(train: TokenizedCorpus, spec: config.Distill, seed: int = 0) -> tuple[int, int]:
-    """Steps and tokens of a whole training on `train`."""
-    batches = len(BudgetSampler(train.lengths, spec.batch_tokens, seed))
-    return int(batches * spec.epochs) or 1, round(train.tokens * spec.epochs)
-
-
-def compared_layers(needs: RequiredOutputs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
-    """Which layers of student and teacher are compared: all as TinyBERT does, student layer i with teacher layer
-    i * L / l; the last ones alone where no objective asks for more."""
-    if not needs.layers:
-        return [depth], [teacher_depth]
-    return list(range(1, depth + 1)), layer_map("alternate", depth, teacher_depth)
 
 
 def distill(

@@ -13,7 +13,7 @@ from kdlib import config
 from kdlib.batching import budget_batches, pad, tokens_per_batch
 from kdlib.errors import UserError
 from kdlib.models.build import with_state
-from kdlib.models.families import Family, family_of
+from kdlib.models.families import FAMILIES, Family, family_of
 
 SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
 
@@ -80,8 +80,13 @@ def build_student(
 
 def _sizes(settings: PretrainedConfig) -> tuple[int, int, int]:
     """Width, heads, feed-forward width."""
-    width = getattr(settings, family_of(settings.model_type).ffn)
-    return settings.hidden_size, settings.num_attention_heads, width
+    return settings.hidden_size, settings.num_attention_heads, getattr(settings, _ffn_key(settings))
+
+
+def _ffn_key(settings: PretrainedConfig) -> str:
+    """The config's key for the feed-forward width, also of a family that only starts at random."""
+    family = FAMILIES.get(settings.model_type)
+    return family.ffn if family else "intermediate_size"
 
 
 def _student_config(teacher: PreTrainedModel, spec: config.Student) -> PretrainedConfig:
@@ -100,7 +105,7 @@ def _student_config(teacher: PreTrainedModel, spec: config.Student) -> Pretraine
         raise UserError(f"student.hidden is {hidden}, which {heads} heads do not divide evenly (student.heads)")
     sizes = copy.deepcopy(teacher.config)
     sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = spec.layers, hidden, heads
-    setattr(sizes, family_of(sizes.model_type).ffn, ffn)
+    setattr(sizes, _ffn_key(sizes), ffn)
     if getattr(sizes, "layer_types", None):
         sizes.layer_types = sizes.layer_types[: spec.layers]
     for key, value in (("attention_head_size", hidden // heads), ("pooler_hidden_size", hidden)):

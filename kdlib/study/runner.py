@@ -34,7 +34,7 @@ from kdlib.study.kernel import ARGUMENTS, START_SECONDS, empty, kernel
 from kdlib.study.run import Run
 from kdlib.study.stage import contents
 from kdlib.study.study import NOTEBOOKS, STAGES, Study
-from kdlib.viz import figures
+from kdlib.viz import tables
 
 MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that a user can mend, such as a full disk
 PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
@@ -259,7 +259,7 @@ def summary(run: Run, seconds: float, console: Console) -> None:
         if path.exists():
             console.print(f"{name:>10}  {path}", soft_wrap=True)
     try:
-        headline = figures.headline(run.results())
+        headline = tables.headline(run.results())
     except UserError:
         return
     table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})", box=box.SIMPLE)

@@ -13,8 +13,9 @@ from kdlib import config, distributed
 from kdlib.data.corpus import Corpus, sentences
 from kdlib.data.tasks import Task
 from kdlib.distillation.conditioning import condition
-from kdlib.distillation.distill import Outcome, TokenizedCorpus, distill, prepare, training_size
+from kdlib.distillation.distill import Outcome, distill
 from kdlib.distillation.student_init import build_student, layer_map
+from kdlib.distillation.tokenized_corpus import TokenizedCorpus, prepare, training_size
 from kdlib.errors import UserError
 from kdlib.evaluation.benchmark import average_row, run_trials, score_rows
 from kdlib.evaluation.probing import similarity

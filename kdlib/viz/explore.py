@@ -4,9 +4,7 @@ The HTML also reads without its styles, which some viewers of notebooks strip; a
 """
 
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,21 +15,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from scipy.special import log_softmax, softmax
-from sklearn.pipeline import Pipeline
 from transformers import PreTrainedTokenizerFast
 
-from kdlib.data.tasks import Task
 from kdlib.device import autocast
 from kdlib.errors import UserError
-from kdlib.evaluation.probing import classifier, segmentation
-from kdlib.models.encoder import Encoder, text_vectors
+from kdlib.evaluation.probing import segmentation
+from kdlib.models.encoder import Encoder
 from kdlib.models.tokenizer_files import token_list
 from kdlib.progress import clock
 from kdlib.pruning.selection import Selection, count_tokens
 from kdlib.pruning.tokenizer import prune_tokenizer
-from kdlib.viz import figures, style
+from kdlib.viz import style
 from kdlib.viz.html import bar, escape, html_table, mark, page, paragraph, tint
-from kdlib.viz.style import GREY, INK, LOOKS, MARKERS, PALETTE, SCORES, SPARE_LOOKS
+from kdlib.viz.style import GREY, INK, MARKERS, PALETTE, SCORES
 
 GAP = "___"  # what a reader types for the masked word
 LONGEST = 300  # pieces shown of one text
@@ -235,11 +231,11 @@ def layer_html(curves: pd.DataFrame, shown: Sequence[str], layer: int) -> str:
     for name, mine in curves[curves["curve"].isin(shown)].groupby("curve", sort=False):
         here, best = mine[mine["layer"] == layer].iloc[0], mine.loc[mine["value"].idxmax()]
         top = f"layer {best['layer']} ({best['value']:.1%})"
-        rows.append([escape(name), f"<b>{here['value']:.1%}</b>", _interval(here), f"{here['n']:.0f}", top])
+        rows.append([escape(name), f"<b>{here['value']:.1%}</b>", interval_text(here), f"{here['n']:.0f}", top])
     return page(html_table([f"at layer {layer}", "value", "95% interval", "n", "best"], rows))
 
 
-def _interval(row: pd.Series, scale: float = 100, unit: str = "%") -> str:
+def interval_text(row: pd.Series, scale: float = 100, unit: str = "%") -> str:
     if pd.isna(row["low"]) or pd.isna(row["high"]):
         return ""
     return f"{row['low'] * scale:,.1f} to {row['high'] * scale:,.1f}{unit}"
@@ -408,235 +404,3 @@ def training_html(facts: Mapping[str, float], curve: pd.DataFrame, stopped: bool
         parts.append(f"held-out loss {held.iloc[-1]:.3f}")
     note = "<b>Stopped.</b> Run the cell again to go on from the checkpoint." if stopped else ""
     return page(paragraph(" · ".join(parts)), paragraph(note))
-
-
-NOTHING = "no rows of the table of results can be compared; run the stage 'benchmark' first"
-
-
-def comparable(table: pd.DataFrame) -> pd.DataFrame:
-    """The numbers of a study that can be held beside each other, a row each, from the table of results.
-
-    Rows of: what (stage and method, such as "benchmark: probe"), task ("" for none), metric, name (model, or arm of the
-    ablation), model, value, low, high, n. Seeds are averaged where the table has no row for all of them; a family of
-    arms comes with the models it is held against. Left out is what has a picture of its own (the probes of the teacher,
-    the learning curve, the rows of the vocabulary) and what stands alone.
-    """
-    own = (table["metric"] == "coverage") | table["metric"].astype(str).str.startswith("rows_")
-    rows = table[(table["stage"] != "probe") & ~own & ~((table["stage"] == "distill") & table["x"].notna())]
-    rows = rows.assign(**{column: rows[column].fillna("") for column in ("method", "task", "arm", "language")})
-    ablated = rows["stage"] == "ablations"
-    reference = rows[ablated & (rows["method"] == "reference")]
-    families = [family for family in rows.loc[ablated, "method"].unique() if family != "reference"]
-    rows = pd.concat([rows.drop(reference.index), *(reference.assign(method=family) for family in families)])
-    if rows.empty:
-        raise UserError(NOTHING)
-    language_of_study = table["language"].mode().iloc[0]
-    rows["what"] = [f"{stage}: {method}" if method else stage for stage, method in zip(rows["stage"], rows["method"])]
-    rows["name"] = [
-        (arm or model) + ("" if language in (language_of_study, "") else f" {language}")
-        for arm, model, language in zip(rows["arm"], rows["model"], rows["language"])
-    ]
-    summary = figures.summary(rows, "what", "task", "name", "model")
-    summary = summary[summary.groupby(["what", "task", "metric"])["name"].transform("size") > 1]
-    if summary.empty:
-        raise UserError(NOTHING)
-    return summary[["what", "task", "metric", "name", "model", "value", "low", "high", "n"]]
-
-
-UNITS = {  # factor and label of what is no score
-    "parameters": (1e-6, "parameters (millions)"),
-    "megabytes": (1, "size (MB)"),
-    "rows": (1, "rows of the vocabulary"),
-    "latency_ms": (1, "latency of one sentence (ms)"),
-    "sentences_per_second": (1, "sentences a second"),
-    "fertility": (1, "tokens per word"),
-}
-TIMED = ("latency_ms", "sentences_per_second")  # their low and high are quartiles
-
-
-def _unit(metric: str) -> tuple[float, str, str]:
-    """Factor, unit and label that a metric is shown with."""
-    if metric in SCORES or metric in ("similarity", "unknown_rate"):
-        return 100, "%", f"{SCORES.get(metric, metric.replace('_', ' '))} (%)"
-    scale, label = UNITS.get(metric, (1, metric.replace("_", " ")))
-    return scale, "", label
-
-
-def _spread(metric: str) -> str:
-    return "quartiles of the timings" if metric in TIMED else "95% interval"
-
-
-@style.styled
-def results_figure(rows: pd.DataFrame) -> Figure:
-    """Values with intervals, a line of the picture per row of `comparable` rows that share what, task and metric."""
-    first = rows.iloc[0]
-    scale, unit, label = _unit(first["metric"])
-    task = {"average": "average of tasks"}.get(first["task"], first["task"])
-    figure = style.new_figure(", ".join(filter(None, [first["what"], task])), 1.9 + 0.55 * len(rows))
-    ax = figure.subplots()
-    for i, row in enumerate(rows.itertuples()):
-        look = LOOKS.get(row.model, SPARE_LOOKS[0])
-        errors = style.whiskers(rows.iloc[[i]]) * scale
-        ax.errorbar(
-            row.value * scale, i, xerr=errors, fmt=look.marker, color=look.colour, markersize=9,
-            markeredgecolor="white", capsize=4, elinewidth=2,
-        )  # fmt: skip
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        ax.annotate(
-            _number(row.value * scale, unit), (row.value * scale, i), (0, 10), textcoords="offset points", ha="center",
-            bbox=ground, fontsize=11,
-        )  # fmt: skip
-    ax.set_yticks(range(len(rows)), [style.wrap(name, 26) for name in rows["name"]])
-    ax.set_ylim(len(rows) - 0.5, -0.75)
-    ax.margins(x=0.1)
-    ax.yaxis.grid(False)
-    interval = f", with {_spread(first['metric'])}" if rows["low"].notna().any() else ""
-    ax.set_xlabel(f"{label}{interval}")
-    return figure
-
-
-def _number(value: float, unit: str = "") -> str:
-    return (
-        f"{value:,.1f}{unit}"
-        if unit or 10 <= abs(value) < 1000
-        else f"{value:,.4g}"
-        if abs(value) < 1000
-        else f"{value:,.0f}"
-    )
-
-
-def results_html(rows: pd.DataFrame) -> str:
-    """The same as a table, with whether the best is clear of the others."""
-    scale, unit, label = _unit(rows["metric"].iloc[0])
-    cells = [
-        [
-            escape(row["name"]),
-            f"<b>{_number(row['value'] * scale, unit)}</b>",
-            _interval(row, scale, unit),
-            "" if pd.isna(row["n"]) else f"{row['n']:,.0f}",
-        ]
-        for _, row in rows.iterrows()
-    ]
-    return page(html_table(["", escape(label), _spread(rows["metric"].iloc[0]), "n"], cells), paragraph(_clear(rows)))
-
-
-def _clear(rows: pd.DataFrame) -> str:
-    measured = rows.dropna(subset=["low", "high"]).sort_values("value", ascending=False)
-    if len(measured) < 2 or rows["metric"].iloc[0] not in SCORES:
-        return ""
-    best, others = measured.iloc[0], measured.iloc[1:]
-    near = others[others["high"] >= best["low"]]
-    if near.empty:
-        return f"The interval of <b>{escape(best['name'])}</b> lies above all others."
-    names = ", ".join(escape(name) for name in near["name"])
-    return f"<b>{escape(best['name'])}</b> is highest, but its interval overlaps with those of: {names}."
-
-
-@dataclass
-class Index:
-    """Texts and an encoder's unit vectors of them [texts, hidden], centred on `mean` [hidden]."""
-
-    encoder: Encoder
-    texts: list[str]
-    mean: np.ndarray
-    units: np.ndarray
-
-
-def build_index(encoder: Encoder, texts: Sequence[str], vectors: np.ndarray | None = None) -> Index:
-    """vectors: the encoder's vectors of the texts, float [texts, hidden]; computed if not given."""
-    vectors = text_vectors(encoder, list(texts))[:, 0] if vectors is None else np.asarray(vectors, np.float32)
-    if vectors.shape != (len(texts), encoder.hidden):
-        raise UserError(
-            f"vectors are {vectors.shape}; {len(texts)} texts of {encoder.name} need {(len(texts), encoder.hidden)}"
-        )
-    mean = vectors.mean(0)
-    return Index(encoder, list(texts), mean, _unit_rows(vectors - mean))
-
-
-def _unit_rows(x: np.ndarray) -> np.ndarray:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
-
-
-def nearest(index: Index, query: str, count: int = 5) -> pd.DataFrame:
-    """The texts most like the query, best first: text, cosine (of centred vectors). The query itself is left out."""
-    cosine = index.units @ _unit_rows(text_vector(index.encoder, query) - index.mean)
-    best = [i for i in np.argsort(-cosine, kind="stable") if index.texts[i] != query][:count]
-    return pd.DataFrame({"text": [index.texts[i] for i in best], "cosine": cosine[best].astype(float)})
-
-
-def text_vector(encoder: Encoder, text: str) -> np.ndarray:
-    """The mean-pooled last state of one text: float32 [hidden]; as `text_vectors`, without its progress bar."""
-    return _states(encoder, encoder.tokenize([text])[0].ids).mean(0).cpu().numpy()
-
-
-def neighbours_html(found: Mapping[str, pd.DataFrame], query: str) -> str:
-    """Neighbours by each model side by side; texts that all of them found are marked."""
-    both = set.intersection(*(set(table["text"]) for table in found.values()))
-    count = max(map(len, found.values()))
-    rows = []
-    for i in range(count):
-        row = [f"{i + 1}"]
-        for table in found.values():
-            text, cosine = table.iloc[i] if i < len(table) else ("", np.nan)
-            look = f"background:{tint(PALETTE[0], 0.2)};color:#222"
-            shown = f'<span style="{look}">✓ {escape(text)}</span>' if text in both else escape(text)
-            row.append(f"{shown} <small>({cosine:.2f})</small>" if text else "")
-        rows.append(row)
-    said = f"Of {count} neighbours <b>{len(both)}</b> are found by all (✓). In brackets the cosine."
-    return page(
-        paragraph(f"Nearest to: <i>{escape(query)}</i>"), html_table(["", *map(escape, found)], rows), paragraph(said)
-    )
-
-
-Classify = Callable[[str], dict[str, float]]
-
-
-def probe_classifier(encoder: Encoder, task: Task, rows: int | None = 1000) -> Classify:
-    """A function from a text to the probability of each label: a linear probe on the encoder's frozen vectors.
-
-    It is trained on the task's training rows, at most `rows` of them. Raises UserError for tasks on pairs or words.
-    """
-    if task.kind not in ("classify", "multilabel"):
-        raise UserError(
-            f"task {task.name} is of kind {task.kind}; a sentence alone has labels in classify and multilabel"
-        )
-    train = task.train.take(rows)
-    pipeline: Pipeline = classifier(task.kind)
-    pipeline.fit(
-        text_vectors(encoder, train.texts, label=f"{encoder.name}: {task.name}")[:, 0], np.asarray(train.targets)
-    )
-    # A class without a training row has no column.
-    classes = range(len(task.labels)) if task.kind == "multilabel" else pipeline.classes_
-
-    def classify(text: str) -> dict[str, float]:
-        shares = pipeline.predict_proba(text_vector(encoder, text)[None])[0]
-        return dict.fromkeys(task.labels, 0.0) | {task.labels[c]: float(p) for c, p in zip(classes, shares)}
-
-    return classify
-
-
-def timed(classify: Classify, text: str, repeats: int = 3) -> tuple[dict[str, float], float]:
-    """The labels of a text and the median time that takes, in milliseconds, after one call to warm up."""
-    answer, spent = classify(text), []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        classify(text)
-        spent.append(1000 * (time.perf_counter() - start))
-    return answer, float(np.median(spent))
-
-
-def labels_html(answers: Mapping[str, tuple[dict[str, float], float]]) -> str:
-    """Labels with probabilities by each model side by side, the likeliest first, and how long each took."""
-    first = next(iter(answers.values()))[0]
-    labels = sorted(first, key=lambda label: -first[label])
-    rows = []
-    for label in labels:
-        row = [escape(label)]
-        for name, (shares, _) in answers.items():
-            percent = f"{shares[label]:.1%}"
-            top = label == max(shares, key=shares.get)
-            colour = LOOKS[name].colour if name in LOOKS else PALETTE[2]
-            row.append(bar(shares[label], colour, mark(percent) if top else percent))
-        rows.append(row)
-    rows.append(["<i>time for this text</i>", *(f"<i>{ms:.1f} ms</i>" for _, ms in answers.values())])
-    return page(html_table(["", *map(escape, answers)], rows))

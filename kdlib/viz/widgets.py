@@ -5,182 +5,38 @@ a still view takes its place, as a picture and a table that any viewer shows; an
 beside its widget, for viewers that have none.
 """
 
-import signal
-import threading
-import time
-import warnings
-from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from typing import Any
+from functools import lru_cache, partial
 
 import ipywidgets as W
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, DisplayHandle, display
-from matplotlib.figure import Figure
 
 from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.selection import Selection
-from kdlib.viz import display as notebook
 from kdlib.viz import figures
+from kdlib.viz.examples import Classify, Index, build_index, labels_html, nearest, neighbours_html, timed
 from kdlib.viz.explore import (
-    Classify,
-    Index,
     attention_figure,
     attention_html,
     attentions,
-    build_index,
-    comparable,
-    labels_html,
     layer_choice_html,
     layer_curves,
     layer_figure,
     layer_html,
     masked_logits,
-    nearest,
-    neighbours_html,
     pieces_html,
-    results_figure,
-    results_html,
     size_figure,
     size_html,
     size_table,
     targets_html,
-    timed,
-    training_facts,
-    training_html,
 )
 from kdlib.viz.html import escape, page, paragraph
+from kdlib.viz.panel import Build, Panel, View
+from kdlib.viz.results import comparable, results_figure, results_html
 
-VIEW = "application/vnd.jupyter.widget-view+json"
-Build = Callable[..., W.ValueWidget]
 text_box = partial(W.Text, continuous_update=False, layout={"width": "98%"}, placeholder="type a sentence, then Enter")
-
-
-@dataclass
-class View:
-    """What a panel shows: a picture, HTML under it, or one of them."""
-
-    html: str = ""
-    figure: Figure | None = None
-
-    @cached_property
-    def png(self) -> bytes:
-        return _quietly(notebook.picture, self.figure).data if self.figure else b""
-
-
-def _quietly(draw: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Draw without a word on letters that the machine has no font for: all text is in the HTML, too."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")
-        return draw(*arguments, **named)
-
-
-class Panel:
-    """Controls over a view.
-
-    view: called with the value of each control by name. controls: how each is built, a partial of a widget class with
-    its first `value`; they are built when somebody can use them, so a headless run makes no widget. adapt: called
-    with the name of a control that was moved and all controls, before the view is drawn; may move others.
-    """
-
-    def __init__(
-        self,
-        view: Callable[..., View],
-        adapt: Callable[[str, dict[str, W.ValueWidget]], None] | None = None,
-        **controls: Build,
-    ):
-        self._view, self._adapt, self._builders = view, adapt, controls
-        self._firsts = {name: build.keywords["value"] for name, build in controls.items()}
-        self._adapting = False
-
-    @cached_property
-    def first(self) -> View:
-        """The view of the first values."""
-        return _quietly(self._view, **self._firsts)
-
-    @cached_property
-    def controls(self) -> dict[str, W.ValueWidget]:
-        built = {name: build(description=_label(name, build)) for name, build in self._builders.items()}
-        for name, control in built.items():
-            control.style.description_width = "initial"
-            control.observe(partial(self._moved, name), "value")
-        return built
-
-    @cached_property
-    def image(self) -> W.Image:
-        return W.Image(format="png", layout={"width": f"{notebook.WIDTH}px", "max_width": "100%"})
-
-    @cached_property
-    def text(self) -> W.HTML:
-        return W.HTML(layout={"width": "98%"})
-
-    @cached_property
-    def widget(self) -> W.VBox:
-        """The panel as a widget, to be put into other ones."""
-        controls = W.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "width": "98%"})
-        self.put(self.first)
-        return W.VBox([controls, self.image, self.text])
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The values of the controls; the first ones as long as none are built."""
-        built = vars(self).get("controls", {})
-        return self._firsts | {name: control.value for name, control in built.items()}
-
-    def _moved(self, name: str, change: Mapping[str, Any]) -> None:
-        if self._adapting:
-            return
-        try:
-            if self._adapt:
-                self._adapting = True
-                self._adapt(name, self.controls)
-            view = _quietly(self._view, **self.state)
-        except UserError as error:
-            view = View(page(paragraph(escape(error))))
-        except Exception as error:  # in a callback a traceback goes to a log that nobody reads
-            view = View(page(paragraph(f"<b>{type(error).__name__}</b>: {escape(error)}")))
-        finally:
-            self._adapting = False
-        self.put(view)
-
-    def put(self, view: View) -> None:
-        """Show a view in the widget."""
-        self.image.value = view.png
-        self.image.layout.display = None if view.figure else "none"
-        self.text.value = view.html
-
-    def _ipython_display_(self) -> None:
-        if notebook.headless():
-            layouts = {name: build.keywords.get("layout", {}) for name, build in self._builders.items()}
-            shown = [name for name, layout in layouts.items() if layout.get("display") != "none"]
-            show_still(self.first, [_label(name, self._builders[name]) for name in shown])
-        else:
-            display(_bundle(self.widget, self.first), raw=True)
-
-
-def show_still(view: View, controls: Sequence[str] = ()) -> None:
-    """A view as ordinary output, with a word on what can be changed in a running notebook."""
-    if view.figure is not None:
-        display(notebook.Image(view.png, width=notebook.WIDTH))
-    names = escape(", ".join(controls))
-    hint = f"<p><i>A still view. In a running notebook you can change: {names}.</i></p>" if controls else ""
-    if view.html or hint:
-        display(HTML(view.html + hint))
-
-
-def _bundle(widget: W.Widget, view: View) -> dict[str, Any]:
-    """One output in two forms: the widget where it lives, else the still view; never both."""
-    still = {"image/png": b64encode(view.png).decode()} if view.figure is not None else {"text/html": view.html}
-    return widget._repr_mimebundle_() | still
-
-
-def _label(name: str, build: partial) -> str:
-    return build.keywords.get("description", name)
 
 
 def _several(names: Sequence[str], value: Sequence[str] | None = None) -> partial:
@@ -449,122 +305,3 @@ def labels(classifiers: Mapping[str, Classify], sentence: str) -> Panel:
         return View(labels_html({name: timed(c, text) for name, c in classifiers.items()}))
 
     return Panel(view, sentence=partial(text_box, value=sentence))
-
-
-class TrainingPanel:
-    """Loss curves, speed, time left and a stop button, around a training that can stop at a checkpoint:
-
-        with TrainingPanel(steps, tokens) as panel:
-            train(on_point=panel.on_point, should_stop=panel.should_stop)
-
-    steps, tokens: of the whole training. Inside the block the kernel's interrupt asks for the same as the button; a
-    second one interrupts at once.
-    """
-
-    def __init__(self, steps: int, tokens: int):
-        self.steps, self.tokens = steps, tokens
-        self.curve = pd.DataFrame()
-        self._stop = threading.Event()
-        self._shown: DisplayHandle | None = None
-        self._live = self._over = False
-        self._drawn = self._drawing = 0.0  # when the last drawing ended, and how long it took; seconds
-
-    def should_stop(self) -> bool:
-        """Whether the training should write a checkpoint and stop; to be asked after every step."""
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        """Ask for a stop, from any thread."""
-        self._stop.set()
-
-    def on_point(self, curve: pd.DataFrame) -> None:
-        """Show a curve: columns split, step, seconds, loss and the objectives.
-
-        Drawing takes a twentieth of the time at most: curves that come faster are told in words only, but the last.
-        """
-        self.curve = curve
-        if time.monotonic() - self._drawn > 20 * self._drawing:
-            self._draw()
-        elif self._live:
-            self._panel.text.value = self._words()
-
-    @cached_property
-    def button(self) -> W.Button:
-        button = W.Button(
-            description="Stop at a checkpoint", icon="stop", button_style="warning", layout={"width": "220px"}
-        )
-
-        def press(_: W.Button) -> None:
-            self.stop()
-            button.description, button.disabled = "Stopping …", True
-
-        button.on_click(press)
-        # While a cell runs, only messages that come over a subshell arrive (JupyterLab sends those of widgets so).
-        # ipykernel 7.4 passes them on to where the widget last spoke, which is the cell: keep them where they came.
-        button.comm._reply_subshell_for = lambda data, default: default
-        return button
-
-    @cached_property
-    def _panel(self) -> Panel:
-        return Panel(self._view)
-
-    def _words(self) -> str:
-        if self.curve.empty:
-            text = (
-                "No point of the curve: nothing was trained."
-                if self._over
-                else "Waiting for the first point of the curve."
-            )
-            return page(paragraph(text))
-        facts = training_facts(self.curve, self.steps, self.tokens)
-        return training_html(facts, self.curve, self._over and self.should_stop())
-
-    def _view(self) -> View:
-        points = 0 if self.curve.empty else int((self.curve["split"] == "train").sum())
-        return View(self._words(), figures.live_curve(self.curve) if points > 1 else None)  # one is no line
-
-    def _draw(self) -> View:
-        started = time.monotonic()
-        view = self._view()
-        if self._live:
-            self._panel.put(view)
-        elif view.figure is not None:
-            image = notebook.Image(view.png, width=notebook.WIDTH)
-            if self._shown is None:
-                self._shown = display(image, display_id=True)
-            else:
-                self._shown.update(image)
-        self._drawn = time.monotonic()
-        self._drawing = self._drawn - started
-        return view
-
-    def __enter__(self) -> "TrainingPanel":
-        self._stop.clear()
-        self._over = False
-        self._live = not notebook.headless()
-        if self._live:
-            self._shown = display(_bundle(self._widget, self._panel.first), raw=True, display_id=True)
-        self._before = signal.getsignal(signal.SIGINT)
-        with suppress(ValueError):  # outside the main thread, where no interrupt comes
-            signal.signal(signal.SIGINT, self._interrupted)
-        return self
-
-    @cached_property
-    def _widget(self) -> W.VBox:
-        return W.VBox([self.button, self._panel.widget])
-
-    def _interrupted(self, number: int, frame: Any) -> None:
-        # Only the flag: what was interrupted may be a message on its way to the widget.
-        signal.signal(signal.SIGINT, self._before)
-        self.stop()
-
-    def __exit__(self, *error: Any) -> None:
-        with suppress(ValueError):
-            signal.signal(signal.SIGINT, self._before)
-        self._over = True
-        view = self._draw()
-        if self._live:
-            self.button.disabled, self.button.description = True, "Stopped" if self.should_stop() else "Finished"
-            self._shown.update(_bundle(self._widget, view), raw=True)
-        else:
-            display(HTML(view.html))

@@ -22,19 +22,11 @@ from transformers import (
 import kdlib.distillation.distill
 from kdlib import config
 from kdlib.batching import BudgetSampler
-from kdlib.distillation.distill import (
-    DistillTrainer,
-    Masking,
-    StateCapture,
-    Stopped,
-    distill,
-    prepare,
-    tokenise,
-    training_size,
-    with_states,
-)
+from kdlib.distillation.distill import DistillTrainer, Stopped, distill
 from kdlib.distillation.objectives import OBJECTIVES, RequiredOutputs, attention_scores
+from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.student_init import build_student
+from kdlib.distillation.tokenized_corpus import Masking, prepare, tokenise, training_size, with_states
 from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.models.mlm_head import new_head

@@ -50,7 +50,7 @@ from kdlib.study.run import COLUMNS, Run, find_run, run_folder
 from kdlib.study.stage import Context, Source, Stage, contents
 from kdlib.study.stages import read_training
 from kdlib.study.study import Study
-from kdlib.viz import figures
+from kdlib.viz import figures, tables
 
 CANARY = "KDLIB_FUZZ_CANARY"  # the variable that names the file which code of the input would write
 
@@ -828,7 +828,7 @@ def read_run(here: Path, case: Case) -> None:
     attempt(lambda: run.record("probe", [dict(model="a", metric="m", value=1)]))
     attempt(lambda: run.lock().__enter__())
     if table is not None and len(table):
-        attempt(lambda: figures.headline(table))
+        attempt(lambda: tables.headline(table))
         for name in set(attempt(lambda: figures.drawers(table)) or ()) - set(figures.FIGURES):
             attempt(lambda: figures.save(Figure((1, 1)), run.folder("figures"), name))
     with patch.object(Source, "content", "as it was"):

@@ -17,8 +17,8 @@ from nbconvert import HTMLExporter
 
 from kdlib.study.run import COLUMNS, read_results
 from kdlib.study.study import NOTEBOOKS, STAGES
-from kdlib.viz import figures
-from kdlib.viz.widgets import VIEW
+from kdlib.viz import figures, tables
+from kdlib.viz.panel import VIEW
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -144,7 +144,7 @@ def test_figures_drawn_twice_are_the_same_bytes(smoke, tmp_path):
     out, _ = smoke
     table = read_results(out / "results.csv")
     figures.draw_all(table, tmp_path)
-    figures.main_table(table).to_csv(tmp_path / "main_table.csv")
+    tables.main_table(table).to_csv(tmp_path / "main_table.csv")
     drawn = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert drawn and drawn == {path.name: path.read_bytes() for path in (out / "figures").iterdir()}
 

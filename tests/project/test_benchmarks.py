@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib import config
 from kdlib.batching import BudgetSampler
-from kdlib.distillation.distill import TokenizedCorpus
 from kdlib.distillation.student_init import build_student
+from kdlib.distillation.tokenized_corpus import TokenizedCorpus
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.model import prune_model
 from kdlib.pruning.tokenizer import prune_tokenizer

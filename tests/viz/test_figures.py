@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from kdlib.errors import UserError
 from kdlib.study.run import COLUMNS, read_results
-from kdlib.viz import figures, style
+from kdlib.viz import comparisons, figures, style, tables
 
 TASKS = {"topic": "accuracy", "sentiment": "accuracy", "dengue": "macro_f1", "entailment": "accuracy", "entities": "f1"}
 ITEMS = {"topic": 204, "sentiment": 400, "dengue": 400, "entailment": 400, "entities": 317}
@@ -233,7 +233,7 @@ def test_a_missing_stage_is_named(table, stage, names):
 
 def test_a_family_that_was_not_run_is_named(table):
     with pytest.raises(UserError, match="ablation of depth.*run the stage 'ablations' first"):
-        figures.ablation(table, "depth")
+        comparisons.ablation(table, "depth")
 
 
 def test_every_family_of_arms_is_drawn_numbers_as_a_curve_and_names_as_lines(table):
@@ -241,21 +241,21 @@ def test_every_family_of_arms_is_drawn_numbers_as_a_curve_and_names_as_lines(tab
     depth = arms.assign(method="depth", x=arms["x"] * 10, arm=arms["arm"] + " deep")
     own = arms.assign(method="my own", x=None)
     more = pd.concat([table, depth, own])
-    assert figures.ablation_families(more)[-2:] == ["depth", "my own"]
+    assert comparisons.ablation_families(more)[-2:] == ["depth", "my own"]
     names = set(figures.drawers(more)) - set(figures.FIGURES)
     assert names == {f"ablation_{family}" for family in ("fraction", "init", "objective", "depth", "my_own")}
-    assert figures.ablation(more, "depth").axes[0].get_xlabel() == "layers of the student"
-    assert figures.ablation(more, "my own").axes[0].get_ylabel() == "my own"
+    assert comparisons.ablation(more, "depth").axes[0].get_xlabel() == "layers of the student"
+    assert comparisons.ablation(more, "my own").axes[0].get_ylabel() == "my own"
 
 
 def test_the_main_table_has_a_row_per_model_and_a_column_per_task(table):
-    main = figures.main_table(table)
+    main = tables.main_table(table)
     assert list(main.index) == list(SKILL) and list(main.columns) == ["parameters (M)", *TASKS, "average"]
     rows = table[(table["method"] == "finetune") & (table["task"] == "average") & table["seed"].isna()]
     value = rows[rows["model"] == "student"]["value"].iloc[0]
     assert main.loc["student", "average"].startswith(f"{value * 100:.1f} [")
     with pytest.raises(UserError, match="fine-tuning score"):
-        figures.main_table(table[table["method"] != "finetune"])
+        tables.main_table(table[table["method"] != "finetune"])
 
 
 def test_draw_all_draws_what_it_can(table, tmp_path):
@@ -268,7 +268,7 @@ def test_draw_all_draws_what_it_can(table, tmp_path):
 
 def test_an_empty_table_is_refused(tmp_path):
     empty = pd.DataFrame(columns=COLUMNS)
-    for use in (*figures.FIGURES.values(), figures.headline, lambda table: figures.draw_all(table, tmp_path)):
+    for use in (*figures.FIGURES.values(), tables.headline, lambda table: figures.draw_all(table, tmp_path)):
         with pytest.raises(UserError, match="table of results is empty"):
             use(empty)
 
@@ -288,10 +288,10 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     tasks = {"ปัญหา": "accuracy", "主题 分类": "macro_f1", "$x$ and $y": "f1"}
     models = {"teacher": 0.8, "student": 0.75, "somebody/else-base": 0.7}
     table = make_table(tmp_path / "results.csv", tasks, ("ไทย", "中文"), models)
-    for draw in (figures.fertility, figures.layer_probe, figures.retrieval, figures.retention):
+    for draw in (figures.fertility, figures.layer_probe, figures.retrieval, comparisons.retention):
         draw(table)
-    figures.ablation(table, "init")
-    figure = figures.benchmark_probe(table)
+    comparisons.ablation(table, "init")
+    figure = comparisons.benchmark_probe(table)
     figures.save(figure, tmp_path, "benchmark_probe")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
     assert style.legible("主题 分类") + "\nmacro F1, n = 100" in texts(figure)
@@ -299,7 +299,7 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
 
 def test_a_model_looks_the_same_in_every_table(table):
     def look(rows, model):
-        handles = figures.benchmark_probe(rows).legends[0].legend_handles
+        handles = comparisons.benchmark_probe(rows).legends[0].legend_handles
         return next((h.get_color(), h.get_marker()) for h in handles if h.get_label() == model)
 
     assert look(table[table["model"] != "teacher"], "student") == look(table, "student")
@@ -307,7 +307,7 @@ def test_a_model_looks_the_same_in_every_table(table):
 
 
 def test_the_headline_metric_is_drawn_whatever_the_order_of_rows(table):
-    labels = texts(figures.benchmark_probe(table.sort_values("metric", kind="stable")))
+    labels = texts(comparisons.benchmark_probe(table.sort_values("metric", kind="stable")))
     assert "dengue\nmacro F1, n = 400" in labels
     assert "entities\nentity F1, n = 317" in labels
 
@@ -329,13 +329,13 @@ def test_a_short_range_of_rows_has_numbers_on_its_axis(table):
 def test_retention_is_student_over_teacher(table):
     rows = table[(table["stage"] == "benchmark") & (table["method"] == "probe") & table["seed"].isna()]
     topic = rows[(rows["task"] == "topic") & (rows["metric"] == "accuracy")].set_index("model")["value"]
-    assert f"{topic['student'] / topic['teacher']:.0%}" in texts(figures.retention(table))
+    assert f"{topic['student'] / topic['teacher']:.0%}" in texts(comparisons.retention(table))
 
 
 def test_ablations_over_seeds_show_the_mean(table):
     arms = table[(table["stage"] == "ablations") & (table["method"] == "fraction") & (table["task"] == "topic")]
     other = arms.assign(seed=1, value=arms["value"] + 0.1)
-    figure = figures.ablation(pd.concat([arms, other]), "fraction")
+    figure = comparisons.ablation(pd.concat([arms, other]), "fraction")
     assert np.allclose(figure.axes[0].containers[0].lines[0].get_ydata(), arms["value"] + 0.05)
 
 
@@ -383,7 +383,7 @@ def test_save_says_where_it_cannot_write(tmp_path):
 
 
 def test_headline_has_a_row_per_model(table):
-    summary = figures.headline(table)
+    summary = tables.headline(table)
     assert list(summary.index) == list(SKILL)
     teacher, student = summary.loc["teacher"], summary.loc["student"]
     assert (student["parameters (M)"], student["size (MB)"]) == (15.0, 60.0)
@@ -396,15 +396,17 @@ def test_headline_has_a_row_per_model(table):
 
 def test_headline_leaves_open_what_was_not_measured(table):
     sizes = table[(table["stage"] == "benchmark") & table["metric"].isin(["parameters", "megabytes"])]
-    summary = figures.headline(sizes)
+    summary = tables.headline(sizes)
     assert summary["parameters (M)"].notna().all()
     assert summary[["latency (ms)", "probe score (%)", "of teacher's probe score (%)"]].isna().all(axis=None)
 
 
 def test_students_of_several_runs_are_compared_by_any_figure(table):
     better = table.assign(value=table["value"].where(table["metric"] != "parameters", table["value"] * 2))
-    both = figures.compare({"small": table, "large": better})
-    summary = figures.headline(both)
+    both = tables.compare({"small": table, "large": better})
+    summary = tables.headline(both)
     assert list(summary.index) == ["teacher", "small", "large"]
     assert summary.loc["large", "parameters (M)"] == 2 * summary.loc["small", "parameters (M)"] == 30
-    assert {"teacher", "small", "large"} <= {text.get_text() for text in figures.benchmark_probe(both).findobj(Text)}
+    assert {"teacher", "small", "large"} <= {
+        text.get_text() for text in comparisons.benchmark_probe(both).findobj(Text)
+    }

@@ -31,8 +31,11 @@ from kdlib.pruning import selection as vocabulary
 from kdlib.pruning.model import prune_model
 from kdlib.pruning.tokenizer import prune_tokenizer
 from kdlib.study.run import COLUMNS
-from kdlib.viz import display, explore, widgets
+from kdlib.viz import display, examples, explore, results, training_panel, widgets
+from kdlib.viz import panel as panels
 from kdlib.viz.html import escape
+from kdlib.viz.panel import VIEW
+from kdlib.viz.training_panel import TrainingPanel
 
 SENTENCE = "ang bata ay kumain"
 
@@ -219,7 +222,7 @@ def test_training_facts_are_speed_and_time_left():
 
 
 def test_comparable_numbers_prefer_the_row_of_all_seeds_and_bring_references_to_arms():
-    rows = explore.comparable(study_table())
+    rows = results.comparable(study_table())
     probe = rows[(rows["what"] == "benchmark: probe") & (rows["task"] == "topic")].set_index("name")["value"]
     assert dict(probe) == {"teacher": 0.8, "student": 0.72, "from scratch": 0.3}
     assert list(rows[rows["what"] == "ablations: init"]["name"]) == ["a", "b", "teacher"]
@@ -227,34 +230,34 @@ def test_comparable_numbers_prefer_the_row_of_all_seeds_and_bring_references_to_
     assert list(sizes["name"]) == ["teacher", "student"] and set(sizes["what"] + sizes["task"]) == {"benchmark"}
     assert not rows["what"].str.startswith("probe").any() and "texts" not in set(rows["metric"])
     with pytest.raises(UserError, match="benchmark"):
-        explore.comparable(study_table().query("stage == 'probe' or stage == 'distill'"))
+        results.comparable(study_table().query("stage == 'probe' or stage == 'distill'"))
     with pytest.raises(UserError, match="benchmark"):
-        explore.comparable(table([]))
+        results.comparable(table([]))
 
 
 def test_the_results_say_whether_the_best_is_clear():
-    rows = explore.comparable(study_table()).query("what == 'benchmark: probe' and task == 'topic'")
-    shown = body(explore.results_html(rows))
+    rows = results.comparable(study_table()).query("what == 'benchmark: probe' and task == 'topic'")
+    shown = body(results.results_html(rows))
     assert "80.0%" in shown and "75.0 to 85.0%" in shown and "overlaps with those of: student." in shown
-    assert "lies above all others" in explore.results_html(rows[rows["name"] != "student"])
-    timed = explore.comparable(study_table()).query("metric == 'latency_ms'")
-    assert "quartiles" in explore.results_html(timed) and "8.0 to 12.0" in explore.results_html(timed)
+    assert "lies above all others" in results.results_html(rows[rows["name"] != "student"])
+    timed = results.comparable(study_table()).query("metric == 'latency_ms'")
+    assert "quartiles" in results.results_html(timed) and "8.0 to 12.0" in results.results_html(timed)
 
 
 def test_nearest_are_those_of_brute_force_without_the_query_itself(pair):
     pool, made = texts(30, length=8), pair["teacher"]
-    index = explore.build_index(made, pool)
+    index = examples.build_index(made, pool)
     vectors = text_vectors(made, pool)[:, 0]
     centred = vectors - vectors.mean(0)
     cosine = [float(np.dot(x, centred[4]) / np.linalg.norm(x) / np.linalg.norm(centred[4])) for x in centred]
     expected = [pool[i] for i in np.argsort(cosine)[::-1] if pool[i] != pool[4]][:6]
-    found = explore.nearest(index, pool[4], 6)
+    found = examples.nearest(index, pool[4], 6)
     assert list(found["text"]) == expected and found["cosine"].is_monotonic_decreasing
-    assert explore.text_vector(made, pool[4]) == pytest.approx(vectors[4], abs=1e-5)
-    given_vectors = explore.build_index(made, pool, vectors)
-    assert list(explore.nearest(given_vectors, pool[4], 6)["text"]) == expected
+    assert examples.text_vector(made, pool[4]) == pytest.approx(vectors[4], abs=1e-5)
+    given_vectors = examples.build_index(made, pool, vectors)
+    assert list(examples.nearest(given_vectors, pool[4], 6)["text"]) == expected
     with pytest.raises(UserError, match="vectors"):
-        explore.build_index(made, pool, vectors[:, :3])
+        examples.build_index(made, pool, vectors[:, :3])
 
 
 def toy_task(kind="classify"):
@@ -266,14 +269,14 @@ def toy_task(kind="classify"):
 
 
 def test_probe_classifier_learns_and_gives_every_label_a_probability(pair):
-    classify = explore.probe_classifier(pair["teacher"], toy_task())
+    classify = examples.probe_classifier(pair["teacher"], toy_task())
     dog, water = classify("aso aso aso"), classify("tubig tubig tubig")
     assert dog["dog"] > 0.6 and water["water"] > 0.6 and dog["none"] == 0
     assert sum(dog.values()) == pytest.approx(1) and list(dog) == ["dog", "water", "none"]
-    many = explore.probe_classifier(pair["student"], toy_task("multilabel"))("tubig tubig tubig")
+    many = examples.probe_classifier(pair["student"], toy_task("multilabel"))("tubig tubig tubig")
     assert many["water"] > 0.5 and many["none"] > 0.5 > many["dog"]
     with pytest.raises(UserError, match="pair"):
-        explore.probe_classifier(pair["teacher"], Task("p", "pair", ["a", "b"], Split([], []), Split([], [])))
+        examples.probe_classifier(pair["teacher"], Task("p", "pair", ["a", "b"], Split([], []), Split([], [])))
 
 
 def test_labels_come_with_the_time_they_took():
@@ -281,9 +284,9 @@ def test_labels_come_with_the_time_they_took():
         time.sleep(0.01)
         return {"a": 0.25, "b": 0.75}
 
-    answer, milliseconds = explore.timed(slow, "x")
+    answer, milliseconds = examples.timed(slow, "x")
     assert answer["b"] == 0.75 and 10 <= milliseconds < 1000
-    shown = explore.labels_html({"teacher": (answer, 12.34), "student": ({"a": 0.6, "b": 0.4}, 3.21)})
+    shown = examples.labels_html({"teacher": (answer, 12.34), "student": ({"a": 0.6, "b": 0.4}, 3.21)})
     assert body(shown).index("b") < body(shown).index("25.0%") and "12.3 ms" in shown and "3.2 ms" in shown
 
 
@@ -294,7 +297,8 @@ def test_labels_come_with_the_time_they_took():
 def shown(monkeypatch):
     """What panels display, with somebody in front of the notebook."""
     calls = []
-    monkeypatch.setattr(widgets, "display", lambda *a, **k: calls.append(a[0]))
+    for module in (panels, training_panel):
+        monkeypatch.setattr(module, "display", lambda *a, **k: calls.append(a[0]))
     monkeypatch.setattr(display, "headless", lambda: False)
     return calls
 
@@ -302,14 +306,15 @@ def shown(monkeypatch):
 def test_a_front_end_gets_one_output_of_widget_and_still_view(pair, shown):
     widgets.tokeniser(pair, SENTENCE)._ipython_display_()
     (bundle,) = shown
-    assert widgets.VIEW in bundle and "tokens per word" in bundle["text/html"]
+    assert VIEW in bundle and "tokens per word" in bundle["text/html"]
     widgets.layer_map_editor(4, [2, 4])._ipython_display_()
-    assert set(shown[1]) == {widgets.VIEW, "image/png", "text/plain"}
+    assert set(shown[1]) == {VIEW, "image/png", "text/plain"}
 
 
 def test_without_a_front_end_no_widget_is_made(pair, monkeypatch):
     calls = []
-    monkeypatch.setattr(widgets, "display", calls.append)
+    for module in (panels, training_panel):
+        monkeypatch.setattr(module, "display", calls.append)
     before = set(widget_module._instances)
     widgets.layer_map_editor(4, [2, 4])._ipython_display_()
     assert [type(call).__name__ for call in calls] == ["Image", "HTML"] and calls[0].data.startswith(b"\x89PNG")
@@ -328,10 +333,10 @@ def test_typing_a_sentence_shows_its_pieces_and_an_empty_one_a_hint(pair):
 
 def test_a_view_that_fails_says_so_where_the_reader_looks():
     def view(depth):
-        return widgets.View(f"depth {1 / depth:.0f}")
+        return panels.View(f"depth {1 / depth:.0f}")
 
     slider = widgets.partial(ipywidgets.IntSlider, min=0, max=2, value=1)
-    panel = widgets.Panel(view, depth=slider)
+    panel = panels.Panel(view, depth=slider)
     panel.widget.layout.visibility = "visible"
     panel.controls["depth"].value = 0
     assert "ZeroDivisionError" in panel.text.value
@@ -342,7 +347,7 @@ def test_a_view_that_fails_says_so_where_the_reader_looks():
 @pytest.mark.filterwarnings("error")
 def test_letters_without_a_font_are_no_warning(pair):
     maps = {"a": (["\ue000", "b"], np.eye(2)), "b": (["\ue000", "b"], np.eye(2))}
-    panel = widgets.Panel(lambda: widgets.View("", explore.attention_figure(maps)))
+    panel = panels.Panel(lambda: panels.View("", explore.attention_figure(maps)))
     assert panel.first.png.startswith(b"\x89PNG")
 
 
@@ -424,7 +429,7 @@ def test_results_explorer_offers_only_what_is_there():
 
 def test_neighbours_panel_computes_vectors_once(pair, monkeypatch):
     calls = []
-    monkeypatch.setattr(explore, "text_vectors", lambda *a: calls.append(a) or text_vectors(*a))
+    monkeypatch.setattr(examples, "text_vectors", lambda *a: calls.append(a) or text_vectors(*a))
     pool = texts(12, length=8)
     panel = widgets.neighbours(pair, pool, pool[0])
     assert panel.widget and "cosine" in panel.text.value
@@ -452,9 +457,10 @@ def curve_of(steps):
 def test_training_panel_shows_the_curve_and_leaves_it_in_the_output(shown, monkeypatch):
     updates = []
     handle = type("Handle", (), {"update": lambda self, bundle, raw: updates.append(bundle)})()
-    monkeypatch.setattr(widgets, "display", lambda *a, **k: shown.append(a[0]) or handle)
-    with widgets.TrainingPanel(10, 1000) as panel:
-        assert widgets.VIEW in shown[0] and not panel.should_stop()
+    for module in (panels, training_panel):
+        monkeypatch.setattr(module, "display", lambda *a, **k: shown.append(a[0]) or handle)
+    with TrainingPanel(10, 1000) as panel:
+        assert VIEW in shown[0] and not panel.should_stop()
         panel.on_point(curve_of(5))
         assert "10 s left" in body(panel._panel.text.value)
         drawn = bytes(panel._panel.image.value)
@@ -463,14 +469,15 @@ def test_training_panel_shows_the_curve_and_leaves_it_in_the_output(shown, monke
         panel.button.click()
         assert panel.should_stop() and panel.button.disabled
     assert "Stopped" in panel._panel.text.value and panel.button.description == "Stopped"
-    assert set(updates[0]) == {widgets.VIEW, "image/png", "text/plain"} and bytes(panel._panel.image.value) != drawn
+    assert set(updates[0]) == {VIEW, "image/png", "text/plain"} and bytes(panel._panel.image.value) != drawn
 
 
 def test_interrupt_asks_for_a_stop_and_a_second_one_interrupts(monkeypatch):
-    monkeypatch.setattr(widgets, "display", lambda *a, **k: None)
+    for module in (panels, training_panel):
+        monkeypatch.setattr(module, "display", lambda *a, **k: None)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        with widgets.TrainingPanel(10, 1000) as panel:
+        with TrainingPanel(10, 1000) as panel:
             signal.raise_signal(signal.SIGINT)
             assert panel.should_stop()
             signal.raise_signal(signal.SIGINT)
@@ -479,9 +486,10 @@ def test_interrupt_asks_for_a_stop_and_a_second_one_interrupts(monkeypatch):
 
 TRAINING = """
 import time
-from kdlib.viz import display as notebook, widgets
+from kdlib.viz import display as notebook
+from kdlib.viz.training_panel import TrainingPanel
 assert not notebook.headless()
-panel = widgets.TrainingPanel(100, 1000)
+panel = TrainingPanel(100, 1000)
 end = time.time() + 20
 with panel:
     print("ready")
@@ -550,8 +558,8 @@ HEADLESS = [
     "widgets.results_explorer(test_widgets.study_table())",
     "widgets.neighbours(pair, tiny.texts(10), sentence)",
     "task = test_widgets.toy_task()\n"
-    "widgets.labels({name: explore.probe_classifier(encoder, task) for name, encoder in pair.items()}, sentence)",
-    "with widgets.TrainingPanel(4, 100) as panel:\n"
+    "widgets.labels({name: examples.probe_classifier(encoder, task) for name, encoder in pair.items()}, sentence)",
+    "with TrainingPanel(4, 100) as panel:\n"
     "    for step in range(1, 5):\n"
     "        panel.on_point(test_widgets.curve_of(step))\n"
     "        assert not panel.should_stop()",
@@ -562,7 +570,7 @@ PICTURED = (1, 2, 3, 4, 7, 10)
 def test_headless_every_widget_leaves_a_still_view_and_no_widget(kernel):
     start = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "import tiny\nfrom viz import test_widgets\nfrom kdlib.pruning.selection import select_tokens\nfrom kdlib.viz import explore, widgets\n"
+        "import tiny\nfrom viz import test_widgets\nfrom kdlib.pruning.selection import select_tokens\nfrom kdlib.viz import examples, explore, widgets\nfrom kdlib.viz.training_panel import TrainingPanel\n"
         "teacher = tiny.encoder()\npair = {'teacher': teacher, 'student': tiny.encoder(layers=2)}\n"
         f"sentence = {SENTENCE!r}"
     )
@@ -570,7 +578,7 @@ def test_headless_every_widget_leaves_a_still_view_and_no_widget(kernel):
     made = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(made, km=kernel[0], timeout=120).execute()
     nbformat.validate(made)
-    assert "widgets" not in made.metadata and widgets.VIEW not in nbformat.writes(made)
+    assert "widgets" not in made.metadata and VIEW not in nbformat.writes(made)
     for i, cell in enumerate(made.cells[1:]):
         kinds = [output.output_type for output in cell.outputs]
         data = {kind: value for output in cell.outputs for kind, value in output.get("data", {}).items()}

@@ -1,0 +1,79 @@
+"""Capturing the hidden states, queries, keys and logits of a forward pass."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kdlib.distillation.objectives import ModelOutputs, RequiredOutputs
+from kdlib.models.families import family_of
+from kdlib.models.mlm_head import MaskedHead
+
+
+class StateCapture(nn.Module):
+    """A model whose forward pass gives `States`, as far as `needs` asks.
+
+    layers: whose states are kept, 1 = first, the last layer at the end. projection: hidden -> the teacher's hidden,
+    which all kept states go through (TinyBERT's, Jiao et al. 2020, eq. 8); head: gives the logits, from the states
+    before the projection. For a student this is what is trained and checkpointed; the model inside is what is kept.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[int],
+        needs: RequiredOutputs,
+        projection: nn.Linear | None = None,
+        head: MaskedHead | None = None,
+    ):
+        super().__init__()
+        self.model, self.projection, self.head = model, projection, head
+        self.layers, self.needs = list(layers), needs
+        self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}}
+        self.hooks = []
+        if needs.attention:
+            # Queries and keys are caught where they are projected: the scores before the softmax follow from them under
+            # any attention implementation, whereas `output_attentions` gives probabilities, and nothing with sdpa.
+            for kind, modules in zip(self.caught, _projections(model)):
+                self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind, layer)) for layer in layers]
+
+    def _catch(self, kind: str, layer: int) -> Callable:
+        heads = self.model.config.num_attention_heads
+
+        def hook(module, inputs, output):  # DeBERTa projects the relative positions too, after the text
+            self.caught[kind].setdefault(layer, output.unflatten(-1, (heads, -1)).transpose(1, 2))
+
+        return hook
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, masked: torch.Tensor | None = None) -> ModelOutputs:
+        """ids, mask: [batch, tokens]; masked: places of the masked tokens in the flattened batch, for the logits."""
+        for caught in self.caught.values():
+            caught.clear()
+        found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        kept = [found[layer] for layer in self.layers]
+        embedded = found[0] if self.needs.embedded else None
+        logits = None
+        if self.head is not None and masked is not None:
+            embeddings = self.model.get_input_embeddings().weight
+            logits = self.head(kept[-1].flatten(0, 1)[masked], embeddings)
+        if self.projection is not None:
+            kept = [self.projection(states) for states in kept]
+            embedded = self.projection(embedded) if embedded is not None else None
+        query, key = (list(caught.values()) for caught in self.caught.values())
+        return ModelOutputs(kept, mask, query, key, embedded, logits)
+
+    def release(self) -> PreTrainedModel:
+        """The model, with nothing watching it any more."""
+        for hook in self.hooks:
+            hook.remove()
+        return self.model
+
+
+def _projections(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The query and the key projections of all layers, lowest first."""
+    family = family_of(model.config.model_type)
+    ends = [f"{family.layers}.{{}}.{names[0]}" for names in (family.query, family.key)]
+    modules, depth = dict(model.named_modules()), range(model.config.num_hidden_layers)
+    query, key = ([next(m for n, m in modules.items() if n.endswith(end.format(i))) for i in depth] for end in ends)
+    return query, key

@@ -1,0 +1,131 @@
+"""The results explorer: which results can be compared, and how they are shown."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kdlib.errors import UserError
+from kdlib.viz import style, tables
+from kdlib.viz.explore import interval_text
+from kdlib.viz.html import escape, html_table, page, paragraph
+from kdlib.viz.style import LOOKS, SCORES, SPARE_LOOKS
+
+NOTHING = "no rows of the table of results can be compared; run the stage 'benchmark' first"
+
+
+def comparable(table: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of a study that can be held beside each other, a row each, from the table of results.
+
+    Rows of: what (stage and method, such as "benchmark: probe"), task ("" for none), metric, name (model, or arm of the
+    ablation), model, value, low, high, n. Seeds are averaged where the table has no row for all of them; a family of
+    arms comes with the models it is held against. Left out is what has a picture of its own (the probes of the teacher,
+    the learning curve, the rows of the vocabulary) and what stands alone.
+    """
+    own = (table["metric"] == "coverage") | table["metric"].astype(str).str.startswith("rows_")
+    rows = table[(table["stage"] != "probe") & ~own & ~((table["stage"] == "distill") & table["x"].notna())]
+    rows = rows.assign(**{column: rows[column].fillna("") for column in ("method", "task", "arm", "language")})
+    ablated = rows["stage"] == "ablations"
+    reference = rows[ablated & (rows["method"] == "reference")]
+    families = [family for family in rows.loc[ablated, "method"].unique() if family != "reference"]
+    rows = pd.concat([rows.drop(reference.index), *(reference.assign(method=family) for family in families)])
+    if rows.empty:
+        raise UserError(NOTHING)
+    language_of_study = table["language"].mode().iloc[0]
+    rows["what"] = [f"{stage}: {method}" if method else stage for stage, method in zip(rows["stage"], rows["method"])]
+    rows["name"] = [
+        (arm or model) + ("" if language in (language_of_study, "") else f" {language}")
+        for arm, model, language in zip(rows["arm"], rows["model"], rows["language"])
+    ]
+    summary = tables.summary(rows, "what", "task", "name", "model")
+    summary = summary[summary.groupby(["what", "task", "metric"])["name"].transform("size") > 1]
+    if summary.empty:
+        raise UserError(NOTHING)
+    return summary[["what", "task", "metric", "name", "model", "value", "low", "high", "n"]]
+
+
+UNITS = {  # factor and label of what is no score
+    "parameters": (1e-6, "parameters (millions)"),
+    "megabytes": (1, "size (MB)"),
+    "rows": (1, "rows of the vocabulary"),
+    "latency_ms": (1, "latency of one sentence (ms)"),
+    "sentences_per_second": (1, "sentences a second"),
+    "fertility": (1, "tokens per word"),
+}
+TIMED = ("latency_ms", "sentences_per_second")  # their low and high are quartiles
+
+
+def _unit(metric: str) -> tuple[float, str, str]:
+    """Factor, unit and label that a metric is shown with."""
+    if metric in SCORES or metric in ("similarity", "unknown_rate"):
+        return 100, "%", f"{SCORES.get(metric, metric.replace('_', ' '))} (%)"
+    scale, label = UNITS.get(metric, (1, metric.replace("_", " ")))
+    return scale, "", label
+
+
+def _spread(metric: str) -> str:
+    return "quartiles of the timings" if metric in TIMED else "95% interval"
+
+
+@style.styled
+def results_figure(rows: pd.DataFrame) -> Figure:
+    """Values with intervals, a line of the picture per row of `comparable` rows that share what, task and metric."""
+    first = rows.iloc[0]
+    scale, unit, label = _unit(first["metric"])
+    task = {"average": "average of tasks"}.get(first["task"], first["task"])
+    figure = style.new_figure(", ".join(filter(None, [first["what"], task])), 1.9 + 0.55 * len(rows))
+    ax = figure.subplots()
+    for i, row in enumerate(rows.itertuples()):
+        look = LOOKS.get(row.model, SPARE_LOOKS[0])
+        errors = style.whiskers(rows.iloc[[i]]) * scale
+        ax.errorbar(
+            row.value * scale, i, xerr=errors, fmt=look.marker, color=look.colour, markersize=9,
+            markeredgecolor="white", capsize=4, elinewidth=2,
+        )  # fmt: skip
+        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.annotate(
+            _number(row.value * scale, unit), (row.value * scale, i), (0, 10), textcoords="offset points", ha="center",
+            bbox=ground, fontsize=11,
+        )  # fmt: skip
+    ax.set_yticks(range(len(rows)), [style.wrap(name, 26) for name in rows["name"]])
+    ax.set_ylim(len(rows) - 0.5, -0.75)
+    ax.margins(x=0.1)
+    ax.yaxis.grid(False)
+    interval = f", with {_spread(first['metric'])}" if rows["low"].notna().any() else ""
+    ax.set_xlabel(f"{label}{interval}")
+    return figure
+
+
+def _number(value: float, unit: str = "") -> str:
+    return (
+        f"{value:,.1f}{unit}"
+        if unit or 10 <= abs(value) < 1000
+        else f"{value:,.4g}"
+        if abs(value) < 1000
+        else f"{value:,.0f}"
+    )
+
+
+def results_html(rows: pd.DataFrame) -> str:
+    """The same as a table, with whether the best is clear of the others."""
+    scale, unit, label = _unit(rows["metric"].iloc[0])
+    cells = [
+        [
+            escape(row["name"]),
+            f"<b>{_number(row['value'] * scale, unit)}</b>",
+            interval_text(row, scale, unit),
+            "" if pd.isna(row["n"]) else f"{row['n']:,.0f}",
+        ]
+        for _, row in rows.iterrows()
+    ]
+    return page(html_table(["", escape(label), _spread(rows["metric"].iloc[0]), "n"], cells), paragraph(_clear(rows)))
+
+
+def _clear(rows: pd.DataFrame) -> str:
+    measured = rows.dropna(subset=["low", "high"]).sort_values("value", ascending=False)
+    if len(measured) < 2 or rows["metric"].iloc[0] not in SCORES:
+        return ""
+    best, others = measured.iloc[0], measured.iloc[1:]
+    near = others[others["high"] >= best["low"]]
+    if near.empty:
+        return f"The interval of <b>{escape(best['name'])}</b> lies above all others."
+    names = ", ".join(escape(name) for name in near["name"])
+    return f"<b>{escape(best['name'])}</b> is highest, but its interval overlaps with those of: {names}."

@@ -1,0 +1,117 @@
+"""Tables of results: rows that a figure or a reader wants."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from kdlib.errors import UserError
+from kdlib.viz import style
+
+NUMBERS = ["x", "value", "low", "high", "n"]
+TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to keep
+
+
+def check(table: pd.DataFrame) -> None:
+    if table.empty:
+        raise UserError("the table of results is empty; run the stages of the study first")
+
+
+def select(table: pd.DataFrame, stage: str, what: str, **where: str | Sequence[str]) -> pd.DataFrame:
+    """The rows of `stage` with a finite value and these column values; UserError if there are none."""
+    check(table)
+    rows = table[(table["stage"] == stage) & np.isfinite(table["value"].astype(float))]
+    for column, wanted in where.items():
+        rows = rows[rows[column].isin([wanted] if isinstance(wanted, str) else wanted)]
+    return need(rows, stage, what)
+
+
+def need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
+    if rows.empty:
+        raise UserError(f"no {what} in the table of results; run the stage {stage!r} first")
+    return rows
+
+
+def headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of `rows` that hold their task's headline metric, or the average over tasks."""
+    scores = table[table["task"].notna() & (table["task"] != "average")]
+    # The layer probe names no other metric; the other stages name the headline first.
+    scores = scores.sort_values("stage", key=lambda stage: stage != "probe", kind="stable")
+    headline = scores.drop_duplicates("task").set_index("task")["metric"].to_dict() | {"average": "score"}
+    return rows[rows["metric"] == rows["task"].map(headline)]
+
+
+def summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
+    """One row per `keys`: the row without a seed where there is one, else means over the seeds."""
+    places = rows.set_index(list(keys)).index
+    summarised = places.isin(places[rows["seed"].isna()])
+    chosen = rows[rows["seed"].isna() | ~summarised].astype(dict.fromkeys(NUMBERS, float))
+    numbers = [column for column in NUMBERS if column not in keys]
+    return chosen.groupby([*keys, "metric"], sort=False)[numbers].mean().reset_index()
+
+
+def tasks_of(rows: pd.DataFrame) -> list[str]:
+    """Tasks in the table's order, the average last, where it is of several."""
+    found = list(rows["task"].dropna().unique())
+    tasks = [task for task in found if task != "average"]
+    return tasks if len(tasks) == 1 else tasks + ["average"] * ("average" in found)
+
+
+def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The benchmarks of several runs as one table, for any figure: the first run's teacher, each run's student by the
+    name of the run.
+
+    tables: tables of results by the name to show. Speeds can be compared where the runs were on one machine.
+    """
+    benchmarks = {name: table[table["stage"] == "benchmark"] for name, table in tables.items()}
+    students = [rows[rows["model"] == "student"].assign(model=name) for name, rows in benchmarks.items()]
+    first = next(iter(benchmarks.values()))
+    return pd.concat([first[first["model"] == "teacher"], *students], ignore_index=True)
+
+
+def headline(table: pd.DataFrame) -> pd.DataFrame:
+    """The study in one table: a row per model of the benchmark; what was not measured is NaN.
+
+    Scores are averages over tasks; latency (batch 1, median) and throughput (batch 32) the CPU's if it was timed.
+    """
+    rows = select(table, "benchmark", "scores and sizes")
+    rows = rows.sort_values("method", key=lambda method: method == "cuda", kind="stable")
+    average = rows[(rows["task"] == "average") & (rows["metric"] == "score") & rows["seed"].isna()]
+
+    def column(part: pd.DataFrame, **where: str) -> pd.Series:
+        for name, wanted in where.items():
+            part = part[part[name] == wanted]
+        return part.drop_duplicates("model").set_index("model")["value"]
+
+    probe = column(average, method="probe") * 100
+    columns = {
+        "parameters (M)": column(rows, metric="parameters") / 1e6,
+        "size (MB)": column(rows, metric="megabytes"),
+        "latency (ms)": column(rows, metric="latency_ms"),
+        "sentences/s": column(rows, metric="sentences_per_second"),
+        "probe score (%)": probe,
+        "fine-tuning score (%)": column(average, method="finetune") * 100,
+        "of teacher's probe score (%)": probe / probe.get("teacher", np.nan) * 100,
+    }
+    return pd.DataFrame(columns).reindex(list(style.looks(rows))).rename_axis("model")
+
+
+def main_table(table: pd.DataFrame, method: str = "finetune") -> pd.DataFrame:
+    """The paper's main table: a row per model, a column per task, in it the score in percent with its 95% interval.
+
+    method: "finetune" or "probe". Raises UserError where the table of results has no such scores.
+    """
+    rows = benchmark_rows(table, method)
+    sizes = table[(table["stage"] == "benchmark") & (table["metric"] == "parameters")].set_index("model")["value"] / 1e6
+    cell = rows.apply(lambda r: f"{r['value'] * 100:.1f} [{r['low'] * 100:.1f}, {r['high'] * 100:.1f}]", axis=1)
+    found = rows.assign(cell=cell).pivot(index="model", columns="task", values="cell").fillna("")
+    found = found.reindex([model for model in style.looks(table) if model in found.index])[tasks_of(rows)]
+    found.insert(0, "parameters (M)", sizes.reindex(found.index).map("{:.1f}".format))
+    return found
+
+
+def benchmark_rows(table: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The headline score of every model on every task, a row each."""
+    what = {"probe": "probe score", "finetune": "fine-tuning score"}[method]
+    rows = headline_rows(table, select(table, "benchmark", what, method=method))
+    return summary(need(rows, "benchmark", what), "task", "model")
