@@ -4,7 +4,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from kdlib import config
 from kdlib.data.corpus import load_corpus
+from kdlib.data.tasks import Split, Task
 from kdlib.models.encoder import Encoder
 
 WORDS = (
@@ -60,3 +62,23 @@ def texts(count, seed=0, length=6):
 def corpus_of(profile, cache=None):
     """The corpus of a profile."""
     return load_corpus(profile.corpus, profile.language, profile.seed, cache)
+
+
+SPEC = config.Benchmark(
+    seeds=[0, 1, 2], finetune_epochs=12.0, finetune_rate=5e-3, finetune_batch=16, bootstrap=100, latency_runs=3
+)
+
+
+def task(kind):
+    """A task of a kind that a tiny encoder can learn: 100 rows to train on, 40 to test."""
+    rows = texts(140)
+    labels, targets = ["short", "long"], [int(len(text.split()) > 3) for text in rows]
+    if kind == "tokens":
+        rows, labels = [text.split() for text in rows], ["O", "B-ANIMAL"]
+        targets = [[int(word in ("aso", "pusa")) for word in words] for words in rows]
+    elif kind == "multilabel":
+        labels = ["aso", "ang"]
+        targets = [[int(word in text.split()) for word in labels] for text in rows]
+    elif kind == "pair":
+        rows, labels = list(zip(rows, texts(140, 5, 3))), ["no", "yes"]
+    return Task(f"{kind} task", kind, labels, Split(rows[:100], targets[:100]), Split(rows[100:], targets[100:]))

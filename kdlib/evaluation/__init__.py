@@ -1,1 +1,1 @@
-"""Evaluation: how a score is made, and compared."""
+"""Evaluation: how a score is made, and how scores are compared."""

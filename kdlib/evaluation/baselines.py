@@ -9,7 +9,7 @@ from kdlib.evaluation.metrics import Metric, score
 
 
 def majority(task: Task) -> list[Metric]:
-    """The score of always answering what is most frequent in training: what knowing nothing gives."""
+    """The score of always giving the answer that is most frequent in training."""
     if task.kind == "tokens":
         return score(task, [[0] * len(words) for words in task.test.texts])
     targets = np.asarray(task.train.targets)
@@ -20,7 +20,7 @@ def majority(task: Task) -> list[Metric]:
 
 
 def word_overlap_retrieval(queries: Sequence[str], targets: Sequence[str]) -> np.ndarray:
-    """The same by shared words (Jaccard) alone: what retrieval gives without understanding."""
+    """Translation retrieval by shared words (Jaccard) alone: bool [rows], as `probing.retrieval`."""
     sides = [[set(text.lower().split()) for text in texts] for texts in (queries, targets)]
     nearest = [int(np.argmax([len(q & t) / max(1, len(q | t)) for t in sides[1]])) for q in sides[0]]
     return np.array(nearest) == np.arange(len(queries))

@@ -1,121 +1,143 @@
-"""Scores with intervals: every metric is a function of sums over test items, so that items can be resampled."""
+"""Scores with intervals: which metrics a task has, how each is made of counts, and how counts are resampled."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 from seqeval.metrics.sequence_labeling import get_entities
 
 from kdlib.data.tasks import Task
 
+METRICS = {  # the metrics of each kind of task, the headline first
+    "classify": ("accuracy", "macro_f1"),
+    "pair": ("accuracy", "macro_f1"),
+    "multilabel": ("macro_f1", "micro_f1", "accuracy"),  # accuracy: all labels of an item are right
+    "tokens": ("f1", "accuracy"),  # of entities, as seqeval counts them: kind and both ends are right; of tags
+}
 CHUNK = 100  # bootstrap resamples drawn at a time, so that memory does not grow with their number
 
 
 @dataclass
 class Metric:
-    """items: float [items, k], what each test item adds to the sums that the score `name` is a function of: how many
-    are right, of how many (accuracy), or for each class the true positives, the predicted, the gold (F1)."""
+    """A score as a function of sums over test items, so that items can be resampled.
+
+    Args:
+        name: "accuracy", "f1", "macro_f1" or "micro_f1".
+        items: float [items, k], what each test item adds to the sums. Accuracy: how many are right, and of how many.
+            F1: for each class the true positives, the predicted and the gold.
+    """
 
     name: str
     items: np.ndarray
 
     def score(self, sums: np.ndarray) -> np.ndarray:
-        """Sums [..., k] -> score [...]."""
-        return _share(sums) if self.name == "accuracy" else _f1(sums)
+        """Sums [..., k] -> score [...]. Macro F1 counts a class that is nowhere as 0."""
+        if self.name == "accuracy":
+            return sums[..., 0] / sums[..., 1]
+        hits, predicted, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+        return (2 * hits / np.maximum(predicted + gold, 1)).mean(-1)
 
     @property
     def value(self) -> float:
+        """The score of all items."""
         return float(self.score(self.items.sum(0)))
 
 
-def _f1(sums: np.ndarray) -> np.ndarray:
-    """Mean F1 over classes; sums [..., classes * 3] of true positives, predicted, gold.
+def headline(kind: str) -> str:
+    """The metric that a task of this kind is judged by."""
+    return METRICS[kind][0]
 
-    A class that is nowhere counts 0.
+
+def score(task: Task, predicted: Sequence[Any] | np.ndarray) -> list[Metric]:
+    """The metrics of a task, the headline first.
+
+    Args:
+        task: its test targets are the gold answers.
+        predicted: one label index per item; for multilabel [items, labels] of 0/1; for tokens a list of label indices
+            per item.
     """
-    hits, predicted, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
-    return (2 * hits / np.maximum(predicted + gold, 1)).mean(-1)
+    counts = (_count_tags if task.kind == "tokens" else _count_labels)(task, predicted)
+    return [Metric(name, counts[name]) for name in METRICS[task.kind]]
 
 
-def _share(sums: np.ndarray) -> np.ndarray:
-    return sums[..., 0] / sums[..., 1]
+def _count_tags(task: Task, predicted: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+    entities, right = [], []
+    for pair in zip(task.test.targets, predicted, strict=True):
+        gold, found = (set(get_entities([task.labels[tag] for tag in tags])) for tags in pair)
+        entities.append([len(gold & found), len(found), len(gold)])
+        right.append([sum(a == b for a, b in zip(*pair, strict=False)), len(pair[0])])
+    return {"f1": np.array(entities, float), "accuracy": np.array(right, float)}
 
 
-def score(task: Task, predicted: Sequence) -> list[Metric]:
-    """The task's metrics, the headline one first.
-
-    classify and pair: accuracy, macro F1. multilabel: macro F1, micro F1, accuracy (all labels of an item right).
-    tokens: entity F1 as seqeval counts it (an entity is right if kind and both ends are), accuracy of tags.
-    predicted: one label index per item; for multilabel [items, labels] of 0/1; for tokens a list of indices per item.
-    """
-    gold = task.test.targets
-    if task.kind == "tokens":
-        pairs = [_entity_counts(g, p, task.labels) for g, p in zip(gold, predicted, strict=True)]
-        right = [[sum(a == b for a, b in zip(g, p)), len(g)] for g, p in zip(gold, predicted)]
-        return [Metric("f1", np.array(pairs, float)), Metric("accuracy", np.array(right, float))]
-    gold, predicted = np.asarray(gold), np.asarray(predicted)
+def _count_labels(task: Task, predicted: Sequence[Any] | np.ndarray) -> dict[str, np.ndarray]:
+    gold, found = np.asarray(task.test.targets), np.asarray(predicted)
+    right = gold == found
     if task.kind == "multilabel":
-        hot_gold, hot_predicted = gold, predicted
-        exact = (gold == predicted).all(1)
+        right = right.all(1)
     else:
         classes = np.arange(len(task.labels))
-        hot_gold, hot_predicted = (gold[:, None] == classes), (predicted[:, None] == classes)
-        exact = gold == predicted
-    counts = np.stack([hot_gold & hot_predicted, hot_predicted, hot_gold], -1).astype(float)  # [items, classes, 3]
-    macro = Metric("macro_f1", counts.reshape(len(gold), -1))
-    micro = Metric("micro_f1", counts.sum(1))
-    accuracy = Metric("accuracy", np.stack([exact, np.ones_like(exact)], 1).astype(float))
-    return [macro, micro, accuracy] if task.kind == "multilabel" else [accuracy, macro]
+        gold, found = gold[:, None] == classes, found[:, None] == classes
+    counts = np.stack([gold & found, found, gold], -1).astype(float)  # [items, classes, 3]
+    return {
+        "macro_f1": counts.reshape(len(gold), -1),
+        "micro_f1": counts.sum(1),
+        "accuracy": np.stack([right, np.ones_like(right)], 1).astype(float),
+    }
 
 
-def _entity_counts(gold: Sequence[int], predicted: Sequence[int], labels: list[str]) -> list[int]:
-    true, found = (set(get_entities([labels[i] for i in tags])) for tags in (gold, predicted))
-    return [len(true & found), len(found), len(true)]
-
-
-def headline(kind: str) -> str:
-    """The metric a task of this kind is judged by."""
-    return {"tokens": "f1", "multilabel": "macro_f1"}.get(kind, "accuracy")
+def summary(runs: Sequence[Metric], resamples: int = 1000) -> dict[str, Any]:
+    """Metric, value, low, high and n of a row of results: the mean over `runs`, one per seed, with its interval."""
+    low, high = interval(runs, resamples)
+    mean = float(np.mean([run.value for run in runs]))
+    return dict(metric=runs[0].name, value=mean, low=low, high=high, n=len(runs[0].items))
 
 
 def interval(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
-    """Bootstrap percentile interval of the mean over seeds, resampling seeds and test items together.
+    """Bootstrap percentile interval of the mean over seeds; seeds and test items are resampled together.
 
-    runs: the same metric on the same items, one per seed. Follows the paired-items scheme of Efron and
-    Tibshirani (1993), ch. 13.
+    Args:
+        runs: the same metric on the same items, one per seed.
+        resamples: number of bootstrap samples.
+        seed: fixes what is drawn.
+        level: share of the samples within the interval.
+
+    References:
+        Efron and Tibshirani (1993), *An Introduction to the Bootstrap*, ch. 13.
     """
-    samples = resampled(runs, resamples, seed)
     tail = (1 - level) / 2
-    return float(np.quantile(samples, tail)), float(np.quantile(samples, 1 - tail))
+    low, high = np.quantile(resampled(runs, resamples, seed), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def resampled(runs: Sequence[Metric], resamples: int = 1000, seed: int = 0) -> np.ndarray:
-    """Bootstrap samples [resamples] of the mean over seeds. The same seed draws the same items for every model, so
-    that differences between models are paired."""
+    """Bootstrap samples [resamples] of the mean over seeds; arguments as `interval`.
+
+    The same seed draws the same items for every model, so that differences between models are paired.
+    """
     rng = np.random.default_rng(seed)
     count = len(runs[0].items)
     sums: list[list[np.ndarray]] = [[] for _ in runs]
     for start in range(0, resamples, CHUNK):
-        weights = _times(rng, min(CHUNK, resamples - start), count)
-        for run, chunks in zip(runs, sums):
+        weights = _draw_counts(rng, min(CHUNK, resamples - start), count)
+        for run, chunks in zip(runs, sums, strict=True):
             chunks.append(weights @ run.items)
     chosen = rng.integers(0, len(runs), (resamples, len(runs)))
-    scores = np.stack([run.score(np.concatenate(chunks)) for run, chunks in zip(runs, sums)], axis=1)
+    scores = np.stack([run.score(np.concatenate(chunks)) for run, chunks in zip(runs, sums, strict=True)], axis=1)
     return np.take_along_axis(scores, chosen, axis=1).mean(axis=1)
 
 
-def _times(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
+def _draw_counts(rng: np.random.Generator, resamples: int, count: int) -> np.ndarray:
     """How many times each of `count` items is in each resample: float [resamples, count].
 
-    Counting what was drawn is five times as fast as a multinomial draw.
+    Counting drawn items is five times as fast as a multinomial draw.
     """
     drawn = rng.integers(count, size=(resamples, count)) + count * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(float)
 
 
 def share_interval(hits: np.ndarray) -> dict[str, float]:
-    """A share with its Wilson 95% interval: value, low, high."""
-    n, p, z = len(hits), float(np.mean(hits)), 1.96
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return dict(value=p, low=float(middle - half), high=float(middle + half))
+    """The share of True in `hits` with its Wilson 95% interval: value, low, high."""
+    found = binomtest(int(np.sum(hits)), len(hits)).proportion_ci(method="wilson")
+    return dict(value=float(np.mean(hits)), low=float(found.low), high=float(found.high))

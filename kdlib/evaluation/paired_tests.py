@@ -1,7 +1,7 @@
 """Paired tests between two encoders: is one better, or are they on par within a margin?
 
-Two encoders' trials share seeds and test items, so all that counts is their differences. These scatter for two reasons,
-the test items that happen to be drawn and the seeds, and a claim has to stand against both.
+The trials of two encoders share seeds and test items, so only their differences count. These vary for two reasons, the
+test items that were drawn and the seeds; a claim must hold against both.
 """
 
 import itertools
@@ -24,10 +24,13 @@ LEVEL = 0.05
 
 @dataclass
 class Difference:
-    """What is known of the difference of two encoders' scores, first minus second.
+    """The difference of two encoders' scores, first minus second, and what says how certain it is.
 
-    seeds: float [seeds], the difference at each seed. variance: of their mean, over draws of test items. permuted:
-    float [resamples], the mean with the two encoders' outcomes swapped at random. n: test items.
+    Args:
+        seeds: float [seeds], the difference at each seed.
+        variance: of their mean, over draws of test items.
+        permuted: float [resamples], the mean where the outcomes of the two encoders are swapped at random.
+        n: test items.
     """
 
     seeds: np.ndarray
@@ -37,15 +40,15 @@ class Difference:
 
     @property
     def value(self) -> float:
+        """The mean over seeds."""
         return float(self.seeds.mean())
 
     @property
     def error(self) -> tuple[float, float]:
         """Standard error of the mean over seeds and items together, and its degrees of freedom (Satterthwaite 1946).
 
-        The seeds' own part is known from few of them, which is what the degrees of freedom are for; it holds some of
-        the items' chance too, so that the error is rather too large than too small. With one seed it is unknown: then
-        all that is said is about that one run.
+        The variance over seeds includes some of that over items, so the error is too large rather than too small. With
+        one seed it is unknown; then the error is that of the one run.
         """
         count = len(self.seeds)
         between = float(self.seeds.var(ddof=1)) / count if count > 1 else 0.0
@@ -53,52 +56,61 @@ class Difference:
         return total**0.5, total**2 / between**2 * (count - 1) if between else np.inf
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """Student's t interval, within -1 to 1."""
+        """Student's t interval, limited to -1 and 1."""
         error, freedom = self.error
         half = student_t.ppf((1 + level) / 2, freedom) * error
         return max(-1.0, float(self.value - half)), min(1.0, float(self.value + half))
 
     @property
     def permutation_p(self) -> float:
-        """Of no difference between these very runs, two-sided: the share of permutations that differ at least as much,
-        the observed one among them (Phipson and Smyth 2010)."""
+        """Two-sided p value of no difference between these very runs (Phipson and Smyth 2010).
+
+        It is the share of permutations, the observed one included, that differ at least as much.
+        """
         hits = np.abs(self.permuted) >= abs(self.value) - 1e-12
         return float((1 + hits.sum()) / (1 + len(hits)))
 
     @property
     def p_value(self) -> float:
-        """Of no difference, two-sided: the larger p of the permutation test, which is exact but takes the runs as
-        given, and of the t test, which knows that other seeds give other runs."""
+        """Two-sided p value of no difference: the larger one of the permutation test and the t test.
+
+        The permutation test is exact, but takes the runs as given; the t test allows for other seeds.
+        """
         error, freedom = self.error
         return max(self.permutation_p, float(2 * student_t.sf(abs(self.value) / error, freedom)))
 
     def tost_p(self, margin: float) -> float:
-        """Of a difference of `margin` or more either way: two one-sided t tests (Schuirmann 1987; Lakens 2017).
+        """P value of a difference of `margin` or more, by two one-sided t tests (Schuirmann 1987; Lakens 2017).
 
-        Below 0.05 exactly where the 90% interval lies between the margins.
+        It is below 0.05 exactly where the 90% interval is within the margins.
         """
         error, freedom = self.error
         return float(student_t.sf((margin - abs(self.value)) / error, freedom))
 
 
 def difference(first: Sequence[Metric], second: Sequence[Metric], seed: int = 0) -> Difference:
-    """Compare two encoders on one task. first, second: the same metric on the same items, one per seed, in the same
-    order of seeds. `seed` fixes what is drawn.
+    """Compare two encoders on one task.
 
-    The variance over items is the bootstrap's, all seeds of an item drawn together, as if there were two items more,
-    one that each encoder alone gets right: otherwise runs that differ on hardly any item would seem certain (Bonett and
-    Price 2012). The permutation test swaps the outcomes of the two encoders item by item, all seeds of an item at once.
+    The variance over items is that of a bootstrap which draws all seeds of an item together. Two items are added, one
+    that only the first encoder gets right and one that only the second does (Bonett and Price 2012): without them,
+    runs that differ on hardly any item would seem certain. The permutation test swaps the outcomes of the two encoders
+    item by item, all seeds of an item at once.
+
+    Args:
+        first: a metric of the first encoder, one per seed.
+        second: the same metric of the second one, on the same items and in the same order of seeds.
+        seed: fixes what is drawn.
     """
     items = np.stack([[run.items for run in runs] for runs in (first, second)])  # [2, seeds, items, k]
     _, seeds, n, width = items.shape
-    # items with the same outcomes throughout are drawn and swapped as one group of many, which comes to the same
+    # Items whose outcomes are all the same are drawn and swapped as one group, which gives the same distribution.
     groups, counts = np.unique(items.transpose(2, 0, 1, 3).reshape(n, -1), axis=0, return_counts=True)
     swap = groups.reshape(-1, 2, seeds, width)[:, ::-1].reshape(len(groups), -1) - groups  # what swapping one item adds
     apart = swap.any(axis=1)
     total = counts @ groups
 
     def differences(sums: np.ndarray) -> np.ndarray:
-        """Sums [..., 2 * seeds * k] -> [..., seeds]"""
+        """Sums [..., 2 * seeds * k] -> [..., seeds]."""
         scores = first[0].score(sums.reshape(*sums.shape[:-1], 2, seeds, width))
         return scores[..., 0, :] - scores[..., 1, :]
 
@@ -114,7 +126,7 @@ def difference(first: Sequence[Metric], second: Sequence[Metric], seed: int = 0)
 
 
 def average(differences: Sequence[Difference]) -> Difference:
-    """The mean of the differences on several tasks, each made with a `seed` of its own."""
+    """The mean of the differences on several tasks, each computed with its own `seed`."""
     seeds = np.mean([one.seeds for one in differences], axis=0)
     variance = sum(one.variance for one in differences) / len(differences) ** 2
     permuted = np.mean([one.permuted for one in differences], axis=0)
@@ -122,8 +134,10 @@ def average(differences: Sequence[Difference]) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
-    """P values corrected for their number (Holm 1979): the smallest times n, the next times n - 1, and so on, none less
-    than the one before it, none above 1."""
+    """P values corrected for their number n (Holm 1979).
+
+    The smallest is multiplied by n, the next by n - 1, and so on; none is less than the one before it or above 1.
+    """
     p = np.asarray(p_values, float)
     order = np.argsort(p)
     steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -133,14 +147,23 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
 
 
 def paired_rows(trials: Sequence[Trial], pairs: Sequence[tuple[str, str]], spec: config.Benchmark) -> list[dict]:
-    """Result rows of comparisons of models on the headline score, by method, task and size, and (task "average") on the
-    mean over tasks where both models have all tasks of the method.
+    """Compare models on the headline score, by method, task and size, and on the mean over tasks (task "average").
 
-    Rows have model (the first of a pair), arm (the second), task, method, x (few-shot), n and one of these metrics:
-    difference: mean over seeds, first minus second, with its 95% interval (low, high);
-    p_value: of no difference; p_holm: corrected;
-    tost_p: of a difference of spec.margin or more (TOST); tost_p_holm: corrected.
-    Holm's correction is over all tasks, sizes and pairs of a method; over the averages by themselves.
+    Holm's correction is over all tasks, sizes and pairs of a method, and over the averages by themselves. There is an
+    average where both models have all tasks of the method.
+
+    Args:
+        trials: of all models that are compared.
+        pairs: the models to compare, (first, second).
+        spec: its margin is that of the TOST.
+
+    Returns:
+        Rows with model (first), arm (second), task, method, x (few-shot), n, and as metric one of: difference, the
+        mean over seeds of first minus second with its 95% interval; p_value, of no difference; p_holm, corrected;
+        tost_p, of a difference of the margin or more; tost_p_holm, corrected.
+
+    Raises:
+        ValueError: for a pair without trials, or with trials of different seeds.
     """
     unknown = {name for pair in pairs for name in pair} - {trial.model for trial in trials}
     if unknown:
@@ -158,7 +181,10 @@ def paired_rows(trials: Sequence[Trial], pairs: Sequence[tuple[str, str]], spec:
             labels = dict(model=first, arm=second, method=method) | ({} if x is None else dict(x=x))
             found = []
             for number, (task, models) in enumerate(both.items()):
-                found.append(difference(*_same_seeds(models[first], models[second]), seed=number))
+                these, those = models[first], models[second]
+                if these.keys() != those.keys():
+                    raise ValueError(f"trials of different seeds cannot be paired: {sorted(these)} and {sorted(those)}")
+                found.append(difference(list(these.values()), [those[seed] for seed in these], seed=number))
                 single.append((labels | dict(task=task), found[-1]))
             if both.keys() == tasks:
                 averages.append((labels | dict(task="average"), average(found)))
@@ -166,14 +192,8 @@ def paired_rows(trials: Sequence[Trial], pairs: Sequence[tuple[str, str]], spec:
     return rows
 
 
-def _same_seeds(first: dict[int, Metric], second: dict[int, Metric]) -> tuple[list[Metric], list[Metric]]:
-    if first.keys() != second.keys():
-        raise ValueError(f"trials of other seeds cannot be paired: {sorted(first)} and {sorted(second)}")
-    return list(first.values()), [second[seed] for seed in first]
-
-
 def _test_rows(found: list[tuple[dict, Difference]], margin: float) -> list[dict]:
-    """The rows of one family of tests, which are corrected together."""
+    """The rows of a family of tests, which are corrected together."""
     p_values, tost = [one.p_value for _, one in found], [one.tost_p(margin) for _, one in found]
     tests = {"p_value": p_values, "p_holm": holm(p_values), "tost_p": tost, "tost_p_holm": holm(tost)}
     rows = []
@@ -185,27 +205,31 @@ def _test_rows(found: list[tuple[dict, Difference]], margin: float) -> list[dict
 
 
 def verdicts(table: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """What the rows of `paired_rows` come to: one line a comparison, in their order.
+    """The conclusion of the rows of `paired_rows`: one line a comparison, in their order.
 
-    Columns model, arm, task, method, x, difference, low, high, p_holm, tost_p_holm, n and verdict, which is
-    "on par (within <margin>)" where the corrected TOST is significant at 5%; else "better" or "worse" (the model than
-    the arm) where the corrected test of no difference is; else "undecided".
-    margin: the one that the rows were made with.
+    Args:
+        table: the rows, among others.
+        margin: that of the rows.
+
+    Returns:
+        Columns model, arm, task, method, x, difference, low, high, p_holm, tost_p_holm, n and verdict: "on par (within
+        <margin>)" where the corrected TOST is significant at 5%; else "better" or "worse" (model than arm) where the
+        corrected test of no difference is; else "undecided".
     """
     compared = ["model", "arm", "task", "method", "x"]
-    tested = table[table["metric"].isin(["difference", "p_holm", "tost_p_holm"])]
-    tested = tested.reindex(columns=[*compared, "metric", "value", "low", "high", "n"])
+    tested = table.reindex(columns=[*compared, "metric", "value", "low", "high", "n"])
+    tested = tested[tested["metric"].isin(["difference", "p_holm", "tost_p_holm"])]
     lines = []
-    for _, rows in tested.groupby(compared, dropna=False, sort=False):
+    for labels, rows in tested.groupby(compared, dropna=False, sort=False):
         by = rows.set_index("metric")
-        gap, p, tost = (by.loc[metric, "value"] for metric in ("difference", "p_holm", "tost_p_holm"))
-        low, high = by.loc["difference", ["low", "high"]]
+        gap, p, tost = by["value"].loc[["difference", "p_holm", "tost_p_holm"]]
         words = "undecided"
         if tost < LEVEL:
             words = f"on par (within {margin:g})"
         elif p < LEVEL:
             words = "better" if gap > 0 else "worse"
-        found = dict(difference=gap, low=low, high=high, p_holm=p, tost_p_holm=tost, n=rows["n"].iloc[0], verdict=words)
-        lines.append(rows[compared].iloc[0].to_dict() | found)
+        found = dict(difference=gap, low=by["low"]["difference"], high=by["high"]["difference"], p_holm=p)
+        found |= dict(tost_p_holm=tost, n=by["n"]["difference"], verdict=words)
+        lines.append(dict(zip(compared, labels, strict=True)) | found)
     columns = [*compared, "difference", "low", "high", "p_holm", "tost_p_holm", "n", "verdict"]
     return pd.DataFrame(lines, columns=columns)

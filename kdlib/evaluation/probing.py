@@ -1,5 +1,6 @@
 """Probing: what an encoder knows of a language, measured without training the encoder."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -14,18 +15,22 @@ from transformers import PreTrainedTokenizerFast
 from kdlib.data.lazy import parts
 from kdlib.data.tasks import Task
 from kdlib.evaluation.baselines import majority, word_overlap_retrieval
-from kdlib.evaluation.metrics import Metric, interval, score, share_interval
-from kdlib.models.encoder import Encoder, text_vectors, word_vectors
+from kdlib.evaluation.metrics import Metric, score, share_interval, summary
+from kdlib.models.encoder import Encoder, first_tokens, text_vectors, word_vectors
 from kdlib.models.tokenizer_files import token_ids
 
 PENALTY = 0.05  # C of the logistic regression: strong, since there are as many features as texts
 
 
 def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, float]:
-    """How finely a tokenizer cuts texts.
+    """How many tokens a tokenizer needs for texts.
 
-    fertility: tokens per word (words are runs of non-space); tokens_per_character; unknown_rate: share of tokens that
-    are the unknown token; split_words: share of words cut into several tokens. Source: Rust et al. 2021, section 3.
+    Returns:
+        fertility: tokens per word (words are runs of non-space); tokens_per_character; unknown_rate: share of tokens
+        that are the unknown token; split_words: share of words that are split into several tokens.
+
+    References:
+        Rust et al. (2021), *How Good is Your Tokenizer?*, section 3.
     """
     words: Counter[str] = Counter()
     characters = tokens = unknown = 0
@@ -33,7 +38,7 @@ def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> di
         words.update(word for text in some for word in text.split())
         characters += sum(map(len, some))
         for ids in token_ids(tokenizer, some):
-            tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
+            tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)  # pyright: ignore[reportArgumentType] - an int
     split = sum(count for ids, count in zip(token_ids(tokenizer, words), words.values()) if len(ids) > 1)
     return {
         "fertility": tokens / max(1, words.total()),
@@ -46,11 +51,20 @@ def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> di
 def task_vectors(
     encoder: Encoder, task: Task, layers: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Frozen features of a task: train [items, layers, features], test alike, and the places of the test words.
+    """Frozen features of a task.
 
-    classify and multilabel: the mean-pooled states of the text. pair: of both texts u and v, [u, v, |u - v|, u * v]
-    (Conneau et al. 2017). tokens: the state of each word's first token; items are words then, and places int
-    [words, 2] says which text and word each is (empty for the other kinds).
+    Args:
+        encoder: any; it is not trained.
+        task: classify and multilabel take the mean-pooled states of the text; pair takes those of both texts u and v
+            as [u, v, |u - v|, u * v]; tokens takes the state of each word's first token, so that items are words.
+        layers: which layers, 0 = embeddings; default the last one.
+
+    Returns:
+        train [items, layers, features], test alike, and places: int [words, 2], the text and word that each test item
+        of a tokens task is (empty for the other kinds).
+
+    References:
+        Conneau et al. (2017), *Supervised Learning of Universal Sentence Representations*, for the features of pairs.
     """
     label = f"{encoder.name}: {task.name}"
     if task.kind == "tokens":
@@ -71,16 +85,12 @@ def task_vectors(
 
 
 def train_targets(encoder: Encoder, task: Task) -> np.ndarray:
-    """Targets in the order of the training features of `task_vectors`.
-
-    Words beyond max_length are left out there too.
-    """
+    """Targets of the training features of `task_vectors`; both leave out words beyond max_length."""
     if task.kind != "tokens":
         return np.asarray(task.train.targets)
-    kept = encoder.tokenize(task.train.texts)
     skip = len(encoder.prefix.split())
-    seen = [sorted({w - skip for w in e.word_ids if w is not None and w >= skip}) for e in kept]
-    return np.array([task.train.targets[t][w] for t, words in enumerate(seen) for w in words])
+    kept = [first_tokens(encoding.word_ids, skip) for encoding in encoder.tokenize(task.train.texts)]
+    return np.array([task.train.targets[t][word] for t, words in enumerate(kept) for word, _ in words])
 
 
 def linear_probe(
@@ -92,77 +102,63 @@ def linear_probe(
     seed: int = 0,
     share: float = 1.0,
 ) -> list[Metric]:
-    """Logistic regression on standardised frozen features; the task's metrics on its test rows.
+    """Fit a logistic regression on standardised frozen features; the task's metrics on its test rows.
 
-    train, test: [items, features]. share: train on so large a random share of the items, drawn with `seed`; this is
-    where the seeds of a probe differ, for the regression itself has no randomness. A test word that was cut off counts
-    as the first label.
+    Args:
+        task: says what the labels are, and holds the gold answers.
+        train: [items, features].
+        targets: of the training items.
+        test: [items, features].
+        places: of the test words, see `task_vectors`. A word that was truncated counts as the first label.
+        seed: draws the share. The regression itself has no randomness.
+        share: train on so large a random share of the items.
     """
     if share < 1:
         count = max(2, round(len(train) * share))
         chosen = np.random.default_rng(seed).permutation(len(train))[:count]
         train, targets = train[chosen], targets[chosen]
-    if targets.ndim == 1 and len(np.unique(targets)) < 2:  # so few items that one class is all there is
+    if targets.ndim == 1 and len(np.unique(targets)) < 2:  # so few items that there is one class only
         predicted = np.full(len(test), targets[0])
     else:
-        predicted = classifier(task.kind).fit(train, targets).predict(test)
+        predicted = np.asarray(classifier(task.kind).fit(train, targets).predict(test))
     if task.kind == "tokens":
         rows = [[0] * len(words) for words in task.test.texts]
-        for (text, word), label in zip(places, predicted):
+        for (text, word), label in zip(places, predicted, strict=True):
             rows[text][word] = int(label)
         return score(task, rows)
     return score(task, predicted)
 
 
 def classifier(kind: str) -> Pipeline:
+    """The linear probe for a kind of task, not fitted yet: standardised features, then logistic regression."""
     regression = LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3)
     return make_pipeline(StandardScaler(), OneVsRestClassifier(regression) if kind == "multilabel" else regression)
 
 
 def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, seed: int = 0) -> list[dict]:
-    """A linear probe at every layer (0 = embeddings); with the majority's.
-
-    Rows of layer, metric, value, low, high, n.
-    """
-    small = task.small(train_rows, test_rows, seed)
-    layers = range(encoder.layers + 1)
-    train, test, places = task_vectors(encoder, small, layers)
-    targets = train_targets(encoder, small)
+    """Rows of a linear probe at every layer (0 = embeddings), and a row of the majority baseline."""
+    task, layers = task.small(train_rows, test_rows, seed), range(encoder.layers + 1)
+    train, test, places = task_vectors(encoder, task, layers)
+    targets = train_targets(encoder, task)
+    shared = dict(task=task.name, method="layer probe")
     rows = []
     for k, layer in enumerate(layers):
-        metric = linear_probe(small, train[:, k], targets, test[:, k], places)[0]
-        low, high = interval([metric])
-        rows.append(
-            dict(
-                model="teacher",
-                task=task.name,
-                method="layer probe",
-                metric=metric.name,
-                layer=layer,
-                value=metric.value,
-                low=low,
-                high=high,
-                n=len(small.test),
-            )
-        )
-    base = majority(small)[0]
-    return rows + [
-        dict(
-            model="majority",
-            task=task.name,
-            method="layer probe",
-            metric=base.name,
-            value=base.value,
-            n=len(small.test),
-        )
-    ]
+        metrics = linear_probe(task, train[:, k], targets, test[:, k], places)
+        rows.append(dict(model="teacher", layer=layer) | shared | summary(metrics[:1]))
+    base = majority(task)[0]
+    return [*rows, dict(model="majority", metric=base.name, value=base.value, n=len(task.test)) | shared]
 
 
 def retrieval(queries: np.ndarray, targets: np.ndarray, centred: bool = False) -> np.ndarray:
     """Whether each query's nearest target by cosine is its translation: bool [rows].
 
-    queries, targets: [rows, hidden], row i of one translates row i of the other. centred: subtract each side's mean
-    vector first, which takes out the direction that says which language a text is in (Libovický et al. 2020).
+    Args:
+        queries: [rows, hidden].
+        targets: [rows, hidden]; row i translates row i of the queries.
+        centred: subtract each side's mean vector first, which removes the direction that tells languages apart.
+
+    References:
+        Libovický et al. (2020), *On the Language Neutrality of Pre-trained Multilingual Representations*.
     """
 
     def unit(x: np.ndarray) -> np.ndarray:
@@ -175,7 +171,7 @@ def retrieval(queries: np.ndarray, targets: np.ndarray, centred: bool = False) -
 
 def retrieval_rows(encoder: Encoder, parallel: dict[str, list[str]], language: str) -> list[dict]:
     """Translation retrieval from `language` to each other language, at every layer, plain and centred, and by words."""
-    layers = list(range(encoder.layers + 1))
+    layers = range(encoder.layers + 1)
     states = {code: text_vectors(encoder, texts, layers, f"{encoder.name}: {code}") for code, texts in parallel.items()}
     rows = []
     for other in parallel:
@@ -192,29 +188,28 @@ def retrieval_rows(encoder: Encoder, parallel: dict[str, list[str]], language: s
 
 
 def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear centred kernel alignment of two sets of states [rows, features] of the same rows, in 0..1
-    (Kornblith et al. 2019, eq. 5 with linear kernels)."""
+    """Linear centred kernel alignment of two sets of states [rows, features] of the same rows, between 0 and 1.
+
+    References:
+        Kornblith et al. (2019), *Similarity of Neural Network Representations Revisited*, eq. 5 with linear kernels.
+    """
     x, y = x - x.mean(0), y - y.mean(0)
     cross = np.linalg.norm(x.T @ y) ** 2
     return float(cross / max(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y), 1e-12))
 
 
 def cka_rows(encoder: Encoder, texts: Sequence[str]) -> list[dict]:
-    """Linear CKA of the mean-pooled states of every pair of layers."""
-    states = text_vectors(encoder, texts, range(encoder.layers + 1), f"{encoder.name}: layers")
+    """Linear CKA of the mean-pooled states of every pair of layers: rows of layer and x."""
     count = encoder.layers + 1
+    states = text_vectors(encoder, texts, range(count), f"{encoder.name}: layers")
     table = np.eye(count)
-    for i in range(count):
-        for j in range(i):
-            table[i, j] = table[j, i] = linear_cka(states[:, i], states[:, j])
-    return [
-        dict(model="teacher", metric="cka", layer=i, x=j, value=table[i, j], n=len(texts))
-        for i in range(count)
-        for j in range(count)
-    ]
+    for i, j in itertools.combinations(range(count), 2):
+        table[i, j] = table[j, i] = linear_cka(states[:, j], states[:, i])
+    shared = dict(model="teacher", metric="cka", n=len(texts))
+    return [shared | dict(layer=i, x=j, value=value) for (i, j), value in np.ndenumerate(table)]
 
 
 def similarity(a: np.ndarray, b: np.ndarray) -> float:
     """Mean cosine of two encoders' vectors of the same texts, each centred on its mean: 1 is a perfect copy."""
-    a, b = (torch.from_numpy(x - x.mean(0)) for x in (a, b))
-    return float(torch.cosine_similarity(a, b).mean())
+    x, y = (torch.from_numpy(vectors - vectors.mean(0)) for vectors in (a, b))
+    return float(torch.cosine_similarity(x, y).mean())

@@ -1,4 +1,4 @@
-"""The benchmark: rows of trials, trials kept and found again, few-shot draws, statistics from end to end."""
+"""The benchmark: rows of trials, trials that are kept and found again, few-shot draws, statistics from end to end."""
 
 import json
 import os
@@ -12,13 +12,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
-from evaluation.test_finetuning import SPEC, task
-from models.test_encoder import byte_level
-from transformers import AutoConfig, AutoModel
+from tiny import SPEC, task
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModel, RobertaTokenizer
 
 from kdlib.data.tasks import Split, Task
 from kdlib.evaluation import benchmark
-from kdlib.evaluation.benchmark import Trial, load_metrics, probe_runs, rows, run, save_metrics, sizes
+from kdlib.evaluation.benchmark import (
+    Trial,
+    fewshot_sizes,
+    load_metrics,
+    run_trials,
+    save_metrics,
+    trial_rows,
+    trial_settings,
+)
 from kdlib.evaluation.metrics import Metric
 from kdlib.evaluation.paired_tests import paired_rows, verdicts
 
@@ -35,18 +43,18 @@ def items_of(trials):
 
 @pytest.fixture(scope="module")
 def probes():
-    return run(encoders(), [task("classify"), task("tokens")], SPEC, "probe")
+    return run_trials(encoders(), [task("classify"), task("tokens")], SPEC, "probe")
 
 
-def test_trials_are_of_every_encoder_task_and_seed(probes):
+def test_there_is_a_trial_for_every_encoder_task_and_seed(probes):
     seen = [(t.model, t.task, t.seed) for t in probes]
     tasks = ("classify task", "tokens task")
     assert seen == [(m, t, s) for m in ("teacher", "student") for t in tasks for s in (0, 1, 2)]
     assert {(t.method, t.x) for t in probes} == {("probe", None)}
 
 
-def test_rows_are_per_seed_summaries_and_an_average(probes):
-    table = pd.DataFrame(rows(probes, SPEC)).query("model == 'teacher'")
+def test_rows_are_the_scores_per_seed_their_means_and_an_average(probes):
+    table = pd.DataFrame(trial_rows(probes, SPEC)).query("model == 'teacher'")
     summary = table[table["seed"].isna() & (table["task"] != "average")]
     assert set(table["task"]) == {"classify task", "tokens task", "average"} and "x" not in table
     for (name, metric), part in table[table["seed"].notna()].groupby(["task", "metric"]):
@@ -59,7 +67,7 @@ def test_rows_are_per_seed_summaries_and_an_average(probes):
     )
     assert average["value"] == pytest.approx(first["value"].mean()) and average["n"] == 80
     tokens = [t.metrics for t in probes if (t.model, t.task) == ("student", "tokens task")]
-    alone = probe_runs(encoders()["student"], task("tokens"), SPEC)
+    alone = [t.metrics for t in run_trials({"student": encoders()["student"]}, [task("tokens")], SPEC, "probe")]
     assert [[m.items.tolist() for m in run] for run in alone] == [[m.items.tolist() for m in run] for run in tokens]
 
 
@@ -72,9 +80,24 @@ FAMILIES = {
 }
 
 
+def byte_level():
+    """A byte-level BPE tokenizer, as RoBERTa has one."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special, alphabet = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([f" {text}" for text in tiny.texts(300)], trainer)
+    spec = json.loads(backend.to_str())["model"]
+    return RobertaTokenizer(vocab=spec["vocab"], merges=[tuple(pair) for pair in spec["merges"]])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encoders_of_any_family_are_run_alike(family):
-    base = byte_level() if family == "roberta" else tiny.encoder(layers=1)
+def test_encoders_of_every_family_run_in_the_same_way(family):
+    base = tiny.encoder(layers=1)
+    if family == "roberta":
+        base.tokenizer = byte_level()
     base.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     config = AutoConfig.for_model(
@@ -85,15 +108,15 @@ def test_encoders_of_any_family_are_run_alike(family):
     spec = QUICK.model_copy(update=dict(seeds=[0], fewshot=[4], finetune_max_length=500))
     tasks = [task("pair"), task("tokens")]
     for method in ("probe", "finetune", "fewshot"):
-        trials = run({family: encoder}, tasks, spec, method)
+        trials = run_trials({family: encoder}, tasks, spec, method)
         assert [t.task for t in trials] == ["pair task", "tokens task"]
         assert all(0 <= metric.value <= 1 and len(metric.items) == 40 for t in trials for metric in t.metrics)
 
 
-def test_a_size_that_not_all_tasks_have_gives_no_average():
+def test_a_size_that_some_tasks_lack_has_no_average():
     right = [Metric("accuracy", np.ones((5, 2)))]
     trials = [Trial("m", t, "fewshot", s, right, x) for t, x in (("a", 2), ("b", 2), ("a", 9)) for s in (0, 1)]
-    table = pd.DataFrame(rows(trials, QUICK))
+    table = pd.DataFrame(trial_rows(trials, QUICK))
     assert table[table["task"] == "average"]["x"].tolist() == [2] and set(table[table["task"] == "a"]["x"]) == {2, 9}
 
 
@@ -102,7 +125,7 @@ def test_a_size_that_not_all_tasks_have_gives_no_average():
 
 @pytest.mark.parametrize("kind", ["classify", "pair", "multilabel", "tokens"])
 @pytest.mark.parametrize("count", [1, 4, 1000])
-def test_few_examples_of_every_class(kind, count):
+def test_few_examples_are_drawn_of_every_class(kind, count):
     whole = task(kind)
     few, again, other = (whole.few(count, 20, seed) for seed in (3, 3, 4))
     has, could = (Counter(c for t in split.targets for c in whole.classes(t)) for split in (few.train, whole.train))
@@ -119,7 +142,7 @@ def test_few_examples_of_every_class(kind, count):
     assert {repr(text) for text in few.train.texts} <= {repr(text) for text in more}
 
 
-def test_classes_of_a_row():
+def test_a_row_is_an_example_of_its_classes():
     split = Split([], [])
     assert Task("t", "classify", ["x", "y"], split, split).classes(1) == {"y"}
     many = Task("t", "multilabel", ["x", "y", "z"], split, split)
@@ -128,24 +151,24 @@ def test_classes_of_a_row():
     assert tags.classes([0, 1, 2, 3]) == {"PER", "LOC"} and tags.classes([0, 0]) == {"none"}
 
 
-def test_sizes_end_with_all_there_is():
+def test_fewshot_sizes_end_with_all_rows():
     rare = Split(list("abcdefgh"), [0, 0, 0, 0, 0, 1, 1, 1])
     uneven = Task("t", "classify", ["x", "y"], rare, rare)
 
     def of(*wanted):
-        return sizes(uneven, SPEC.model_copy(update=dict(fewshot=list(wanted))))
+        return fewshot_sizes(uneven, SPEC.model_copy(update=dict(fewshot=list(wanted))))
 
     assert of(2, 4, 64, 256) == [2, 4, 5] and of(64) == [5] and of(4, 2) == [2, 4] and of() == []
 
 
-def test_few_shot_trials_train_long_enough_and_say_how_few(monkeypatch):
+def test_few_shot_trials_train_for_enough_steps_and_record_their_size(monkeypatch):
     steps = []
     finetune = benchmark.finetune
     monkeypatch.setattr(benchmark, "finetune", lambda *a: steps.append((len(a[1].train), a[3], a[5])) or finetune(*a))
-    trials = run({"student": tiny.encoder(layers=1)}, [task("classify")], QUICK, "fewshot")
+    trials = run_trials({"student": tiny.encoder(layers=1)}, [task("classify")], QUICK, "fewshot")
     assert [(t.x, t.seed) for t in trials] == [(2, 0), (2, 1), (5, 0), (5, 1)]
     assert steps == [(4, 0, 3), (4, 1, 3), (10, 0, 3), (10, 1, 3)]
-    table = pd.DataFrame(rows(trials, QUICK))
+    table = pd.DataFrame(trial_rows(trials, QUICK))
     assert set(table["method"]) == {"fewshot"} and set(table["n"]) == {40}
     means = table[table["seed"].isna()]
     assert list(zip(means["task"], means["metric"], means["x"])) == [
@@ -155,15 +178,15 @@ def test_few_shot_trials_train_long_enough_and_say_how_few(monkeypatch):
     ]
 
 
-def test_no_sizes_no_few_shot_trials():
-    assert run(encoders(), [task("classify")], SPEC, "fewshot") == [] == rows([], SPEC)
+def test_without_sizes_there_are_no_few_shot_trials():
+    assert run_trials(encoders(), [task("classify")], SPEC, "fewshot") == [] == trial_rows([], SPEC)
 
 
 # -- kept trials
 
 
 @pytest.mark.parametrize("method, kept", [("probe", 8), ("finetune", 4), ("fewshot", 4)])
-def test_finished_trials_are_not_run_again_and_their_encoders_not_made(tmp_path, method, kept):
+def test_finished_trials_are_not_run_again_and_their_encoders_are_not_loaded(tmp_path, method, kept):
     tasks = [task("classify"), task("multilabel")] if method == "probe" else [task("multilabel")]
     spec = QUICK.model_copy(update=dict(seeds=[0] if method == "fewshot" else [0, 1]))
     made = []
@@ -173,15 +196,15 @@ def test_finished_trials_are_not_run_again_and_their_encoders_not_made(tmp_path,
 
     given = {name: lazily(name, encoder) for name, encoder in encoders().items()}
     keys = {"teacher": "t1", "student": "s1"}
-    first = run(given, tasks, spec, method, tmp_path, keys)
+    first = run_trials(given, tasks, spec, method, tmp_path, keys)
     assert made == ["teacher", "student"] and len(list(tmp_path.iterdir())) == kept
-    again = run(given, tasks, spec, method, tmp_path, keys)
+    again = run_trials(given, tasks, spec, method, tmp_path, keys)
     assert made == ["teacher", "student"] and items_of(again) == items_of(first)
-    assert rows(again, spec) == rows(first, spec)
-    assert items_of(run(encoders(), tasks, spec, method)) == items_of(first)  # and without a folder
+    assert trial_rows(again, spec) == trial_rows(first, spec)
+    assert items_of(run_trials(encoders(), tasks, spec, method)) == items_of(first)  # and without a folder
 
 
-def test_trials_are_made_again_when_what_they_depend_on_changes(tmp_path, monkeypatch):
+def test_trials_run_again_when_something_that_they_depend_on_changes(tmp_path, monkeypatch):
     calls = []
     attempt = [Metric("accuracy", np.ones((4, 2)))]
     monkeypatch.setitem(benchmark.METHODS, "finetune", lambda *a: lambda seed, *more: calls.append(seed) or attempt)
@@ -189,7 +212,7 @@ def test_trials_are_made_again_when_what_they_depend_on_changes(tmp_path, monkey
 
     def count(spec=QUICK, task=one, key="k", name="m"):
         calls.clear()
-        run({name: tiny.encoder(layers=1)}, [task], spec, "finetune", tmp_path, {name: key})
+        run_trials({name: tiny.encoder(layers=1)}, [task], spec, "finetune", tmp_path, {name: key})
         return len(calls)
 
     assert count() == 2 and count() == 0
@@ -204,17 +227,28 @@ def test_trials_are_made_again_when_what_they_depend_on_changes(tmp_path, monkey
     assert count(task=Task("renamed", one.kind, one.labels, one.train, one.test)) == 0
 
 
-def test_settings_that_matter_are_all_the_sections_but_those_that_do_not():
-    without_effect = {"seeds", "fewshot", "margin", "latency_runs", "bootstrap"}  # seeds and sizes are keys themselves
-    named = {key for keys in benchmark.SETTINGS.values() for key in keys}
-    assert named == set(type(SPEC).model_fields) - without_effect
+def test_a_trial_depends_on_every_setting_that_is_not_listed_as_unread():
+    tuning = {"test_rows", "head", "epochs", "rate", "batch", "max_length", "fp16"}
+    shared = {f"finetune_{name}" for name in tuning} | {"freeze_embeddings"}
+    assert trial_settings(SPEC, "probe").keys() == {"probe_share", "probe_rows", "probe_test_rows"}
+    assert trial_settings(SPEC, "finetune").keys() == shared | {"finetune_rows"}
+    assert trial_settings(SPEC, "fewshot").keys() == shared | {"fewshot_steps"}
+    unread = {"seeds", "fewshot", "margin", "latency_runs", "bootstrap"}  # seeds and sizes are in the key themselves
+    read = {name for method in benchmark.METHODS for name in trial_settings(SPEC, method)}
+    assert read == set(type(SPEC).model_fields) - unread
+
+    class Later(type(SPEC)):
+        new: int = 0
+
+    assert all("new" in trial_settings(Later(), method) for method in benchmark.METHODS)
 
 
-def test_a_run_that_is_killed_goes_on_where_it_stopped(tmp_path):
+def test_a_killed_run_resumes_after_its_last_trial(tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})
 import os, signal, tiny
-from evaluation.test_benchmark import QUICK, task
+from tiny import task
+from evaluation.test_benchmark import QUICK
 from kdlib.evaluation import benchmark
 from pathlib import Path
 finetune, done = benchmark.finetune, []
@@ -225,19 +259,19 @@ def stops(*a):
     return finetune(*a)
 benchmark.finetune = stops
 tasks, student = [task("classify"), task("pair")], {{"student": tiny.encoder(layers=1)}}
-benchmark.run(student, tasks, QUICK, "finetune", Path({str(tmp_path)!r}), {{"student": "k"}})
+benchmark.run_trials(student, tasks, QUICK, "finetune", Path({str(tmp_path)!r}), {{"student": "k"}})
 """
     killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     kept = {path.name: path.read_bytes() for path in tmp_path.glob("[!.]*")}
     assert len(kept) == 3
     student, tasks = {"student": tiny.encoder(layers=1)}, [task("classify"), task("pair")]
-    trials = run(student, tasks, QUICK, "finetune", tmp_path, {"student": "k"})
-    assert items_of(trials) == items_of(run(student, tasks, QUICK, "finetune"))
+    trials = run_trials(student, tasks, QUICK, "finetune", tmp_path, {"student": "k"})
+    assert items_of(trials) == items_of(run_trials(student, tasks, QUICK, "finetune"))
     assert all((tmp_path / name).read_bytes() == content for name, content in kept.items())
 
 
-def test_metrics_come_back_as_they_were(tmp_path):
+def test_saved_metrics_are_loaded_unchanged(tmp_path):
     rng = np.random.default_rng(0)
     metrics = [Metric("macro_f1", rng.integers(0, 9, (30, 6)).astype(float)), Metric("accuracy", np.ones((30, 2)))]
     save_metrics(tmp_path / "a.npz", metrics, dict(model="ñ/ \\"))
@@ -248,7 +282,7 @@ def test_metrics_come_back_as_they_were(tmp_path):
     assert json.loads(str(np.load(tmp_path / "a.npz")["about"])) == {"model": "ñ/ \\"}
 
 
-def test_a_damaged_file_is_as_good_as_none(tmp_path):
+def test_a_damaged_file_is_ignored_or_read_unchanged(tmp_path):
     metrics = [Metric("f1", np.arange(30.0).reshape(10, 3)), Metric("accuracy", np.ones((10, 2)))]
     whole = tmp_path / "whole.npz"
     save_metrics(whole, metrics, {})
@@ -272,10 +306,10 @@ def test_a_damaged_file_is_as_good_as_none(tmp_path):
 # -- with the tests
 
 
-def test_from_trials_to_verdicts():
+def test_trials_lead_to_verdicts():
     twins = encoders(twin=tiny.encoder(layers=2))
     spec = SPEC.model_copy(update=dict(margin=0.2))
-    trials = run(twins, [task("classify"), task("tokens")], spec, "probe")
+    trials = run_trials(twins, [task("classify"), task("tokens")], spec, "probe")
     lines = verdicts(pd.DataFrame(paired_rows(trials, [("twin", "teacher"), ("student", "teacher")], spec)), 0.2)
     assert list(lines["verdict"][lines["model"] == "twin"]) == ["on par (within 0.2)"] * 3
     assert (lines["difference"][lines["model"] == "twin"] == 0).all()

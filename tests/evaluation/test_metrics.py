@@ -1,4 +1,4 @@
-"""Metrics equal those of scikit-learn and seqeval; intervals hold the value, narrow with n and repeat themselves."""
+"""Metrics equal those of scikit-learn and seqeval; intervals contain the value, narrow with n and are reproducible."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from seqeval.metrics import f1_score as seqeval_f1
 from sklearn.metrics import accuracy_score, f1_score
 
 from kdlib.data.tasks import Split, Task
-from kdlib.evaluation.metrics import CHUNK, headline, interval, resampled, score
+from kdlib.evaluation.metrics import CHUNK, METRICS, headline, interval, resampled, score, share_interval, summary
 
 TAGS = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "B-ORG", "I-ORG"]
 
@@ -27,7 +27,7 @@ def accuracy(rng, count, rate):
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("kind", ["classify", "pair"])
-def test_classes_against_scikit_learn(seed, kind):
+def test_scores_of_classes_equal_those_of_scikit_learn(seed, kind):
     rng = np.random.default_rng(seed)
     classes = rng.integers(2, 7)  # with few items, some classes are neither in gold nor predicted
     gold, predicted = rng.integers(0, classes, (2, rng.integers(3, 60)))
@@ -40,7 +40,7 @@ def test_classes_against_scikit_learn(seed, kind):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_flags_against_scikit_learn(seed):
+def test_scores_of_several_labels_equal_those_of_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     gold, predicted = rng.random((2, rng.integers(3, 60), 5)) < rng.random(5)
     gold, predicted = gold.astype(int), predicted.astype(int)
@@ -54,7 +54,7 @@ def test_flags_against_scikit_learn(seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_entities_against_seqeval(seed):
+def test_scores_of_entities_equal_those_of_seqeval(seed):
     rng = np.random.default_rng(seed)
     gold = [rng.integers(0, 7, rng.integers(1, 12)).tolist() for _ in range(30)]
     predicted = [[tag if rng.random() < 0.7 else int(rng.integers(0, 7)) for tag in row] for row in gold]
@@ -73,14 +73,14 @@ def test_entities_against_seqeval(seed):
         ("tokens", TAGS, [[0, 1, 2], [3, 0]]),
     ],
 )
-def test_perfect_answers_score_one_headline_first(kind, labels, gold):
+def test_perfect_answers_score_one_and_the_headline_is_first(kind, labels, gold):
     metrics = score(task_of(kind, labels, gold), gold if kind == "tokens" else np.array(gold))
     assert {metric.value for metric in metrics} == {1.0} and len(metrics) == (3 if kind == "multilabel" else 2)
-    assert metrics[0].name == headline(kind)
+    assert [metric.name for metric in metrics] == list(METRICS[kind]) and metrics[0].name == headline(kind)
     assert all(len(metric.items) == len(gold) for metric in metrics)
 
 
-def test_no_entity_anywhere_scores_zero_not_nan():
+def test_without_entities_the_score_is_zero():
     assert values("tokens", TAGS, [[0, 0]], [[0, 0]])["f1"] == 0.0
 
 
@@ -90,25 +90,25 @@ def test_missing_predictions_are_an_error():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_interval_holds_the_value(seed):
+def test_interval_contains_the_value(seed):
     rng = np.random.default_rng(seed)
     runs = [accuracy(rng, 200, 0.7) for _ in range(3)]
     low, high = interval(runs, 300)
     assert 0 <= low < np.mean([run.value for run in runs]) < high <= 1
 
 
-def test_interval_has_the_width_of_theory():
+def test_interval_has_the_theoretical_width():
     low, high = interval([accuracy(np.random.default_rng(0), 400, 0.7)], 2000)
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 400), rel=0.15)
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_contains_the_truth_in_about_95_of_100_cases():
     rng = np.random.default_rng(0)
     inside = [low <= 0.7 <= high for low, high in (interval([accuracy(rng, 100, 0.7)], 200) for _ in range(100))]
     assert 0.88 <= np.mean(inside) <= 1.0
 
 
-def test_interval_narrows_with_items_and_with_a_lower_level():
+def test_interval_narrows_with_more_items_and_a_lower_level():
     rng = np.random.default_rng(0)
     widths = [np.subtract(*interval([accuracy(rng, n, 0.7)], 300)[::-1]) for n in (50, 500, 5000)]
     assert widths[0] > widths[1] > widths[2] > 0
@@ -116,14 +116,14 @@ def test_interval_narrows_with_items_and_with_a_lower_level():
     assert np.subtract(*interval([run], 300, level=0.5)[::-1]) < np.subtract(*interval([run], 300, level=0.99)[::-1])
 
 
-def test_interval_widens_with_disagreeing_seeds():
+def test_interval_widens_where_seeds_disagree():
     rng = np.random.default_rng(0)
     same = [accuracy(rng, 500, 0.7)] * 3
     apart = [accuracy(rng, 500, rate) for rate in (0.5, 0.7, 0.9)]
     assert np.subtract(*interval(apart, 300)[::-1]) > 2 * np.subtract(*interval(same, 300)[::-1])
 
 
-def test_interval_repeats_itself():
+def test_interval_is_reproducible():
     runs = [accuracy(np.random.default_rng(0), 100, 0.7)]
     assert interval(runs, 200, seed=1) == interval(runs, 200, seed=1) != interval(runs, 200, seed=2)
 
@@ -132,7 +132,7 @@ def test_interval_of_a_certain_score_is_a_point():
     assert interval([accuracy(np.random.default_rng(0), 100, 1.1)], 200) == (1.0, 1.0)
 
 
-def test_resampling_pairs_models():
+def test_resampling_draws_the_same_items_for_two_models():
     rng = np.random.default_rng(0)
     gold = rng.integers(0, 2, 300)
     weak = np.where(rng.random(300) < 0.6, gold, 1 - gold)
@@ -149,8 +149,23 @@ def test_resampled_mean_is_near_the_score():
     assert resampled(runs, 2000).mean() == pytest.approx(np.mean([run.value for run in runs]), abs=0.005)
 
 
-def test_resampling_by_hand():
+def test_resampling_equals_a_direct_calculation():
     run = score(task_of("classify", "abc", [0, 1, 2, 0, 1]), np.array([0, 1, 1, 1, 1]))[1]
     drawn = np.random.default_rng(4).integers(5, size=(CHUNK + 20, 5))  # in one go, here
     expected = [float(run.score(run.items[places].sum(0))) for places in drawn]
     np.testing.assert_allclose(resampled([run], CHUNK + 20, seed=4), expected)
+
+
+def test_summary_is_the_mean_over_seeds_with_its_interval():
+    runs = [accuracy(np.random.default_rng(seed), 100, 0.7) for seed in range(3)]
+    low, high = interval(runs, 300)
+    mean = np.mean([run.value for run in runs])
+    assert summary(runs, 300) == {"metric": "accuracy", "value": mean, "low": low, "high": high, "n": 100}
+
+
+@pytest.mark.parametrize(
+    "right, n, low, high", [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (81, 100, 0.7222, 0.8749)]
+)
+def test_wilson_interval_equals_published_values(right, n, low, high):
+    found = share_interval(np.arange(n) < right)
+    assert list(found.values()) == pytest.approx([right / n, low, high], abs=1e-4)

@@ -1,4 +1,4 @@
-"""Paired tests: equal to scipy's, honest when nothing differs, and never "on par" where models are apart."""
+"""Paired tests: equal to those of scipy, rarely wrong when nothing differs, never "on par" where models differ."""
 
 import itertools
 
@@ -50,7 +50,7 @@ def random_metrics(kind, rng, count):
     return [[run[which] for run in runs] for runs in metrics]
 
 
-def as_scipy_wants_it(first, second):
+def as_scipy_takes_it(first, second):
     """Data and statistic for scipy: number i of the first model's data is item i, of the second's item n + i."""
     n = len(first[0].items)
     both = [np.concatenate([a.items, b.items]) for a, b in zip(first, second)]
@@ -63,9 +63,9 @@ def as_scipy_wants_it(first, second):
 
 
 @pytest.mark.parametrize("kind", ["classify", "multilabel", "tokens"])
-def test_permutation_test_equals_scipys(kind):
+def test_permutation_test_equals_that_of_scipy(kind):
     first, second = random_metrics(kind, np.random.default_rng(3), 40)
-    data, statistic = as_scipy_wants_it(first, second)
+    data, statistic = as_scipy_takes_it(first, second)
     theirs = permutation_test(
         data, statistic, permutation_type="samples", vectorized=True, n_resamples=5000, batch=500, rng=1
     )
@@ -87,7 +87,7 @@ def test_permutation_test_equals_the_enumeration_of_all_swaps():
     assert difference(first, second).permutation_p == pytest.approx(p, abs=0.01)
 
 
-def test_variance_is_that_of_theory_plus_two_items():
+def test_variance_is_the_theoretical_one_plus_two_items():
     rng = np.random.default_rng(0)
     first, second = ([accuracy(rng.random(400) < 0.7)] for _ in range(2))
     gaps = first[0].items[:, 0] - second[0].items[:, 0]
@@ -97,7 +97,7 @@ def test_variance_is_that_of_theory_plus_two_items():
     assert found.interval()[1] - found.value == pytest.approx(1.96 * found.variance**0.5, rel=1e-3)
 
 
-def test_error_is_the_t_tests_where_only_seeds_differ():
+def test_error_is_that_of_the_t_test_where_only_seeds_differ():
     gaps = np.array([0.02, 0.05, 0.03, 0.01])
     found = Difference(gaps, 0.0, np.zeros(9999), 100)
     theirs = ttest_1samp(gaps, 0)
@@ -107,7 +107,7 @@ def test_error_is_the_t_tests_where_only_seeds_differ():
     assert found.tost_p(0.06) == pytest.approx(upper) and upper > ttest_1samp(gaps, -0.06, alternative="greater").pvalue
 
 
-def test_everything_turns_round_with_the_pair():
+def test_swapping_the_pair_changes_the_sign():
     first, second = random_metrics("multilabel", np.random.default_rng(1), 60)
     there, back = difference(first, second), difference(second, first)
     assert there.value == pytest.approx(-back.value) and there.interval() == pytest.approx(
@@ -116,7 +116,7 @@ def test_everything_turns_round_with_the_pair():
     assert there.permutation_p == pytest.approx(back.permutation_p, abs=0.02)
 
 
-def test_same_seed_same_numbers():
+def test_the_same_seed_gives_the_same_numbers():
     first, second = random_metrics("tokens", np.random.default_rng(1), 60)
     one, same, other = (difference(first, second, seed) for seed in (4, 4, 5))
     assert np.array_equal(one.permuted, same.permuted) and one.interval() == same.interval()
@@ -133,7 +133,7 @@ def test_order_of_items_does_not_matter():
 
 
 @pytest.mark.parametrize("seeds, between", [(1, 0.0), (3, 0.0), (3, 0.03), (5, 0.06)])
-def test_without_a_difference_few_are_called_different(monkeypatch, seeds, between):
+def test_equal_models_are_rarely_called_different(monkeypatch, seeds, between):
     monkeypatch.setattr(paired_tests, "PERMUTATIONS", paired_tests.CHUNK)
     monkeypatch.setattr(paired_tests, "RESAMPLES", paired_tests.CHUNK)
     rng = np.random.default_rng(0)
@@ -170,14 +170,14 @@ def test_one_lucky_seed_is_not_a_difference():
     assert found.permutation_p < 0.01 and found.p_value > 0.1
 
 
-def test_equal_models_are_on_par_given_items_enough():
+def test_equal_models_are_on_par_with_enough_items():
     runs = {n: [accuracy(np.arange(n) % 3 > 0)] * 3 for n in (50, 100, 1000)}
     p = {n: difference(same, same) for n, same in runs.items()}
     assert all(found.p_value == 1 and found.value == 0 for found in p.values())
     assert p[50].tost_p(0.02) > 0.05 and p[100].tost_p(0.02) > 0.05 and p[1000].tost_p(0.02) < 1e-6
 
 
-def test_models_apart_are_never_on_par_and_models_at_the_margin_seldom(monkeypatch):
+def test_different_models_are_never_on_par_and_models_at_the_margin_rarely(monkeypatch):
     monkeypatch.setattr(paired_tests, "PERMUTATIONS", paired_tests.CHUNK)
     rng = np.random.default_rng(0)
     found = {0.05: [], 0.15: [], 0.0: []}
@@ -193,7 +193,7 @@ def test_models_apart_are_never_on_par_and_models_at_the_margin_seldom(monkeypat
     assert np.mean(np.array(found[0.0]) < 0.05) > 0.3
 
 
-def test_average_is_of_independent_tasks():
+def test_average_treats_tasks_as_independent():
     rng = np.random.default_rng(0)
     parts = []
     for number in range(4):
@@ -233,7 +233,7 @@ def trials_of(rates, tasks=("one", "two"), method="probe", sizes=(None,), n=300)
     ]
 
 
-def test_rows_and_verdicts():
+def test_verdicts_follow_from_the_rows():
     trials = trials_of({"student": 0.0, "weak": -0.3, "strong": 0.3})
     twin = [Trial("twin", t.task, t.method, t.seed, t.metrics) for t in trials if t.model == "student"]
     pairs = [("student", "weak"), ("student", "strong"), ("student", "twin")]
@@ -258,12 +258,12 @@ def test_rows_and_verdicts():
     assert row.low < row.difference < row.high and row.difference == pytest.approx(0.3, abs=0.06)
 
 
-def test_too_little_to_tell_is_undecided():
+def test_too_few_items_leave_the_verdict_undecided():
     lines = verdicts(pd.DataFrame(paired_rows(trials_of({"a": 0, "b": 0.03}, n=60), [("a", "b")], SPEC)), SPEC.margin)
     assert set(lines["verdict"]) == {"undecided"}
 
 
-def test_methods_and_sizes_are_compared_by_themselves():
+def test_methods_and_sizes_are_compared_separately():
     trials = trials_of({"a": 0, "b": 0}) + trials_of({"a": 0, "b": 0}, method="fewshot", sizes=(16, 64))
     trials += trials_of({"a": 0, "b": 0}, ["one"], "fewshot", sizes=(90,))
     table = pd.DataFrame(paired_rows(trials, [("a", "b")], SPEC))
@@ -274,19 +274,19 @@ def test_methods_and_sizes_are_compared_by_themselves():
     } | {("fewshot", 90, "one")}
 
 
-def test_a_model_that_lacks_a_task_has_no_average():
+def test_a_model_without_one_of_the_tasks_has_no_average():
     trials = [t for t in trials_of({"a": 0, "b": 0}) if (t.model, t.task) != ("b", "two")]
     assert {row["task"] for row in paired_rows(trials, [("a", "b")], SPEC)} == {"one"}
 
 
-def test_what_cannot_be_paired_is_refused():
+def test_trials_that_cannot_be_paired_are_refused():
     trials = trials_of({"a": 0, "b": 0})
     with pytest.raises(ValueError, match="no trials of c"):
         paired_rows(trials, [("a", "c")], SPEC)
-    with pytest.raises(ValueError, match="other seeds"):
+    with pytest.raises(ValueError, match="different seeds"):
         paired_rows([t for t in trials if (t.model, t.seed) != ("b", 1)], [("a", "b")], SPEC)
 
 
-def test_nothing_to_compare_gives_nothing():
+def test_without_trials_there_are_no_rows():
     assert paired_rows([], [], SPEC) == []
     assert verdicts(pd.DataFrame(columns=["metric"]), 0.02).empty

@@ -1,4 +1,4 @@
-"""Probing measures: against direct formulas, on toy vectors whose answer is known, and on tiny models."""
+"""Probing measures: direct formulas, toy vectors with a known answer, and tiny models."""
 
 import numpy as np
 import pytest
@@ -58,14 +58,14 @@ def hsic(k, m):
     return np.trace(k @ centring @ m @ centring) / (n - 1) ** 2
 
 
-def test_cka_against_the_kernel_formula(rng):
+def test_cka_equals_the_kernel_formula(rng):
     for _ in range(5):
         x, y = rng.normal(size=(30, 7)) + 3, rng.normal(size=(30, 12)) @ rng.normal(size=(12, 12))
         k, m = x @ x.T, y @ y.T
         assert linear_cka(x, y) == pytest.approx(hsic(k, m) / np.sqrt(hsic(k, k) * hsic(m, m)))
 
 
-def test_cka_ignores_rotation_scale_and_shift_but_not_more(rng):
+def test_cka_ignores_rotation_scale_and_shift_only(rng):
     x = rng.normal(size=(50, 8)) * np.arange(1, 9)
     assert linear_cka(x, x @ rotation(rng, 8) * 7 + 3) == pytest.approx(1)
     assert linear_cka(x, x @ rng.normal(size=(8, 8))) < 0.99
@@ -74,7 +74,7 @@ def test_cka_ignores_rotation_scale_and_shift_but_not_more(rng):
     assert linear_cka(x, y) == pytest.approx(linear_cka(y, x))
 
 
-def test_cka_of_constant_states_is_zero_not_nan():
+def test_cka_of_constant_states_is_zero():
     assert linear_cka(np.ones((5, 3)), np.ones((5, 3))) == 0
 
 
@@ -101,7 +101,7 @@ def test_retrieval_finds_the_nearest_by_angle():
     assert retrieval(queries, targets).tolist() == [True, True, False]
 
 
-def test_centring_takes_a_language_direction_out(rng):
+def test_centring_removes_the_direction_of_a_language(rng):
     meaning = rng.normal(size=(40, 16))
     near = 8 * np.eye(16)[0]
     queries, targets = meaning + near, meaning * rng.uniform(0.5, 2, size=(40, 1)) - near
@@ -112,14 +112,14 @@ def test_retrieval_of_zero_vectors_does_not_fail():
     assert retrieval(np.zeros((2, 3)), np.zeros((2, 3))).tolist() == [True, False]
 
 
-def test_retrieval_by_words():
+def test_retrieval_by_shared_words():
     queries = ["ang Aso sa bahay", "isa dalawa tatlo", "wala"]
     targets = ["the aso at bahay", "dalawa isa", "tatlo isa dalawa apat lima anim"]
     assert word_overlap_retrieval(queries, targets).tolist() == [True, True, False]
     assert word_overlap_retrieval(["", "x"], ["", "x"]).tolist() == [True, True]
 
 
-def test_retrieval_rows(encoder):
+def test_retrieval_has_rows_for_every_layer_method_and_language(encoder):
     texts = tiny.texts(20)
     rows = retrieval_rows(encoder, {"a": texts, "b": texts, "c": tiny.texts(20, 9)}, "a")
     assert {row["language"] for row in rows} == {"b", "c"} and all(row["n"] == 20 for row in rows)
@@ -132,7 +132,7 @@ def test_retrieval_rows(encoder):
 # -- segmentation
 
 
-def test_segmentation_by_hand():
+def test_segmentation_equals_a_count_by_hand():
     tokenizer = tiny.tokenizer()  # whole words of a short list, letters otherwise
     found = segmentation(tokenizer, ["ang aso abc", "ñ na"])
     assert found["fertility"] == pytest.approx(7 / 5)  # ang, aso, a ##b ##c, unknown, na
@@ -142,7 +142,7 @@ def test_segmentation_by_hand():
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["  "]])
-def test_segmentation_of_nothing(texts):
+def test_segmentation_of_no_text_is_zero(texts):
     assert set(segmentation(tiny.tokenizer(), texts).values()) == {0.0}
 
 
@@ -157,7 +157,7 @@ def test_probe_separates_classes(rng, kind):
     assert [metric.value for metric in metrics] == [1, 1]
 
 
-def test_probe_separates_flags(rng):
+def test_probe_separates_several_labels(rng):
     targets, gold = rng.integers(0, 2, (2, 80, 3))
 
     def features(flags):
@@ -167,7 +167,7 @@ def test_probe_separates_flags(rng):
     assert linear_probe(task, features(targets), targets, features(gold), NO_PLACES)[0].value == 1
 
 
-def test_probe_separates_words_and_takes_cut_ones_for_the_first_label(rng):
+def test_probe_separates_words_and_gives_truncated_ones_the_first_label(rng):
     labels = ["O", "B-PER", "I-PER"]
     gold = [[0, 1, 2], [1, 0], [2, 0, 0, 1]]
     words = [[f"w{i}" for i in row] for row in gold]
@@ -191,7 +191,7 @@ def test_probe_of_random_features_is_near_chance(rng):
     assert linear_probe(task_of("classify", list("ab"), targets, gold), train, targets, test, NO_PLACES)[0].value < 0.6
 
 
-def test_probe_does_not_mind_the_scale_of_features(rng):
+def test_probe_is_independent_of_the_scale_of_features(rng):
     train, targets = separable(rng, 3)
     test, gold = separable(rng, 3)
     scale = np.array([1e-4, 1, 1e4])
@@ -199,7 +199,7 @@ def test_probe_does_not_mind_the_scale_of_features(rng):
     assert linear_probe(task, train * scale + 7, targets, test * scale + 7, NO_PLACES)[0].value == 1
 
 
-def test_seeds_of_a_probe_draw_shares_and_repeat_themselves(rng):
+def test_seeds_of_a_probe_draw_reproducible_shares(rng):
     targets, gold = rng.integers(0, 2, (2, 60))
     train, test = rng.normal(size=(2, 60, 30))
     task = task_of("classify", list("ab"), targets, gold)
@@ -228,7 +228,7 @@ def test_probe_on_one_class_answers_that_class(rng):
         ("tokens", ["O", "B-X"], [[0, 1]], [[0, 1]], 0.0),
     ],
 )
-def test_majority(kind, labels, train, test, value):
+def test_majority_gives_the_most_frequent_answer(kind, labels, train, test, value):
     task = Task("mine", kind, labels, Split([[]] * len(train), train), Split([["w"] * 2] * len(test), test))
     assert majority(task)[0].value == value
 
@@ -275,7 +275,7 @@ def test_features_of_words_match_their_targets(encoder):
     assert places.tolist() == [[t, w] for t, words in enumerate(task.test.texts) for w in range(len(words))]
 
 
-def test_targets_of_cut_words_are_left_out_too():
+def test_targets_of_truncated_words_are_left_out_too():
     short = tiny.encoder(layers=1, prefix="si ")
     short.max_length = 6
     task = tiny_task("tokens")
@@ -287,7 +287,7 @@ def test_targets_of_cut_words_are_left_out_too():
 
 
 @pytest.mark.parametrize("kind", ["classify", "pair", "multilabel", "tokens"])
-def test_layer_probe_has_a_row_a_layer_and_the_majority(encoder, kind):
+def test_layer_probe_has_a_row_for_each_layer_and_the_majority(encoder, kind):
     rows = layer_probe(encoder, tiny_task(kind), 25, 15)
     assert [row.get("layer") for row in rows] == [0, 1, 2, None]
     assert [row["model"] for row in rows] == ["teacher"] * 3 + ["majority"]

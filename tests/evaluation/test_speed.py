@@ -12,7 +12,7 @@ from kdlib.evaluation.speed import length_rows, speed_rows
 
 
 class Slow(nn.Module):
-    """A model that notes the shapes it is given and takes a time it is told."""
+    """A model that records the shapes of its inputs and takes a given time."""
 
     def __init__(self, seconds):
         super().__init__()
@@ -33,7 +33,7 @@ def slow(seconds):
     return one
 
 
-def test_every_length_is_timed_alone_and_in_batches():
+def test_every_length_is_timed_singly_and_in_batches():
     encoders = {"quick": slow(0), "slow": slow(0.004)}
     rows = length_rows(encoders, texts(9), [4, 16, 32], runs=5, batch=3)
     assert [(r["model"], r["metric"], r["x"]) for r in rows] == [
@@ -53,7 +53,7 @@ def test_every_length_is_timed_alone_and_in_batches():
             assert row["value"] >= 4 if row["metric"] == "latency_ms" else row["value"] <= 3 / 0.004
 
 
-def test_lengths_that_one_encoder_does_not_take_are_left_out():
+def test_lengths_beyond_an_encoders_maximum_are_left_out():
     one, short = encoder(1), encoder(1)
     short.max_length = 10
     rows = length_rows({"one": one, "short": short}, texts(3), [8, 16, 128], runs=3, batch=2)
