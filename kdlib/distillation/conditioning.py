@@ -11,8 +11,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 from kdlib import config
 from kdlib.batching import BudgetSampler, budget_batches, pad, tokens_per_batch
@@ -23,11 +22,11 @@ from kdlib.models.masking import mask_id, mask_tokens
 from kdlib.models.mlm_head import MaskedHead, new_head, perplexity
 from kdlib.models.token_store import tokenise
 from kdlib.training import checkpoints
-from kdlib.training.arguments import training_attention
+from kdlib.training.arguments import training_arguments, training_attention
 from kdlib.training.callbacks import Curve
+from kdlib.training.trainer import BudgetTrainer
 
 WARMUP = 0.1  # share of the steps in which the learning rate rises
-WEIGHT_DECAY = 0.01
 EVALUATIONS = 2  # held-out evaluations after the first, evenly spaced
 LOGS = 50  # points of the training curve
 STATES = 2**30  # bytes of the frozen encoder's states that are kept, so that a new head's later passes cost little
@@ -124,7 +123,7 @@ class MaskedTexts:
         return inputs | {"targets": ids[chosen]}
 
 
-class ConditionTrainer(Trainer):
+class ConditionTrainer(BudgetTrainer):
     """Trains a MaskedModel on MaskedTexts.
 
     What is masked depends on the seed and the step alone. Under a frozen encoder it depends on the seed and the batch:
@@ -132,8 +131,10 @@ class ConditionTrainer(Trainer):
     """
 
     def __init__(self, *, share: float, batch_tokens: int, bf16: bool, **kwargs):
-        super().__init__(data_collator=kwargs["train_dataset"].collate, **kwargs)
-        self.share, self.batch_tokens, self.bf16 = share, batch_tokens, bf16
+        rows = kwargs["train_dataset"]
+        sampler = BudgetSampler(rows.lengths, batch_tokens, kwargs["args"].seed)
+        super().__init__(sampler=sampler, data_collator=rows.collate, **kwargs)
+        self.share, self.bf16 = share, bf16
         self.losses: list[torch.Tensor] = []
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -161,25 +162,20 @@ class ConditionTrainer(Trainer):
             self.kept[first] = states, targets
         return states, targets
 
-    def get_train_dataloader(self) -> DataLoader:
-        rows = self.train_dataset
-        sampler = BudgetSampler(rows.lengths, self.batch_tokens, self.args.seed)
-        return self.accelerator.prepare(DataLoader(rows, batch_sampler=sampler, collate_fn=rows.collate))
-
 
 class _Curve(Curve):
     """The training loss, at LOGS steps, and the held-out one, where `evaluate` says it; tells whoever draws."""
 
     def __init__(
         self,
+        trainer: ConditionTrainer,
         split: str,
         label: str,
         evaluate: Callable[[], dict[str, float]] | None = None,
         on_point: Callable[[list[dict]], None] | None = None,
     ):
-        super().__init__(label, split)
+        super().__init__(trainer, label, split)
         self.evaluate, self.on_point = evaluate, on_point
-        self.trainer: ConditionTrainer = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -226,21 +222,23 @@ def condition(
     )
     batches = len(BudgetSampler(rows.lengths, spec.batch_tokens, seed))
 
-    def run(part: str, epochs: float, rate: float, curve: _Curve) -> list[dict]:
+    def run(part: str, epochs: float, rate: float, curve: Callable[[BudgetTrainer], Curve]) -> list[dict]:
         steps = round(batches * epochs) or 1
-        arguments = TrainingArguments(
-            output_dir=str(Path(work) / part), max_steps=steps, learning_rate=rate, weight_decay=WEIGHT_DECAY,
-            warmup_steps=round(steps * WARMUP), lr_scheduler_type="linear", optim="adamw_torch_fused",
-            max_grad_norm=1.0, bf16=teacher.bf16, use_cpu=teacher.model.device.type == "cpu", seed=seed, data_seed=seed,
-            eval_steps=-(-steps // EVALUATIONS), eval_strategy="no", logging_strategy="no", save_strategy="no",
-            report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
+        arguments = training_arguments(
+            Path(work) / part, steps, rate, teacher.model.device, seed, warmup_steps=round(steps * WARMUP),
+            bf16=teacher.bf16, eval_steps=-(-steps // EVALUATIONS),
         )  # fmt: skip
-        return _train(model, rows, arguments, spec, curve)
+        trainer = ConditionTrainer(
+            model=model, args=arguments, train_dataset=rows, share=spec.mask, batch_tokens=spec.batch_tokens,
+            bf16=teacher.bf16, callbacks=[checkpoints.Checkpoints(max(1, steps // LOGS))], curve=curve,
+        )  # fmt: skip
+        with training_attention(model.encoder):
+            return checkpoints.train(trainer, checkpoints.newest(arguments.output_dir))
 
     warm = []
     if teacher.head is None and spec.head_epochs:
         model.freeze(True)
-        warm = run("head", spec.head_epochs, spec.head_rate, _Curve("warm-up", f"{label}: a new head"))
+        warm = run("head", spec.head_epochs, spec.head_rate, lambda t: _Curve(t, "warm-up", f"{label}: a new head"))
         model.freeze(False)
     prepared = _masked_batches(held, spec.mask)
 
@@ -251,7 +249,7 @@ def condition(
         if on_point:
             on_point(pd.DataFrame(warm + points))
 
-    main = run("all", spec.epochs, spec.learning_rate, _Curve("train", label, evaluate, tell))
+    main = run("all", spec.epochs, spec.learning_rate, lambda t: _Curve(t, "train", label, evaluate, tell))
     encoder = Encoder(
         model.encoder.eval(), teacher.tokenizer, "conditioned teacher", teacher.prefix, teacher.max_length,
         teacher.bf16, model.head.eval(),
@@ -269,20 +267,6 @@ def condition(
     for name, point in (("perplexity_before", watched[0]), ("perplexity_after", watched[-1])):
         facts |= {name: point["perplexity"], f"{name}_low": point["low"], f"{name}_high": point["high"]}
     return Outcome(encoder, pd.DataFrame(warm + main), facts)
-
-
-def _train(
-    model: MaskedModel, rows: MaskedTexts, arguments: TrainingArguments, spec: config.Condition, curve: _Curve
-) -> list[dict]:
-    """One training run, from its last checkpoint where there is one; the points of its curve."""
-    trainer = ConditionTrainer(
-        model=model, args=arguments, train_dataset=rows, share=spec.mask, batch_tokens=spec.batch_tokens,
-        bf16=arguments.bf16, callbacks=[checkpoints.Checkpoints(max(1, arguments.max_steps // LOGS)), curve],
-    )  # fmt: skip
-    curve.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
-    with training_attention(model.encoder):
-        return checkpoints.train(trainer, checkpoints.newest(arguments.output_dir))
 
 
 def _masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 from kdlib import config, distributed
 from kdlib.batching import BudgetSampler, tokens_per_batch
@@ -25,14 +25,15 @@ from kdlib.models.encoder import Encoder
 from kdlib.models.masking import mask_id
 from kdlib.models.mlm_head import MaskedHead, new_head
 from kdlib.training import checkpoints
-from kdlib.training.arguments import training_attention
+from kdlib.training.arguments import training_arguments, training_attention
 from kdlib.training.callbacks import Curve
+from kdlib.training.trainer import BudgetTrainer
 
 LOGS = 50  # points of the training curve
 FIT_TOKENS = 4096  # that a projection is started on
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(BudgetTrainer):
     """Trains `model` (the student, watched) towards `teacher` under weighted objectives, in batches of a token budget.
 
     teacher: watched too, in the student's vocabulary; used only where a batch brings no cached states, in eval mode
@@ -118,11 +119,14 @@ class _History(Curve):
     """The training loss, at LOGS steps, and the held-out one; tells whoever draws, and stops when asked."""
 
     def __init__(
-        self, label: str, on_point: Callable[[pd.DataFrame], None] | None, should_stop: Callable[[], bool] | None
+        self,
+        trainer: DistillTrainer,
+        label: str,
+        on_point: Callable[[pd.DataFrame], None] | None,
+        should_stop: Callable[[], bool] | None,
     ):
-        super().__init__(label)
+        super().__init__(trainer, label)
         self.on_point, self.should_stop = on_point, should_stop
-        self.trainer: DistillTrainer = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -237,25 +241,20 @@ def distill(
         )
     steps = training_size(train, spec, seed)[0]
     compile_ = spec.compile if spec.compile is not None else device.type == "cuda"
-    arguments = TrainingArguments(
-        output_dir=str(work), max_steps=steps, learning_rate=spec.learning_rate, weight_decay=spec.weight_decay,
-        warmup_steps=int(steps * spec.warmup), lr_scheduler_type="linear", optim="adamw_torch_fused", max_grad_norm=1.0,
-        adam_beta2=spec.beta2, bf16=teacher.bf16, use_cpu=device.type == "cpu", torch_compile=compile_,
-        seed=seed, data_seed=seed,
-        eval_steps=-(-steps // spec.evaluations), eval_strategy="no", logging_strategy="no", save_strategy="no",
-        report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=[],
+    arguments = training_arguments(
+        work, steps, spec.learning_rate, device, seed, weight_decay=spec.weight_decay, adam_beta2=spec.beta2,
+        warmup_steps=int(steps * spec.warmup), bf16=teacher.bf16, torch_compile=compile_,
+        eval_steps=-(-steps // spec.evaluations),
         ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
-    history, every = _History(label, on_point, should_stop), max(1, steps // LOGS)
     trainer = DistillTrainer(
         model=watched, args=arguments, train_dataset=train, eval_dataset=heldout,
-        callbacks=[checkpoints.Checkpoints(every), history],
+        callbacks=[checkpoints.Checkpoints(max(1, steps // LOGS))],
+        curve=lambda trainer: _History(trainer, label, on_point, should_stop),
         teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
         bf16=teacher.bf16,
     )  # fmt: skip
-    history.trainer = trainer
-    trainer.remove_callback(PrinterCallback)
     with distributed.main_process_first():  # the first removes those that are torn
         last = checkpoints.newest(work)
     if watched.projection is not None and spec.projection == "auto" and last is None:

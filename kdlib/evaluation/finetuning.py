@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import set_seed
 
 from kdlib import config
 from kdlib.batching import BudgetSampler, budget_batches, model_inputs, tokens_per_batch
@@ -21,9 +20,10 @@ from kdlib.evaluation.metrics import Metric, score
 from kdlib.evaluation.probing import PENALTY, train_targets
 from kdlib.models.encoder import Encoder, first_tokens, mean_pool, text_vectors, word_vectors
 from kdlib.models.families import positions
-from kdlib.progress import Progress
 from kdlib.training import checkpoints
-from kdlib.training.arguments import training_attention
+from kdlib.training.arguments import training_arguments, training_attention
+from kdlib.training.callbacks import Curve
+from kdlib.training.trainer import BudgetTrainer
 
 IGNORE = -100
 HEAD_STEPS = 100  # of L-BFGS at most, which a head's start takes
@@ -127,28 +127,6 @@ def _label_type(kind: str) -> torch.dtype:
     return torch.float32 if kind == "multilabel" else torch.long
 
 
-class _Trainer(Trainer):
-    sampler: BudgetSampler
-
-    def get_train_dataloader(self) -> DataLoader:
-        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
-
-
-class _Report(TrainerCallback):
-    def __init__(self, label: str):
-        self.label = label
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.progress = Progress(self.label, state.max_steps)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.progress.update(state.global_step)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.progress.close()
-
-
 def finetune(
     encoder: Encoder,
     task: Task,
@@ -178,25 +156,15 @@ def finetune(
     sampler = rows.sampler(spec.finetune_batch, seed)
     fp16 = spec.finetune_fp16 and device.type == "cuda"
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=str(work or scratch),
-            max_steps=max(min_steps, math.ceil(spec.finetune_epochs * len(sampler))),
-            learning_rate=spec.finetune_rate, weight_decay=0.01, warmup_steps=0.1, optim="adamw_torch_fused",
-            fp16=fp16, bf16=encoder.bf16 and not fp16, use_cpu=device.type == "cpu", seed=seed, save_strategy="no",
-            logging_strategy="no", report_to=[], disable_tqdm=True, remove_unused_columns=False, label_names=["labels"],
+        arguments = training_arguments(
+            work or scratch, max(min_steps, math.ceil(spec.finetune_epochs * len(sampler))), spec.finetune_rate, device,
+            seed, warmup_steps=0.1, fp16=fp16, bf16=encoder.bf16 and not fp16, label_names=["labels"],
         )  # fmt: skip
-        trainer = _Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=rows.collate,
-            callbacks=[
-                _Report(f"{encoder.name}: fine-tuning on {task.name}, seed {seed}"),
-                *([checkpoints.Checkpoints(at_end=False)] if work else []),
-            ],
-        )
-        trainer.sampler = sampler
-        trainer.remove_callback(PrinterCallback)
+        trainer = BudgetTrainer(
+            lambda trainer: Curve(trainer, f"{encoder.name}: fine-tuning on {task.name}, seed {seed}"), sampler,
+            model=model, args=arguments, train_dataset=rows, data_collator=rows.collate,
+            callbacks=[checkpoints.Checkpoints(at_end=False)] if work else [],
+        )  # fmt: skip
         with training_attention(model.encoder):
             checkpoints.train(trainer, checkpoints.newest(work) if work else None)
     return score(task, predict(model.eval(), _Rows(tokens, task.kind, task.test), task, encoder.bf16))

@@ -1,6 +1,7 @@
 """The curve of a training: its points are kept in the checkpoints too, so that a run that goes on has all of them."""
 
 import time
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -10,12 +11,17 @@ from kdlib.progress import Progress
 class Curve(TrainerCallback):
     """Keeps the points of a curve and shows progress; who trains says when there is a point, and what it holds.
 
-    points: each with its split ("train", "heldout", ...), the step, and the seconds of training, without those between
-    a stop and the next start. split: whose last loss is shown beside the progress.
+    A point has its split ("train", "heldout", ...), the step, and the seconds of training, without those between a stop
+    and the next start.
+
+    Args:
+        trainer: whose training this is.
+        label: what the progress bar says.
+        split: whose last loss is shown beside the progress.
     """
 
-    def __init__(self, label: str, split: str = "train"):
-        self.label, self.split, self.points = label, split, []
+    def __init__(self, trainer: Any, label: str, split: str = "train"):
+        self.trainer, self.label, self.split, self.points = trainer, label, split, []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.progress, self.started = Progress(self.label, state.max_steps), time.time()

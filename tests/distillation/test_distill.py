@@ -19,7 +19,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-import kdlib.distillation.distill
+import kdlib.training.arguments
 from kdlib import config
 from kdlib.batching import BudgetSampler
 from kdlib.distillation.distill import DistillTrainer, Stopped, distill
@@ -485,10 +485,14 @@ def test_one_step_of_every_objective_in_every_family(family, tmp_path):
 
 
 def test_compiled_step_is_the_plain_one(tmp_path, monkeypatch):
-    def arguments(**kwargs):  # traced and differentiated as on a GPU, without the minute that generating code takes
-        return TrainingArguments(torch_compile_backend="aot_eager" if kwargs["torch_compile"] else None, **kwargs)
+    def arguments(
+        *given, **kwargs
+    ):  # traced and differentiated as on a GPU, without the minute that generating code takes
+        return TrainingArguments(
+            torch_compile_backend="aot_eager" if kwargs["torch_compile"] else None, *given, **kwargs
+        )
 
-    monkeypatch.setattr(kdlib.distillation.distill, "TrainingArguments", arguments)
+    monkeypatch.setattr(kdlib.training.arguments, "TrainingArguments", arguments)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()

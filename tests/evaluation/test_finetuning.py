@@ -9,10 +9,11 @@ from tokenizers import processors
 from kdlib import config
 from kdlib.data.tasks import Split, Task
 from kdlib.evaluation import finetuning as module
-from kdlib.evaluation.finetuning import TaskModel, Tokens, _Report, finetune, fit_head, predict
+from kdlib.evaluation.finetuning import TaskModel, Tokens, finetune, fit_head, predict
 from kdlib.evaluation.metrics import score
 from kdlib.evaluation.probing import linear_probe, task_vectors, train_targets
 from kdlib.evaluation.speed import size_rows, speed_rows
+from kdlib.training.callbacks import Curve
 
 SPEC = config.Benchmark(
     seeds=[0, 1, 2], finetune_epochs=12.0, finetune_rate=5e-3, finetune_batch=16, bootstrap=100, latency_runs=3
@@ -98,9 +99,7 @@ def test_same_seed_same_score_and_the_encoder_is_left_alone():
 
 def test_a_longer_run_is_as_long_as_it_says(monkeypatch):
     steps = []
-    monkeypatch.setattr(
-        _Report, "on_train_end", lambda self, args, state, control, **_: steps.append(state.global_step)
-    )
+    monkeypatch.setattr(Curve, "on_train_end", lambda self, args, state, control, **_: steps.append(state.global_step))
     spec = SPEC.model_copy(update=dict(finetune_epochs=2.0, finetune_batch=25))
     for least in (0, 3, 19):
         finetune(tiny.encoder(layers=1), task("classify"), spec, min_steps=least)
