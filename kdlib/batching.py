@@ -59,6 +59,7 @@ class BudgetSampler(Sampler[list[int]]):
         return self.order[self.ends[number - 1] if number else 0 : self.ends[number]].tolist()
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which decides the order of the batches."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -97,8 +98,10 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch
 def model_inputs(
     ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """A padded batch by the model's own names, each int64 [batch, longest]: input_ids, attention_mask and, unless
-    `types` is None, token_type_ids."""
+    """A padded batch by the model's own names, each int64 [batch, longest].
+
+    Input_ids, attention_mask and, unless `types` is None, token_type_ids.
+    """
     tokens, mask = pad(ids, pad_id)
     inputs = {"input_ids": tokens, "attention_mask": mask}
     return inputs if types is None else inputs | {"token_type_ids": pad(types, 0)[0]}

@@ -19,12 +19,17 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Section(BaseModel):
+    """A section of a profile: typed, frozen, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Source(Section):
-    """Where text or rows come from: `embedded`, a hub id, a file of a hub data set (hf://datasets/owner/name/file), an
-    address (https://), a local folder or a local file. A zip is read as the folder it holds."""
+    """Where text or rows come from.
+
+    `embedded`, a hub id, a file of a hub data set (hf://datasets/owner/name/file), an address (https://), a local
+    folder or a local file. A zip is read as the folder it holds.
+    """
 
     source: str = "embedded"
     subset: str | None = Field(None, description="configuration name of a hub data set")
@@ -49,16 +54,22 @@ class Fallback(Source):
 
 
 class CorpusFallback(Fallback):
+    """Another place for the corpus."""
+
     document: str | None = None
 
 
 class TaskFallback(Fallback):
+    """Another place for a task's rows."""
+
     test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
     second: str | None = None
     label: str | list[str] | None = None
 
 
 class Teacher(Section):
+    """An encoder by name: the teacher, or a baseline."""
+
     source: str = Field("embedded", description="embedded, a hub id, or a local folder")
     revision: str | None = None
     prefix: str | None = Field(None, description="put before every text; None: what the teacher was trained with")
@@ -67,6 +78,8 @@ class Teacher(Section):
 
 
 class Corpus(Source):
+    """The text that students are distilled on."""
+
     text: str = Field("text", description="column that holds the text")
     document: str | None = Field(None, description="column that says which document a row belongs to")
     heldout: float = Field(0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
@@ -82,6 +95,8 @@ class Corpus(Source):
 
 
 class Parallel(Source):
+    """Sentences with their translations."""
+
     languages: list[str] = ["tgl", "eng", "spa", "ind", "ceb"]
 
 
@@ -102,6 +117,8 @@ class Task(Source):
 
 
 class Probe(Section):
+    """How the teacher is probed."""
+
     languages_rows: int = Field(500, ge=20, description="parallel sentences used")
     cka_sentences: int = Field(200, ge=20)
     cloze_sentences: int = Field(50, ge=5, description="sentences for pseudo-perplexity and cloze")
@@ -110,6 +127,8 @@ class Probe(Section):
 
 
 class Vocabulary(Section):
+    """Which tokens are kept."""
+
     prune: bool = Field(True, description="false: the student keeps the teacher's whole vocabulary")
     wordlist: bool = Field(True, description="keep the pieces of wordfreq's words for the language")
     characters: Literal["scripts", "all"] = "scripts"
@@ -139,6 +158,8 @@ PRESETS = {  # Cruz and Aji 2025
 
 
 class Student(Section):
+    """The sizes of the student, and how it starts."""
+
     preset: Literal["base", "tiny"] | None = Field(None, description="sizes not named are the preset's")
     layers: int = Field(4, ge=1)
     hidden: int | None = Field(None, ge=8, description="width; None: the teacher's")
@@ -157,6 +178,8 @@ class Student(Section):
 
 
 class Distill(Section):
+    """The distillation."""
+
     objectives: dict[str, float] = Field(
         {"hidden": 1.0, "sentence": 1.0}, description="weight of each objective by name"
     )
@@ -189,6 +212,8 @@ class Distill(Section):
 
 
 class Benchmark(Section):
+    """How models are compared."""
+
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0, 1, 2], min_length=1)
     probe_share: float = Field(0.9, gt=0, le=1, description="share of the training set each probe seed draws")
     probe_rows: int | None = Field(None, ge=20, description="training rows of a probe at most; None: all")
@@ -217,8 +242,10 @@ class Benchmark(Section):
 
 
 class Ablations(Section):
-    """The grid as data: family -> arm -> what it changes, in the profile's own keys (vocabulary, condition, student,
-    distill)."""
+    """The grid as data.
+
+    Family -> arm -> what it changes, in the profile's own keys (vocabulary, condition, student, distill).
+    """
 
     epochs: float = Field(1.0, gt=0, description="distill.epochs of every arm that does not say otherwise")
     max_texts: int | None = Field(None, ge=50, description="texts that arms are distilled on at most")

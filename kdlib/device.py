@@ -10,7 +10,7 @@ from kdlib.errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """ "auto" is the GPU where there is one. Raises UserError for "cuda" without one."""
+    """Choose the device: "auto" is the GPU where there is one. Raises UserError for "cuda" without one."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA GPU is visible; use device=auto or device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -46,4 +46,5 @@ def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, devi
 
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
+    """Compute in bfloat16 inside the block, or as the model is."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

@@ -139,7 +139,8 @@ def flaw(folder: Path) -> str:
 def is_whole(folder: Path, then: str) -> bool:
     """Whether a sealed folder is there as it was written.
 
-    A damaged one is named in a warning that ends with `then`: what happens now, such as "the texts are tokenised again".
+    A damaged one is named in a warning. The warning ends with `then`, which says what happens now, such as "the texts
+    are tokenised again".
     """
     if not folder.is_dir():
         return False
@@ -178,6 +179,7 @@ def _crc32(file: Path) -> int:
 
 
 def write_json(target: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
     with new_file(target) as path:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
 

@@ -29,6 +29,7 @@ class Progress:
         self.line = None  # in a notebook a line of text, not tqdm's widget, which leaves a dead one in the saved file
 
     def update(self, done: int, note: str = "") -> None:
+        """Report that `done` steps are done."""
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.bar.n)
@@ -57,6 +58,7 @@ class Progress:
             self.line.update(bundle, raw=True)
 
     def close(self) -> None:
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.close()
         if self.line is not None:

@@ -1,5 +1,6 @@
 """Batches: every text once, within the budget, almost no padding, the same again for the same seed."""
 
+import itertools
 import random
 
 import pytest
@@ -35,7 +36,7 @@ def test_every_index_once_within_the_budget(seed, budget):
 def test_no_batch_could_take_the_next_text_too():
     lengths = lengths_of(1)
     batches = budget_batches(lengths, 200)
-    for batch, following in zip(batches, batches[1:]):
+    for batch, following in itertools.pairwise(batches):
         assert (len(batch) + 1) * max(lengths[i] for i in [*batch, following[0]]) > 200
 
 
@@ -90,5 +91,5 @@ def test_almost_no_padding_on_the_embedded_corpus(corpus_lengths):
 
 def test_batches_are_shuffled_not_sorted_by_length(corpus_lengths):
     firsts = [corpus_lengths[batch[0]] for batch in BudgetSampler(corpus_lengths, 2048)]
-    rises = sum(a < b for a, b in zip(firsts, firsts[1:])) / len(firsts)
+    rises = sum(a < b for a, b in itertools.pairwise(firsts)) / len(firsts)
     assert 0.4 < rises < 0.6

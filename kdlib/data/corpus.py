@@ -36,8 +36,10 @@ IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger on
 
 @dataclass
 class Corpus:
-    """train: what students are distilled on; heldout: what watches them; test: what embedded tasks test on; origin:
-    what was read."""
+    """train: what students are distilled on.
+
+    Heldout: what watches them; test: what embedded tasks test on; origin: what was read.
+    """
 
     train: Sequence[Document]
     heldout: Sequence[Document]
@@ -127,7 +129,7 @@ def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[
             continue
         own = str(row[column]) if column in row else None
         if own is None or own != name or (not several and size > IN_MEMORY):
-            several = several or None not in (own, name) and own != name
+            several = several or (None not in (own, name) and own != name)
             yield from _together(name, waiting, several)
             name, waiting, size = own, [], 0
         waiting.append((number, text))
@@ -204,8 +206,10 @@ def _split(documents: list[Document], heldout: float) -> Corpus:
 
 
 def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
-    """`_split`, and the draw of max_documents, for more documents than memory has room for: `train` and `heldout` in
-    `folder`. Of each document 17 bytes are held, and 8 of each sentence that is held out."""
+    """`_split`, and the draw of max_documents, for more documents than memory has room for.
+
+    `train` and `heldout` in `folder`. Of each document 17 bytes are held, and 8 of each sentence that is held out.
+    """
     ranks, names, content = array("Q"), array("Q"), hashlib.sha256()
 
     def noted() -> Iterator[Document]:
@@ -288,8 +292,11 @@ def sentences(documents: Sequence[Document]) -> Sequence[str]:
 
 
 def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
-    """Texts to distil on: the documents cut into runs of sentences, joined by a space; the lengths of the runs take
-    turns, so that there are texts of every length and each sentence is in one. `Lazy` where the documents are."""
+    """Texts to distil on.
+
+    The documents cut into runs of sentences, joined by a space; the lengths of the runs take turns, so that there
+    are texts of every length and each sentence is in one. `Lazy` where the documents are.
+    """
 
     def cut() -> Iterator[str]:
         turns = itertools.cycle(lengths)
@@ -304,8 +311,10 @@ def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
 
 
 def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document]:
-    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task). `Lazy` where
-    the documents are."""
+    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task).
+
+    `Lazy` where the documents are.
+    """
 
     def left() -> Iterator[Document]:
         for document in documents:

@@ -213,7 +213,7 @@ def with_class_names(rows: pd.DataFrame, features: "Features") -> pd.DataFrame:
         names = getattr(getattr(kind, "feature", kind), "names", None)
         if names:
 
-            def name(value: Any) -> str | None:
+            def name(value: Any, names: list[str] = names) -> str | None:
                 return names[int(value)] if value is not None and 0 <= value < len(names) else None
 
             rows[column] = [[name(v) for v in cell] if np.ndim(cell) else name(cell) for cell in rows[column]]

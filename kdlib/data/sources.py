@@ -36,10 +36,13 @@ Files = dict[str, Callable[[], Iterable[pd.DataFrame]]]  # what reads each file 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was read. source: as the profile names it; revision: the commit, where a hub gives one; sha256: of the
-    texts and labels as read, the same for the same rows in any kind of file; rows: how many each split has (documents,
-    for a corpus); removed: training rows left out because their text stands in test; passed_over: the sources tried
-    before, each with what was wrong."""
+    """What was read. source.
+
+    As the profile names it; revision: the commit, where a hub gives one; sha256: of the texts and labels as read,
+    the same for the same rows in any kind of file; rows: how many each split has (documents, for a corpus);
+    removed: training rows left out because their text stands in test; passed_over: the sources tried before, each
+    with what was wrong.
+    """
 
     source: str
     revision: str | None
@@ -193,8 +196,10 @@ def _files(source: Source) -> tuple[Files | None, str | None]:
 
 
 def local_state(source: Source) -> list[tuple[str, int, int]] | None:
-    """What tells whether a local file, or those of a folder, are still what they were: names, sizes, times of change.
-    None for what is not here."""
+    """What tells whether a local file, or those of a folder, are still what they were.
+
+    Names, sizes, times of change. None for what is not here.
+    """
     path = Path(os.path.expanduser(source.source))
     if not os.path.exists(path):
         return None

@@ -53,8 +53,10 @@ class Split:
 
 @dataclass
 class Task:
-    """A task with fixed train and test rows. kind: classify, multilabel, pair or tokens (BIO tags); origin: what was
-    read."""
+    """A task with fixed train and test rows.
+
+    kind: classify, multilabel, pair or tokens (BIO tags); origin: what was read.
+    """
 
     name: str
     kind: str
@@ -68,8 +70,10 @@ class Task:
         return replace(self, train=self.train.take(train_rows, train_seed), test=self.test.take(test_rows))
 
     def few(self, count: int, test_rows: int | None, train_seed: int = 0) -> "Task":
-        """The same task with the first `count` training rows of every class, all of a class that has fewer, in an order
-        that `train_seed` draws: a larger count adds rows to those of a smaller one."""
+        """The same task with the first `count` training rows of every class; all rows of a class that has fewer.
+
+        `train_seed` draws the order. A larger count adds rows to those of a smaller one.
+        """
         order = random.Random(train_seed).sample(range(len(self.train)), len(self.train))
         taken, chosen = Counter(), []
         for i in order:
@@ -80,8 +84,11 @@ class Task:
         return replace(self, train=self.train.pick(chosen), test=self.test.take(test_rows))
 
     def classes(self, target: int | list[int]) -> set[str]:
-        """The classes that a row with this target is an example of: every label it has (kind multilabel), every kind of
-        entity in it (kind tokens); a row that has none is an example of the class "none"."""
+        """The classes that a row with this target is an example of.
+
+        Every label it has (kind multilabel), every kind of entity in it (kind tokens); a row that has none is
+        an example of the class "none".
+        """
         if self.kind == "multilabel":
             found = {label for label, on in zip(self.labels, target) if on}
         elif self.kind == "tokens":
@@ -92,8 +99,11 @@ class Task:
 
 
 def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
-    """The profile's tasks, each checked for test rows that also stand in train, and the embedded ones for test
-    sentences in the embedded corpus. (From a corpus of the user's own, `Study.texts` takes test sentences out.)"""
+    """Load the profile's tasks, and check each for test rows that are also in train.
+
+    The embedded tasks are checked for test sentences in the embedded corpus too. `training_documents` takes the test
+    sentences out of a corpus of the user's own.
+    """
     own = corpus.train if corpus.origin.source == "embedded" else []
     distilled = {sentence for document in own for sentence in document.sentences}
     loaded = [load_task(spec, corpus) for spec in specs]
@@ -378,8 +388,11 @@ def _binary(value, where: str, column: str) -> int:
 
 
 def check(task: Task, distilled: set[str]) -> None:
-    """Raises UserError when a test row also stands in the task's train rows, a test sentence in `distilled`, or a
-    split has fewer than two classes."""
+    """Check that no test row is trained on.
+
+    Raises UserError when a test row is also in the task's train rows, when a test sentence is in `distilled`, or when a
+    split has fewer than two classes.
+    """
     shared = _shared(task)
     if shared:
         raise UserError(

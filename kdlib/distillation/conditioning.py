@@ -35,8 +35,11 @@ UNSEEN = 0.1  # added to the count of every token, so that no frequency is 0
 
 @dataclass
 class Outcome:
-    """encoder: the conditioned teacher, with its head; curve: split, step, seconds, loss, perplexity, and low and high
-    of the held-out perplexity; facts: sizes, seconds, perplexities."""
+    """encoder: the conditioned teacher, with its head.
+
+    Curve: split, step, seconds, loss, perplexity, and low and high of the held-out perplexity; facts: sizes,
+    seconds, perplexities.
+    """
 
     encoder: Encoder
     curve: pd.DataFrame
@@ -56,6 +59,7 @@ class MaskedModel(nn.Module):
         self.encoder.requires_grad_(not frozen)
 
     def train(self, mode: bool = True) -> "MaskedModel":
+        """Switch to training mode; a frozen encoder stays in eval mode."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -103,8 +107,10 @@ class MaskedTexts:
         return counts / counts.sum()
 
     def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        """texts [batch], and input_ids, attention_mask, maskable and, for whole words, words, each [batch, tokens];
-        nothing is masked."""
+        """Texts [batch], and input_ids, attention_mask, maskable and, for whole words, words, each [batch, tokens].
+
+        Nothing is masked.
+        """
         ids, mask = pad([self.ids[i] for i in batch], self.pad_id)
         maskable = pad([self.maskable[i] for i in batch], 0)[0].bool()
         features = {"texts": torch.tensor(batch), "input_ids": ids, "attention_mask": mask, "maskable": maskable}
@@ -139,6 +145,7 @@ class ConditionTrainer(BudgetTrainer):
         self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy of the masked tokens."""
         if self.model.frozen:
             states, targets = self._frozen(inputs)
             loss = F.cross_entropy(model(states=states), targets)

@@ -57,6 +57,7 @@ class DistillTrainer(BudgetTrainer):
         self.sums: dict[str, list[torch.Tensor]] = {}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the objectives."""
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
         student.targets, student.mask = inputs.get("targets"), inputs.get("counted", student.mask)
@@ -79,6 +80,7 @@ class DistillTrainer(BudgetTrainer):
             return self.teacher(ids, mask, inputs.get("masked"))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a held-out batch."""
         with torch.no_grad():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
@@ -90,9 +92,11 @@ class DistillTrainer(BudgetTrainer):
         return means
 
     def get_train_dataloader(self) -> DataLoader:
+        """The training batches."""
         return self._loader(self.train_dataset, self.spec.batch_tokens, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """The held-out batches."""
         return self._loader(self.eval_dataset, max(self.spec.batch_tokens, tokens_per_batch()))
 
     def _loader(self, texts: TokenizedCorpus, budget: int, seed: int = 0) -> DataLoader:
@@ -181,8 +185,11 @@ def _curve(points: list[dict], spec: config.Distill) -> pd.DataFrame:
 
 @dataclass
 class Outcome:
-    """student: the distilled model; curve: split, step, seconds, loss and each objective; facts: sizes and speeds;
-    head: the student's masked-language head, where an objective trained one."""
+    """student: the distilled model.
+
+    Curve: split, step, seconds, loss and each objective; facts: sizes and speeds; head: the student's
+    masked-language head, where an objective trained one.
+    """
 
     student: PreTrainedModel
     curve: pd.DataFrame
@@ -323,8 +330,11 @@ def _projection(student: PreTrainedModel, teacher: Encoder, spec: config.Distill
 
 @torch.no_grad()
 def _fit_projection(student: StateCapture, trainer: DistillTrainer, texts: TokenizedCorpus) -> None:
-    """Start the projection where it takes the student's states nearest to the teacher's: least squares over the
-    compared states of some texts, those of each layer divided by the teacher's variance as in `hidden_loss`."""
+    """Start the projection where it takes the student's states nearest to the teacher's.
+
+    Least squares over the compared states of some texts, those of each layer divided by the teacher's variance as
+    in `hidden_loss`.
+    """
     places = np.linspace(0, len(texts) - 1, max(1, FIT_TOKENS * len(texts) // texts.tokens)).astype(int)
     left = right = 0.0
     for start in range(0, len(places), 32):

@@ -60,8 +60,11 @@ def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -
 
 
 def _over(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """A sum over how many it is of. Processes that share a batch divide by the mean of their counts: then the mean of
-    what they get, as of their gradients, is that of the whole batch, however unequal their shares."""
+    """A sum over how many it is of.
+
+    Processes that share a batch divide by the mean of their counts: then the mean of what they get, as of their
+    gradients, is that of the whole batch, however unequal their shares.
+    """
     if distributed.world_size() > 1:
         count = distributed.mean(torch.as_tensor(count, dtype=torch.float32, device=total.device))
     return total / count
@@ -113,8 +116,10 @@ def tinybert_attention_loss(student: ModelOutputs, teacher: ModelOutputs) -> tor
 
 
 def _scores(student: ModelOutputs, teacher: ModelOutputs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Student's and teacher's scores of each layer, [batch, heads, tokens, tokens], and where both tokens are real,
-    [batch, 1, tokens, tokens]."""
+    """The attention scores of each layer, of student and teacher, and where both tokens are real.
+
+    Scores are [batch, heads, tokens, tokens]; the mask is [batch, 1, tokens, tokens].
+    """
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
@@ -189,6 +194,7 @@ class RequiredOutputs:
 
     @classmethod
     def of(cls, weights: dict[str, float]) -> "RequiredOutputs":
+        """What weighted objectives require together."""
         used = {name for name, weight in weights.items() if weight}
         attention = {"attention", "tinybert_attention"}
         return cls(

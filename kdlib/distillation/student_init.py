@@ -198,9 +198,11 @@ def _narrow(
 def _principal(
     teacher: PreTrainedModel, source: list[int], size: int, sample: Sequence[Sequence[int]] | None
 ) -> torch.Tensor:
-    """Principal directions, about the origin, of what the embeddings, the layers `source` and, halfway, their attention
-    give on a sample: float [width, size], orthonormal columns, strongest first. All of these weigh the same, and so do
-    DeBERTa's relative positions, which the layers read too."""
+    """Principal directions, about the origin, of the teacher's states on a sample, strongest first.
+
+    The states are those of the embeddings, of the layers `source` and, halfway, of their attention. All weigh the same,
+    and so do DeBERTa's relative positions, which the layers read too. Returns float [width, size], orthonormal columns.
+    """
     names = family_of(teacher.config.model_type)
     if sample is None:
         generator = torch.Generator().manual_seed(0)
@@ -260,7 +262,7 @@ def _narrow_heads(
     for group in np.array_split(np.arange(heads), new_heads):
         inner = torch.from_numpy((group[:, None] * size + np.arange(size)).ravel())  # their dimensions, side by side
 
-        def read(module: str) -> torch.Tensor:
+        def read(module: str, inner: torch.Tensor = inner) -> torch.Tensor:
             """Weight and bias, as a matrix from the narrow stream and a constant: [inner, new width + 1]."""
             weight, bias = (state[f"{module}.weight"][inner], state[f"{module}.bias"][inner])
             return torch.cat([weight @ basis, bias.unsqueeze(1)], 1)
@@ -279,8 +281,9 @@ def _narrow_heads(
 
 
 def _inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps from an inner space of n dimensions to one of `size`, both [size, n], for what is multiplied there: with
-    left [n, a] and right [n, b], (map left)^T (map right) is near left^T right.
+    """Maps from an inner space of n dimensions to one of `size`, both [size, n], for what is multiplied there.
+
+    With left [n, a] and right [n, b], (map left)^T (map right) is near left^T right.
 
     reduce: as near as rank `size` allows (Eckart and Young 1936), balanced between the two as in balanced truncation;
     else the first dimensions. Room to spare repeats dimensions on the left against zeros on the right: the product

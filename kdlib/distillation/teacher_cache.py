@@ -61,13 +61,24 @@ def gigabytes(tokens: int, layers: int, hidden: int) -> float:
 def teacher_states(
     root: Path, teacher: Encoder, ids: Sequence[np.ndarray], layers: Sequence[int], budget: float
 ) -> TeacherStates | None:
-    """The states of `layers` (0 = embeddings, 1 = first) for tokenised texts, from the cache under `root` or computed
-    into it.
+    """The teacher's states for tokenised texts, from the cache under `root` or computed into it.
 
-    The folder is named after the teacher's weights and the ids, so that nothing stale is ever read; layers that are
-    there are used, the others are computed in one pass. A file that is torn or corrupted is named in a warning and made
-    anew. budget: gigabytes that the folder may take; None is returned, with a warning, where it would take more, or
-    where the disk has no room: then the teacher runs live. Raises UserError where `root` cannot be written.
+    The folder is named after the teacher's weights and the ids, so nothing stale is ever read. Layers that are there
+    are used; the others are computed in one pass. A torn or corrupted file is named in a warning and computed again.
+
+    Args:
+        root: the run's cache folder.
+        teacher: in eval mode.
+        ids: token ids of each text.
+        layers: 0 = embeddings, 1 = after the first layer.
+        budget: gigabytes that the folder may take.
+
+    Returns:
+        The states; None, with a warning, where they need more room than the budget or the disk has. Then the teacher
+        runs live.
+
+    Raises:
+        UserError: where `root` cannot be written.
     """
     lengths = np.fromiter(map(len, ids), np.int64, len(ids))
     starts = np.concatenate([[0], np.cumsum(lengths)])

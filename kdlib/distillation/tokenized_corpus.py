@@ -41,6 +41,7 @@ class TokenizedCorpus:
 
     @property
     def tokens(self) -> int:
+        """How many tokens all texts have."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
@@ -58,8 +59,10 @@ class TokenizedCorpus:
         return replace(self, cached=None)
 
     def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, int64 [batch, tokens]; if cached, for each layer its states, named "layer 3":
-        float16 [batch, tokens, hidden]."""
+        """input_ids and attention_mask, int64 [batch, tokens].
+
+        If cached, for each layer its states, named "layer 3": float16 [batch, tokens, hidden].
+        """
         rows = [self.ids[i] for i in batch]
         ids, mask = pad(rows, self.pad_id)
         features = {"input_ids": ids, "attention_mask": mask}
@@ -72,8 +75,10 @@ class TokenizedCorpus:
 
 @dataclass
 class Masking:
-    """Masks the tokens of batches, the same ones for the same texts in the same epoch, so that a run that was cut off
-    goes on with what it would have seen. mask_id, rows, share: as `mlm.mask_tokens` has them."""
+    """Masks the tokens of batches, the same tokens for the same texts in the same epoch.
+
+    So a resumed run sees what it would have seen. mask_id, rows, share: as `masking.mask_tokens` has them.
+    """
 
     mask_id: int
     rows: int
@@ -83,8 +88,11 @@ class Masking:
     def collate(
         self, texts: TokenizedCorpus, sampler: BudgetSampler, batch: Sequence[int], rows: slice = slice(None)
     ) -> dict[str, torch.Tensor]:
-        """As `Texts.collate`, with masked input_ids; and masked, int64 [masked tokens], their places in the flattened
-        batch, and targets, the tokens that were there. rows: of the masked batch, those that are wanted."""
+        """As `Texts.collate`, with masked input_ids.
+
+        And masked, int64 [masked tokens], their places in the flattened batch, and targets, the tokens that
+        were there. rows: of the masked batch, those that are wanted.
+        """
         features = texts.collate(batch)
         ids = features["input_ids"]
         maskable = pad([texts.maskable[i] for i in batch], 0)[0].bool()
@@ -106,8 +114,11 @@ class RankCollator:
     masking: Masking | None
 
     def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """As `Texts.collate` or `Masking.collate`. A process for which a batch has no row gets one that counts for
-        nothing: counted, int64 [1, tokens], is the mask that losses then go by, all 0."""
+        """As `Texts.collate` or `Masking.collate`.
+
+        A process for which a batch has no row gets one that counts for nothing: counted, int64 [1, tokens], is
+        the mask that losses then go by, all 0.
+        """
         rows = slice(distributed.rank(), None, distributed.world_size())
         spare = not batch[rows]
         if spare:
@@ -165,8 +176,11 @@ def training_size(train: TokenizedCorpus, spec: config.Distill, seed: int = 0) -
 
 
 def compared_layers(needs: RequiredOutputs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
-    """Which layers of student and teacher are compared: all as TinyBERT does, student layer i with teacher layer
-    i * L / l; the last ones alone where no objective asks for more."""
+    """Which layers of student and teacher are compared.
+
+    All as TinyBERT does, student layer i with teacher layer i * L / l; the last ones alone where no objective asks
+    for more.
+    """
     if not needs.layers:
         return [depth], [teacher_depth]
     return list(range(1, depth + 1)), layer_map("alternate", depth, teacher_depth)

@@ -40,6 +40,7 @@ class TaskModel(nn.Module):
         self.head = nn.Linear(encoder.config.hidden_size, labels)
 
     def forward(self, input_ids, attention_mask, token_type_ids=None, labels=None):
+        """Logits of a batch and, with labels, the loss."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
         states = states if self.kind == "tokens" else mean_pool(states, attention_mask)
@@ -55,8 +56,10 @@ class TaskModel(nn.Module):
 
 @dataclass
 class _Tokenised:
-    """ids, types (token types, for models that know them): int32 [tokens]; firsts: (word, token) of each word's first
-    token, for word lists."""
+    """ids, types (token types, for models that know them).
+
+    Int32 [tokens]; firsts: (word, token) of each word's first token, for word lists.
+    """
 
     ids: np.ndarray
     types: np.ndarray | None

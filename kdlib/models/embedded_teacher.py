@@ -10,6 +10,7 @@ normalisation map; an i32 number of tensors, each with name, type (0 f32, 1 Q4_0
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import re
@@ -64,8 +65,11 @@ class Header:
 
 @dataclass
 class Contents:
-    """Everything the file holds: sizes, pieces with their log probabilities, special ids, the
-    normalisation map (code point -> replacement) and the weights, under the file's own names."""
+    """Everything the file holds.
+
+    Sizes, pieces with their log probabilities, special ids, the normalisation map (code point -> replacement) and
+    the weights, under the file's own names.
+    """
 
     header: Header
     pieces: list[str]
@@ -158,7 +162,7 @@ def _read_pieces(reader: _Reader, header: Header) -> tuple[list[str], np.ndarray
     if offsets[0] != 0 or offsets[-1] != length or (np.diff(offsets) < 0).any():
         reader.fail("the offsets of the pieces do not rise from 0 to their length")
     try:
-        pieces = [blob[a:b].decode() for a, b in zip(offsets[:-1], offsets[1:])]
+        pieces = [blob[a:b].decode() for a, b in itertools.pairwise(offsets)]
     except UnicodeDecodeError:
         reader.fail("a piece is not valid UTF-8")
     if len(set(pieces)) < count:

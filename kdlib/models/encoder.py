@@ -21,8 +21,11 @@ from kdlib.progress import track
 
 @dataclass
 class Encoder:
-    """model: a base model (AutoModel) in eval mode; prefix: put before every text; max_length: in tokens; head: the
-    trained masked-language head, where the model has one; vector_cache: of the texts it has read, where that is kept."""
+    """model: a base model (AutoModel) in eval mode.
+
+    Prefix: put before every text; max_length: in tokens; head: the trained masked-language head, where the model
+    has one; vector_cache: of the texts it has read, where that is kept.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
@@ -35,14 +38,17 @@ class Encoder:
 
     @property
     def layers(self) -> int:
+        """How many layers the model has."""
         return self.model.config.num_hidden_layers
 
     @property
     def hidden(self) -> int:
+        """The width of the hidden states."""
         return self.model.config.hidden_size
 
     @property
     def parameters(self) -> int:
+        """How many parameters the model has."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
@@ -84,8 +90,11 @@ class Encoder:
 
 @contextlib.contextmanager
 def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
-    """Lists of words as the model knows them: byte-level BPE spells a word's start as the space before it, which words
-    in a list lack unless add_prefix_space is on."""
+    """Lists of words as the model knows them.
+
+    Byte-level BPE spells a word's start as the space before it, which words in a list lack unless add_prefix_space
+    is on.
+    """
     step = tokenizer.backend_tokenizer.pre_tokenizer
     steps = list(step) if isinstance(step, pre_tokenizers.Sequence) else [step]
     bare = [step for step in steps if isinstance(step, pre_tokenizers.ByteLevel) and not step.add_prefix_space]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """How checkpoints name a masked-language head: its dense layer, its norm, the owner of its bias, its output matrix."""
+    """How checkpoints name a masked-language head: dense layer, norm, owner of the bias, output matrix."""
 
     dense: str
     norm: str

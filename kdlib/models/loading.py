@@ -1,6 +1,8 @@
 """Teachers: the embedded one, a hub id, or a local folder; always in eval mode."""
 
+import functools
 import json
+import operator
 import os
 import re
 from dataclasses import replace
@@ -42,7 +44,9 @@ def load_teacher(
     Args:
         spec: source "embedded", a hub id or a local folder; prefix None takes the prefix that the embedded teacher was
             trained with, and none for other teachers.
-        device, bf16, cache_root: as `load_encoder` has them.
+        device: as `load_encoder` has it.
+        bf16: as `load_encoder` has it.
+        cache_root: as `load_encoder` has it.
 
     Raises:
         UserError: where the source cannot be loaded; the message says what works offline.
@@ -165,8 +169,10 @@ def load_encoder(
 
 
 def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
-    """Raises UserError where a folder's config.json and its weights do not agree on a size, before there is room made
-    for what the config says."""
+    """Check that a folder's config.json and its weights agree on sizes, before memory is taken for them.
+
+    Raises UserError, naming the weight.
+    """
     folder = weights_folder(source)
     if folder is None:
         return
@@ -181,8 +187,10 @@ def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
 
 
 def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
-    """Raises UserError where weights were missing (they are random now) or are no numbers, or where the tokenizer is
-    not of this model."""
+    """Check that the weights are there and finite, and that the tokenizer belongs to this model.
+
+    Missing weights would be random. Raises UserError.
+    """
     missing = sorted(name for name in missing if not name.startswith("pooler."))  # no use is made of the pooler
     if missing:
         raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
@@ -235,7 +243,9 @@ def _checkpoint_head(
     tied = getattr(model.config, "tie_word_embeddings", True) or newer is not None
     if discriminator or not tied or not all(beside & set(names) for names in parts.values()):
         return None
-    stored = _read_tensors(source, {*sum(parts.values(), []), output}, output, allow_pickle, options)
+    stored = _read_tensors(
+        source, {*functools.reduce(operator.iadd, parts.values(), []), output}, output, allow_pickle, options
+    )
     embeddings = model.get_input_embeddings().weight.detach()
     if output in stored and not torch.equal(stored[output].float(), embeddings[:TIED_ROWS]):
         return None

@@ -20,8 +20,9 @@ IGNORE = -100
 
 
 class MaskedHead(nn.Module):
-    """dense, activation, LayerNorm, then the product with the input embeddings plus a bias: the head that BERT,
-    RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share under different names.
+    """dense, activation, LayerNorm, then the product with the input embeddings plus a bias.
+
+    The head that BERT, RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share under different names.
 
     The embedding matrix is not part of the head (it is tied): whoever calls brings it.
     """
@@ -108,7 +109,7 @@ def build_head(
 
 
 def perplexity(sums: np.ndarray, resamples: int = 1000) -> dict[str, float]:
-    """exp of the mean loss of all tokens (or words): value, and low and high of its 95% interval.
+    """Exp of the mean loss of all tokens (or words): value, and low and high of its 95% interval.
 
     sums: [texts, 2], each text's losses (nats) and how many they are. The interval is a bootstrap over texts.
     """

@@ -44,8 +44,10 @@ class _Outputs(nn.Module):
 
 
 def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> None:
-    """Write a student's ONNX files into `folder`/onnx: model.onnx and, with `int8`, model_int8.onnx, and beside them
-    config and tokenizer, so that this folder is all that running them needs. It is whole or absent; an older one goes.
+    """Write a student's ONNX files into `folder`/onnx.
+
+    Model.onnx and, with `int8`, model_int8.onnx, and beside them config and tokenizer, so that this folder is all
+    that running them needs. It is whole or absent; an older one goes.
 
     Inputs: input_ids, attention_mask and, for a model that tells pairs by token types, token_type_ids, each int64
     [batch, tokens], both free. Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding, its mean over
@@ -70,7 +72,7 @@ def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> N
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:
-    """onnx and onnxruntime, with onnxscript there for torch to use."""
+    """Onnx and onnxruntime, with onnxscript there for torch to use."""
     try:
         import onnx
         import onnxruntime
@@ -146,6 +148,7 @@ class OnnxModel(nn.Module):
         return self.session.run([output], {name: given[name].numpy() for name in self.names})[0]
 
     def forward(self, output_hidden_states: bool = False, **inputs: torch.Tensor) -> SimpleNamespace:
+        """The last hidden states of a batch."""
         states = torch.from_numpy(self.run("last_hidden_state", **inputs))
         return SimpleNamespace(last_hidden_state=states, hidden_states={self.config.num_hidden_layers: states})
 

@@ -54,8 +54,10 @@ def full_tokenizer(source: Path) -> PreTrainedTokenizerFast:
 
 
 def portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json's contents under a class name that transformers 4 knows too, and without how it was
-    loaded here."""
+    """A tokenizer_config.json's contents, as transformers 4 can read them too.
+
+    The class name is one that version 4 knows, and how the tokenizer was loaded here is left out.
+    """
     unknown = settings.get("tokenizer_class") == "TokenizersBackend"
     settings = settings | ({"tokenizer_class": "PreTrainedTokenizerFast"} if unknown else {})
     return {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}

@@ -15,8 +15,10 @@ ROOM = 2**29  # bytes that are kept of one encoder; texts beyond that are read e
 
 
 class VectorCache:
-    """What an encoder made of the texts it read, by the ids of their tokens, float32, in files: the mean-pooled states
-    of all layers of a text [layers + 1, hidden]; of a list of words their states in the last one [words, hidden].
+    """What an encoder made of the texts it read, by the ids of their tokens, float32, in files.
+
+    The mean-pooled states of all layers of a text [layers + 1, hidden]; of a list of words their states in the last
+    one [words, hidden].
 
     folder: for one encoder alone. ids: of an encoder with a pruned vocabulary, the whole vocabulary's id of each of its
     own; so it remembers what the whole encoder has read, and the other way round, since both compute the same from the
@@ -116,8 +118,10 @@ class VectorCache:
 
 
 def body_key(model: nn.Module, *about: object) -> str:
-    """A fingerprint of an encoder's weights but for its word embeddings, so that pruning them leaves it as it is; and
-    of `about`, all else that its vectors depend on."""
+    """A fingerprint of an encoder's weights but for its word embeddings, so that pruning them leaves it as it is.
+
+    And of `about`, all else that its vectors depend on.
+    """
     words = model.get_input_embeddings().weight
     digest = hashlib.sha256()
     for name, value in model.named_parameters():

@@ -93,8 +93,10 @@ def renumbered(settings: dict[str, Any], new: dict[int, int]) -> dict[str, Any]:
 
 
 def _prune_stored_tokenizer(source: Path, target: Path, new: dict[int, int]) -> bool:
-    """Write the pruned tokenizer of a folder from its tokenizer.json; False, with nothing written, where that file is
-    absent or does not say all."""
+    """Write the pruned tokenizer of a folder from its tokenizer.json.
+
+    False, with nothing written, where that file is absent or does not say all.
+    """
     if any((source / name).exists() for name in ("added_tokens.json", "chat_template.jinja")):
         return False
     try:

@@ -79,7 +79,7 @@ def _bare(piece: str) -> str:
 
 
 def word_list(language: str, size: int | None = None) -> list[str]:
-    """wordfreq's words for a language, most frequent first, each followed by its capitalised form.
+    """Wordfreq's words for a language, most frequent first, each followed by its capitalised form.
 
     `language`: any ISO 639 code ("tgl", "ceb", "id"); `size`: at most so many words, default all. A language
     that wordfreq does not have gives an empty list: then the corpus alone decides. Raises UserError for what is no
@@ -89,7 +89,7 @@ def word_list(language: str, size: int | None = None) -> list[str]:
     import wordfreq
 
     try:
-        code, distance = langcodes.closest_match(language, list(wordfreq.available_languages()), max_distance=9)
+        code, _distance = langcodes.closest_match(language, list(wordfreq.available_languages()), max_distance=9)
     except langcodes.LanguageTagError:
         raise UserError(f"language {language!r} is not an ISO 639 code (such as tgl, ceb or id)") from None
     if code == "und":

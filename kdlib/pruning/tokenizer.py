@@ -13,6 +13,7 @@ from kdlib.pruning.tokenizer_json import new_ids, parse_tokenizer, prune_spec
 
 
 def tokenizer_model(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """The model part of the tokenizer's tokenizer.json."""
     return tokenizer_spec(tokenizer)["model"]
 
 

@@ -77,5 +77,6 @@ def _renumber(node, new: dict[int, int]):
 
 
 def merged_pair(merge: str | list[str]) -> tuple[str, str]:
+    """The two tokens that a merge joins."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right

@@ -97,6 +97,7 @@ class Run:
 
     @property
     def results_file(self) -> Path:
+        """The table of results."""
         return self.path / "results.csv"
 
     def results(self) -> pd.DataFrame:

@@ -175,7 +175,10 @@ class Context:
         """The `Source` of these settings: the same object for equal settings, so that nothing is read twice.
 
         Args:
-            kind: as `Source` has it; so are settings, read and digest.
+            kind: as `Source` has it.
+            settings: as `Source` has them.
+            read: as `Source` has it.
+            digest: as `Source` has it.
             also: what tells two sources apart whose keys have the same settings.
         """
         name = ("source", fingerprint(kind, settings, also))
@@ -225,7 +228,7 @@ class Stage(ABC, Generic[S, A]):
         """Whether the result is there as it was written. A damaged one is named in a warning."""
         return is_whole(self.folder, self.said)
 
-    def get(self, watch: Watch = Watch()) -> A:  # noqa: B008 - frozen
+    def get(self, watch: Watch = Watch()) -> A:
         """The result: the one that is loaded, else the one on disk, else a new one."""
         if self._value is None:
             if not self.intact():

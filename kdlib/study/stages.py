@@ -196,10 +196,8 @@ class Distill(Stage[DistillSettings, Trained]):
         spec, start = self.settings.distill, self.start().model
         if self.settings.student.init == "random" or start.config.hidden_size != self.teacher.hidden:
             spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
-        return distill(
-            self.teacher, start, train, heldout, spec, work, self.settings.seed, watch.label or "distilling the student",
-            watch.on_point, watch.should_stop,
-        )  # fmt: skip
+        label, seed = watch.label or "distilling the student", self.settings.seed
+        return distill(self.teacher, start, train, heldout, spec, work, seed, label, watch.on_point, watch.should_stop)
 
     def make(self, folder: Path, watch: Watch) -> None:
         """Train, and write the student."""

@@ -36,15 +36,18 @@ class Checkpoints(TrainerCallback):
         self.every, self.at_end, self.wait = every, at_end, SECONDS
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock."""
         self.saved = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Ask for a checkpoint when one is due."""
         self.begun = time.monotonic()
         due = state.global_step % self.every == 0 and _agreed(self.begun - self.saved >= self.wait)
         if due or (self.at_end and state.global_step == state.max_steps):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
+        """Seal the checkpoint and remove old ones."""
         if distributed.is_initialized():
             distributed.barrier()  # each process writes a part
         if state.is_world_process_zero:
@@ -82,8 +85,9 @@ def newest(work: str | Path) -> Path | None:
 
 
 def train(trainer: Trainer, last: Path | None) -> list[dict]:
-    """Train, from the checkpoint `last` on if there is one; returns the points of the curve, which are those entries of
-    the Trainer's log that name a split.
+    """Train, from the checkpoint `last` on if there is one.
+
+    Returns the points of the curve, which are those entries of the Trainer's log that name a split.
 
     Raises UserError where a checkpoint cannot be written; the one before it is still there then.
     """

@@ -250,8 +250,10 @@ def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, L
 
 @style.styled
 def ablation(table: pd.DataFrame, family: str) -> Figure:
-    """Score of the students of a family of arms, a panel per task: a curve where every arm is a number (x), else a line
-    per arm."""
+    """Score of the students of a family of arms, a panel per task.
+
+    A curve where every arm is a number (x), else a line per arm.
+    """
     title, label = FAMILIES.get(family, (f"What does it change? ({family})", family))
     arms, reference = _ablation(table, family)
     looks, tasks = style.looks(table), tasks_of(arms)

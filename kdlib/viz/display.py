@@ -33,6 +33,7 @@ def picture(figure: Figure) -> Image:
 
 
 def show(figure: Figure) -> None:
+    """Show a figure in the notebook."""
     display(picture(figure))
 
 

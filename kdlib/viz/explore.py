@@ -236,6 +236,7 @@ def layer_html(curves: pd.DataFrame, shown: Sequence[str], layer: int) -> str:
 
 
 def interval_text(row: pd.Series, scale: float = 100, unit: str = "%") -> str:
+    """A value with its interval, in words."""
     if pd.isna(row["low"]) or pd.isna(row["high"]):
         return ""
     return f"{row['low'] * scale:,.1f} to {row['high'] * scale:,.1f}{unit}"

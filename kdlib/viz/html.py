@@ -19,6 +19,7 @@ def page(*parts: str) -> str:
 
 
 def paragraph(text: str) -> str:
+    """A paragraph of HTML."""
     return f'<p style="margin:8px 0">{text}</p>'
 
 
@@ -40,6 +41,7 @@ def bar(length: float, colour: str, label: str) -> str:
 
 
 def tint(colour: str, share: float = 0.25) -> str:
+    """A colour, mostly transparent."""
     return to_hex([1 - share * (1 - part) for part in to_rgb(colour)])
 
 

@@ -28,6 +28,7 @@ class View:
 
     @cached_property
     def png(self) -> bytes:
+        """The picture as PNG bytes."""
         return quietly(notebook.picture, self.figure).data if self.figure else b""
 
 
@@ -63,6 +64,7 @@ class Panel:
 
     @cached_property
     def controls(self) -> dict[str, W.ValueWidget]:
+        """The controls by name, built when they are first needed."""
         built = {name: build(description=label_of(name, build)) for name, build in self._builders.items()}
         for name, control in built.items():
             control.style.description_width = "initial"
@@ -71,10 +73,12 @@ class Panel:
 
     @cached_property
     def image(self) -> W.Image:
+        """The widget that shows the picture."""
         return W.Image(format="png", layout={"width": f"{notebook.WIDTH}px", "max_width": "100%"})
 
     @cached_property
     def text(self) -> W.HTML:
+        """The widget that shows the HTML."""
         return W.HTML(layout={"width": "98%"})
 
     @cached_property
@@ -138,4 +142,5 @@ def bundle(widget: W.Widget, view: View) -> dict[str, Any]:
 
 
 def label_of(name: str, build: partial) -> str:
+    """What a control is called."""
     return build.keywords.get("description", name)

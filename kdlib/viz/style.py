@@ -114,6 +114,7 @@ def looks(table: pd.DataFrame) -> dict[str, Look]:
 
 
 def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
+    """A figure of this size in inches, with its title."""
     figure = _Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     figure.suptitle(title)
@@ -137,6 +138,7 @@ def panels(title: str, count: int, most: int, height: float, **share: bool) -> t
 
 
 def wrap(label: str, width: int = 18) -> str:
+    """A label on several lines of at most `width` characters."""
     return textwrap.fill(legible(str(label)), width)
 
 
@@ -203,6 +205,7 @@ def panel_title(task: str, rows: pd.DataFrame) -> str:
 
 
 def layer_axis(axes: Axes) -> None:
+    """Number the layers on the x axis."""
     axes.set_xlabel("layer (0 = embeddings)")
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
 
@@ -245,6 +248,7 @@ def dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], lo
 
 
 def model_handles(models: Iterable[str], looks: dict[str, Look]) -> list[Line2D]:
+    """Legend entries of models."""
     return [
         Line2D([], [], color=looks[m].colour, marker=looks[m].marker, markeredgecolor="white", label=wrap(m, 40))
         for m in looks

@@ -13,6 +13,7 @@ TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to 
 
 
 def check(table: pd.DataFrame) -> None:
+    """Refuse a table that is no table of results."""
     if table.empty:
         raise UserError("the table of results is empty; run the stages of the study first")
 
@@ -27,6 +28,7 @@ def select(table: pd.DataFrame, stage: str, what: str, **where: str | Sequence[s
 
 
 def need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
+    """Refuse an empty selection, saying which stage gives the rows."""
     if rows.empty:
         raise UserError(f"no {what} in the table of results; run the stage {stage!r} first")
     return rows
@@ -58,8 +60,9 @@ def tasks_of(rows: pd.DataFrame) -> list[str]:
 
 
 def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The benchmarks of several runs as one table, for any figure: the first run's teacher, each run's student by the
-    name of the run.
+    """The benchmarks of several runs as one table, for any figure.
+
+    The first run's teacher, each run's student by the name of the run.
 
     tables: tables of results by the name to show. Speeds can be compared where the runs were on one machine.
     """

@@ -19,7 +19,7 @@ from kdlib.viz.panel import Panel, View, bundle
 
 
 class TrainingPanel:
-    """Loss curves, speed, time left and a stop button, around a training that can stop at a checkpoint:
+    """Loss curves, speed, time left and a stop button, around a training that can stop at a checkpoint.
 
         with TrainingPanel(steps, tokens) as panel:
             train(on_point=panel.on_point, should_stop=panel.should_stop)
@@ -57,6 +57,7 @@ class TrainingPanel:
 
     @cached_property
     def button(self) -> W.Button:
+        """The button that stops the training."""
         button = W.Button(
             description="Stop at a checkpoint", icon="stop", button_style="warning", layout={"width": "220px"}
         )

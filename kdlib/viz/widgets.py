@@ -153,7 +153,7 @@ def layer_map_editor(teacher_layers: int, layers: Sequence[int]) -> LayerMapEdit
             value=layer,
             description=f"layer {i + 1} from",
             layout={"width": "150px", "display": None if i < depth else "none"},
-        )  # fmt: skip
+        )
         for i, layer in enumerate(rows)
     }
     return LayerMapEditor(

@@ -199,13 +199,13 @@ def test_a_few_test_rows_in_train_are_taken_from_train(put, kind):
     assert (len(task.train), len(task.test)) == (20, 20)  # 1 of 20 is no more than a twentieth
     assert task.origin.removed == 2 and task.origin.rows == {"train": 20, "test": 20}
     assert task == own(put(train, "clean.jsonl"), test=put(test, "test.jsonl"), **more)
-    text = refusal(put(repeated + [test[5]]), test=put(test, "test.jsonl"), **more)
+    text = refusal(put([*repeated, test[5]]), test=put(test, "test.jsonl"), **more)
     assert "2 test rows also stand in train, 10% of them" in text
 
 
 def test_overlap_counts_test_rows_however_often_they_repeat(put):
     test = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(18)] + [{"text": "t0", "label": "a"}] * 2
-    assert "3 test rows" in refusal(put(PLAIN + [test[0]]), test=put(test, "test.jsonl"))
+    assert "3 test rows" in refusal(put([*PLAIN, test[0]]), test=put(test, "test.jsonl"))
 
 
 def test_other_places_are_tried_in_order(put, tmp_path):

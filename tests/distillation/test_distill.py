@@ -489,7 +489,7 @@ def test_compiled_step_is_the_plain_one(tmp_path, monkeypatch):
         *given, **kwargs
     ):  # traced and differentiated as on a GPU, without the minute that generating code takes
         return TrainingArguments(
-            torch_compile_backend="aot_eager" if kwargs["torch_compile"] else None, *given, **kwargs
+            *given, torch_compile_backend="aot_eager" if kwargs["torch_compile"] else None, **kwargs
         )
 
     monkeypatch.setattr(kdlib.training.arguments, "TrainingArguments", arguments)

@@ -1,5 +1,6 @@
 """Students: which layers they copy, that they copy them exactly, and what is refused."""
 
+import itertools
 import re
 
 import pytest
@@ -127,7 +128,7 @@ def test_alternate_layers_rise_and_end_with_the_last(teacher):
     for student in range(1, teacher + 1):
         layers = layer_map("alternate", student, teacher)
         assert len(layers) == student and layers[-1] == teacher and layers[0] >= 1
-        assert all(a < b for a, b in zip(layers, layers[1:]))
+        assert all(a < b for a, b in itertools.pairwise(layers))
 
 
 @pytest.mark.parametrize(

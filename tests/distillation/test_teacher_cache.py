@@ -195,7 +195,8 @@ def test_states_beyond_half_precision_are_refused(tmp_path):
 def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     """A process killed while it writes: nothing of it is used, and the next one clears it away."""
     code = (
-        "import os, sys\nfrom distillation import test_teacher_cache\nfrom kdlib.distillation import teacher_cache as c\n"
+        "import os, sys\nfrom distillation import test_teacher_cache\n"
+        "from kdlib.distillation import teacher_cache as c\n"
         "from pathlib import Path\n"
         "c.checksum = lambda path: os.kill(os.getpid(), 9)\n"
         "test_teacher_cache.states(Path(sys.argv[1]))\n"

@@ -71,7 +71,7 @@ def test_word_vectors_are_the_states_of_first_tokens(encoder):
         return encoder.tokenizer(words, add_special_tokens=False, is_split_into_words=True).input_ids
 
     prefix = encoder.prefix.split()
-    ids = [[2, *encode(prefix + words)][: encoder.max_length - 1] + [3] if prefix + words else [] for words in WORDS]
+    ids = [[*[2, *encode(prefix + words)][: encoder.max_length - 1], 3] if prefix + words else [] for words in WORDS]
     states = [states_of(encoder, row)[1:].numpy() if row else None for row in ids]
     for (text, word), vector in zip(places, vectors):
         before = prefix + WORDS[text][:word]

@@ -1,5 +1,6 @@
 """Model files without a model: what they hold, and copies of some of their rows."""
 
+import itertools
 import json
 import shutil
 import tracemalloc
@@ -39,7 +40,7 @@ def test_runs_are_the_ids_in_the_fewest_ranges(ids):
     ids = sorted(ids)
     ranges = runs(ids)
     assert [i for first, end in ranges for i in range(first, end)] == ids
-    assert all(end < first for (_, end), (first, _) in zip(ranges, ranges[1:]))
+    assert all(end < first for (_, end), (first, _) in itertools.pairwise(ranges))
 
 
 @pytest.mark.parametrize("kept", [[0], [6], [0, 1, 2], [1, 3, 4, 6], list(range(7))])

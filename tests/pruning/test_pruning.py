@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import random
 import re
@@ -1008,7 +1009,7 @@ def test_coverage_rises_to_what_the_kept_rows_cover(study, parallel):
     for counts, share in ((study.chosen.counts, 1.0), (unseen, unseen[study.chosen.ids].sum() / unseen.sum())):
         curve = coverage_curve(study.chosen, counts)
         assert curve[-1] == (len(study.chosen.ids), pytest.approx(share))
-        for (fewer, lower), (more, higher) in zip(curve, curve[1:]):
+        for (fewer, lower), (more, higher) in itertools.pairwise(curve):
             assert fewer < more and lower <= higher
 
 

@@ -170,7 +170,7 @@ def test_ctrl_c_says_how_to_go_on_and_it_goes_on(tmp_path, own):
     process = subprocess.Popen(
         command(out, overrides, "--only", "distill"), cwd=ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # `nohup` and a shell's `&` start us with it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored under `nohup`
     )  # fmt: skip
     end = time.time() + 300
     while not list(out.glob("artefacts/student-*-checkpoints")) and process.poll() is None and time.time() < end:

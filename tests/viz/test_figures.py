@@ -100,7 +100,7 @@ def make_benchmark(rng, tasks, models):
                 spread = {"value": value, "low": value * 0.9, "high": value * 1.15}
                 rows.append({"model": model, "method": device, "metric": metric} | spread)
         if model in ("teacher", "student"):
-            for k, (task, metric) in enumerate(list(tasks.items())[:2]):
+            for task, metric in list(tasks.items())[:2]:
                 for x in (16, 64, 256):
                     common = {"model": model, "method": "fewshot", "task": task, "metric": metric, "x": x}
                     rows.append(common | scored(rng, skill - 0.2 + 0.0005 * x, ITEMS.get(task, 100)))

@@ -570,7 +570,8 @@ PICTURED = (1, 2, 3, 4, 7, 10)
 def test_headless_every_widget_leaves_a_still_view_and_no_widget(kernel):
     start = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "import tiny\nfrom viz import test_widgets\nfrom kdlib.pruning.selection import select_tokens\nfrom kdlib.viz import examples, explore, widgets\nfrom kdlib.viz.training_panel import TrainingPanel\n"
+        "import tiny\nfrom viz import test_widgets\nfrom kdlib.pruning.selection import select_tokens\n"
+        "from kdlib.viz import examples, explore, widgets\nfrom kdlib.viz.training_panel import TrainingPanel\n"
         "teacher = tiny.encoder()\npair = {'teacher': teacher, 'student': tiny.encoder(layers=2)}\n"
         f"sentence = {SENTENCE!r}"
     )
