@@ -220,7 +220,7 @@ def verdicts(table: pd.DataFrame, margin: float) -> pd.DataFrame:
     tested = table.reindex(columns=[*compared, "metric", "value", "low", "high", "n"])
     tested = tested[tested["metric"].isin(["difference", "p_holm", "tost_p_holm"])]
     lines = []
-    for labels, rows in tested.groupby(compared, dropna=False, sort=False):
+    for _, rows in tested.groupby(compared, dropna=False, sort=False):
         by = rows.set_index("metric")
         gap, p, tost = by["value"].loc[["difference", "p_holm", "tost_p_holm"]]
         words = "undecided"
@@ -230,6 +230,6 @@ def verdicts(table: pd.DataFrame, margin: float) -> pd.DataFrame:
             words = "better" if gap > 0 else "worse"
         found = dict(difference=gap, low=by["low"]["difference"], high=by["high"]["difference"], p_holm=p)
         found |= dict(tost_p_holm=tost, n=by["n"]["difference"], verdict=words)
-        lines.append(dict(zip(compared, labels, strict=True)) | found)
+        lines.append(rows.iloc[0][compared].to_dict() | found)
     columns = [*compared, "difference", "low", "high", "p_holm", "tost_p_holm", "n", "verdict"]
     return pd.DataFrame(lines, columns=columns)

@@ -193,50 +193,6 @@ def test_start_here_runs(tmp_path):
     )
 
 
-BAD = {
-    "missing corpus file": ["corpus.source=/no/such.txt"],
-    "misspelt parameter": ["distill.epoch=3"],
-    "wrong type": ["distill.epochs=many"],
-    "unknown objective": ["distill.objectives={hiden: 1.0}"],
-    "unknown task": ["tasks=[{name: topics}]"],
-    "embedded corpus in another language": ["language=ceb"],
-    "not an assignment": ["distill.epochs"],
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_in_one_clear_line_and_code_2(case, tmp_path):
-    sets = [part for item in BAD[case] for part in ("--set", item)]
-    result = kdlib("run", "--profile", "smoke", "--out", tmp_path / "run", *sets)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert result.stderr.startswith("kdlib: ") and len(result.stderr.strip().splitlines()) == 1
-    assert "Traceback" not in result.stdout + result.stderr
-    assert not list(tmp_path.rglob("*.ipynb"))
-
-
-@pytest.mark.parametrize("content", [b"", b"\n\n\n", b"\xff\xfe\x00rubbish\x00", b"isang linya lamang\n"])
-def test_bad_corpus_file_is_told_before_anything_runs(content, tmp_path):
-    (tmp_path / "c.txt").write_bytes(content)
-    result = kdlib(
-        "run", "--profile", "smoke", "--out", tmp_path / "run", "--set", f"corpus.source={tmp_path / 'c.txt'}"
-    )
-    assert result.returncode == 2 and "c.txt" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_label_column_of_one_class_and_unknown_column(tmp_path):
-    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"teksto {i},a\n" for i in range(30)))
-    for label, word in (("label", "one class"), ("etiketa", "etiketa")):
-        task = f"tasks=[{{name: mine, source: {tmp_path / 't.csv'}, label: {label}}}]"
-        result = kdlib("run", "--profile", "smoke", "--out", tmp_path / "run", "--set", task)
-        assert result.returncode == 2 and word in result.stderr
-
-
-def test_unknown_stage_and_profile_are_refused(tmp_path):
-    for arguments in (["--only", "distil"], ["--profile", "huge"]):
-        result = kdlib("run", "--profile", "smoke", "--out", tmp_path, *arguments)
-        assert result.returncode == 2 and ("stages are" in result.stderr or "workshop" in result.stderr)
-
-
 def broken_notebooks(folder):
     """The project's notebooks with a cell that fails in the second."""
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")

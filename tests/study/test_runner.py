@@ -178,7 +178,7 @@ def test_ctrl_c_says_how_to_go_on_and_it_goes_on(tmp_path, own):
     kernels = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=120)[1]
-    assert "the same command again goes on" in line(said) and process.returncode == 130
+    assert "the same command resumes" in line(said) and process.returncode == 130
     assert kernels and not psutil.wait_procs(kernels, timeout=10)[1]
     nbformat.read(out / "notebooks" / "03_distill_a_student.ipynb", 4)
     result = run(out, overrides, "--only", "distill")
