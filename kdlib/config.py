@@ -8,11 +8,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from kdlib.errors import UserError
+from kdlib.files import parse_yaml
 
 Init = Literal["alternate", "first", "last", "random"] | list[int]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -21,7 +21,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 class Section(BaseModel):
     """A section of a profile: typed, frozen, and without unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Source(Section):
@@ -31,7 +31,7 @@ class Source(Section):
     folder or a local file. A zip is read as the folder it holds.
     """
 
-    source: str = "embedded"
+    source: str = Field("embedded", description="embedded, a hub id, an address, a local folder or file")
     subset: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set; files of a folder or zip by a word in their name")
     revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
@@ -44,7 +44,7 @@ class Fallback(Source):
     """
 
     source: str = Field(description="as in the first place, but for `embedded`, which is other data")
-    text: str | None = None
+    text: str | None = Field(None, description="column of the text; null: as in the first place")
 
     @model_validator(mode="after")
     def _is_the_same_data(self) -> "Fallback":
@@ -56,24 +56,24 @@ class Fallback(Source):
 class CorpusFallback(Fallback):
     """Another place for the corpus."""
 
-    document: str | None = None
+    document: str | None = Field(None, description="column of the document; null: as in the first place")
 
 
 class TaskFallback(Fallback):
     """Another place for a task's rows."""
 
-    test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
-    second: str | None = None
-    label: str | list[str] | None = None
+    test: str | None = Field(None, description="file or split with the test rows; null: three tenths of the rows")
+    second: str | None = Field(None, description="column of the second text; null: as in the first place")
+    label: str | list[str] | None = Field(None, description="label column or columns; null: as in the first place")
 
 
 class Teacher(Section):
     """An encoder by name: the teacher, or a baseline."""
 
     source: str = Field("embedded", description="embedded, a hub id, or a local folder")
-    revision: str | None = None
-    prefix: str | None = Field(None, description="put before every text; None: what the teacher was trained with")
-    max_length: int = Field(128, ge=8, description="tokens per text, the rest is cut")
+    revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the main branch")
+    prefix: str | None = Field(None, description="put before every text; null: what the teacher was trained with")
+    max_length: int = Field(128, ge=8, description="tokens per text; longer texts are truncated")
     allow_pickle: bool = Field(False, description="load .bin weights where there is no safetensors file")
 
 
@@ -83,7 +83,7 @@ class Corpus(Source):
     text: str = Field("text", description="column that holds the text")
     document: str | None = Field(None, description="column that says which document a row belongs to")
     heldout: float = Field(0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
-    max_documents: int | None = Field(None, ge=10)
+    max_documents: int | None = Field(None, ge=10, description="training documents at most; null: all")
     streaming: bool = Field(False, description="read the first max_documents documents and leave the rest where it is")
     fallbacks: list[CorpusFallback] = Field([], description="other places for the same text, tried in order")
 
@@ -97,18 +97,18 @@ class Corpus(Source):
 class Parallel(Source):
     """Sentences with their translations."""
 
-    languages: list[str] = ["tgl", "eng", "spa", "ind", "ceb"]
+    languages: list[str] = Field(["tgl", "eng", "spa", "ind", "ceb"], description="columns, named by language")
 
 
 class Task(Source):
     """One labelled task. Embedded: source `embedded`, name one of topic, sentiment, dengue, entailment, entities."""
 
-    name: str
-    kind: Literal["classify", "multilabel", "pair", "tokens"] = "classify"
-    text: str = "text"
+    name: str = Field(description="what results call the task; of an embedded task its own name")
+    kind: Literal["classify", "multilabel", "pair", "tokens"] = Field("classify", description="what its labels are")
+    text: str = Field("text", description="column of the text")
     second: str | None = Field(None, description="column of the second text (kind pair)")
     label: str | list[str] = Field("label", description="label column; a list of 0/1 columns (kind multilabel)")
-    test: str | None = Field(None, description="file or split with the test rows; None: three tenths of the rows")
+    test: str | None = Field(None, description="file or split with the test rows; null: three tenths of the rows")
     fallbacks: list[TaskFallback] = Field([], description="other places for the same rows, tried in order")
     probe: bool = Field(True, description="compare models on it by probe; notebook 01 probes the teacher on all")
     finetune: bool = Field(True, description="fine-tune on it in the benchmark")
@@ -120,18 +120,18 @@ class Probe(Section):
     """How the teacher is probed."""
 
     languages_rows: int = Field(500, ge=20, description="parallel sentences used")
-    cka_sentences: int = Field(200, ge=20)
+    cka_sentences: int = Field(200, ge=20, description="held-out sentences that CKA compares layers on")
     cloze_sentences: int = Field(50, ge=5, description="sentences for pseudo-perplexity and cloze")
     train_rows: int = Field(600, ge=20, description="training items of a layer probe, per task")
-    test_rows: int = Field(400, ge=20)
+    test_rows: int = Field(400, ge=20, description="test items of a layer probe, per task")
 
 
 class Vocabulary(Section):
     """Which tokens are kept."""
 
     prune: bool = Field(True, description="false: the student keeps the teacher's whole vocabulary")
-    wordlist: bool = Field(True, description="keep the pieces of wordfreq's words for the language")
-    characters: Literal["scripts", "all"] = "scripts"
+    wordlist: bool = Field(True, description="keep the tokens of wordfreq's words for the language")
+    characters: Literal["scripts", "all"] = Field("scripts", description="single characters to keep")
     max_rows: int | None = Field(None, ge=100, description="embedding rows to keep at most")
 
 
@@ -139,16 +139,16 @@ class Condition(Section):
     """Further masked-language training of the pruned teacher on the target language, before it is distilled."""
 
     use: bool = Field(False, description="distill from the conditioned teacher")
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, description="passes over the texts")
     head_epochs: float = Field(
         3.0, ge=0, description="passes that warm up a new head, the encoder frozen, for a teacher that has none"
     )
-    learning_rate: float = Field(5e-5, gt=0)
+    learning_rate: float = Field(5e-5, gt=0, description="highest learning rate")
     head_rate: float = Field(1e-3, gt=0, description="learning rate of the warm-up")
     mask: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are masked")
     whole_words: bool = Field(False, description="mask all tokens of a word together")
-    batch_tokens: int = Field(2048, ge=64)
-    max_texts: int | None = Field(None, ge=50)
+    batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
+    max_texts: int | None = Field(None, ge=50, description="texts that are used at most; null: all")
 
 
 PRESETS = {  # Cruz and Aji 2025
@@ -161,14 +161,12 @@ class Student(Section):
     """The sizes of the student, and how it starts."""
 
     preset: Literal["base", "tiny"] | None = Field(None, description="sizes not named are the preset's")
-    layers: int = Field(4, ge=1)
-    hidden: int | None = Field(None, ge=8, description="width; None: the teacher's")
-    ffn: int | None = Field(None, ge=8, description="width of the feed-forward layers; None: the teacher's")
-    heads: int | None = Field(None, ge=1, description="attention heads; None: the teacher's")
-    init: Init = "alternate"
-    narrow: Literal["pca", "truncate", "random"] = Field(
-        "pca", description="how a narrower student starts from the teacher's weights"
-    )
+    layers: int = Field(4, ge=1, description="transformer layers")
+    hidden: int | None = Field(None, ge=8, description="width; null: the teacher's")
+    ffn: int | None = Field(None, ge=8, description="width of the feed-forward layers; null: the teacher's")
+    heads: int | None = Field(None, ge=1, description="attention heads; null: the teacher's")
+    init: Init = Field("alternate", description="teacher layers to copy (alternate, first, last, a list), or random")
+    narrow: Literal["pca", "truncate", "random"] = Field("pca", description="how a narrower student starts")
 
     @model_validator(mode="before")
     @classmethod
@@ -180,9 +178,7 @@ class Student(Section):
 class Distill(Section):
     """The distillation."""
 
-    objectives: dict[str, float] = Field(
-        {"hidden": 1.0, "sentence": 1.0}, description="weight of each objective by name"
-    )
+    objectives: dict[str, float] = Field({"hidden": 1.0, "sentence": 1.0}, description="weight of each objective")
     temperature: float = Field(2.0, gt=0, description="of the soft targets (objective kl)")
     mask: float = Field(0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
     projection: Literal["auto", "shared"] = Field(
@@ -192,20 +188,20 @@ class Distill(Section):
     )
     teacher_noise: bool = Field(False, description="dropout in the teacher too, as TinyBERT's script has it")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training texts")
-    epochs: float = Field(3.0, gt=0)
-    learning_rate: float = Field(5e-4, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    epochs: float = Field(3.0, gt=0, description="passes over the texts")
+    learning_rate: float = Field(5e-4, gt=0, description="highest learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
     beta2: float = Field(0.999, gt=0, lt=1, description="of AdamW; a short training gains by less, such as 0.98")
     warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
     batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
     windows: list[Annotated[int, Field(ge=1)]] = Field(
         [1, 2, 3], min_length=1, description="texts are runs of so many neighbouring sentences, by turns"
     )
-    freeze_embeddings: bool = True
+    freeze_embeddings: bool = Field(True, description="leave copied embeddings as they are")
     cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")
     cache_gigabytes: float = Field(8.0, ge=0, description="larger caches are not made; the teacher runs live")
-    precision: Precision = "auto"
-    compile: bool | None = Field(None, description="torch.compile; None: on a GPU")
+    precision: Precision = Field("auto", description="auto: bfloat16 where it is measured to be faster")
+    compile: bool | None = Field(None, description="torch.compile; null: on a GPU")
     evaluations: int = Field(8, ge=1, description="held-out evaluations, evenly spaced, and one before the first step")
     heldout_sentences: int = Field(400, ge=10, description="held-out sentences of an evaluation at most")
     max_texts: int | None = Field(None, ge=50, description="use so many texts of the corpus at most")
@@ -214,31 +210,29 @@ class Distill(Section):
 class Benchmark(Section):
     """How models are compared."""
 
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0, 1, 2], min_length=1, description="a trial each")
     probe_share: float = Field(0.9, gt=0, le=1, description="share of the training set each probe seed draws")
-    probe_rows: int | None = Field(None, ge=20, description="training rows of a probe at most; None: all")
-    probe_test_rows: int | None = Field(None, ge=20)
+    probe_rows: int | None = Field(None, ge=20, description="training rows of a probe at most; null: all")
+    probe_test_rows: int | None = Field(None, ge=20, description="test rows of a probe at most; null: all")
     finetune_rows: int | None = Field(None, ge=20, description="training rows of a fine-tuning run at most")
-    finetune_test_rows: int | None = Field(None, ge=20)
+    finetune_test_rows: int | None = Field(None, ge=20, description="test rows in fine-tuning at most; null: all")
     finetune_head: Literal["random", "probe"] = Field(
         "random",
         description="how the new head starts; probe: as the linear probe on the training rows, for few of them",
     )
-    finetune_epochs: float = Field(3.0, gt=0)
-    finetune_rate: float = Field(2e-5, gt=0)
+    finetune_epochs: float = Field(3.0, gt=0, description="passes over the rows")
+    finetune_rate: float = Field(2e-5, gt=0, description="highest learning rate of fine-tuning")
     finetune_batch: int = Field(32, ge=1, description="texts a step; the paper: 4 times 8")
     finetune_max_length: int | None = Field(
-        None, ge=8, description="tokens per text in fine-tuning, as far as the model goes; None: teacher.max_length"
+        None, ge=8, description="tokens per text in fine-tuning, as far as the model goes; null: teacher.max_length"
     )
-    finetune_fp16: bool = Field(
-        False, description="half precision in fine-tuning on a GPU, as the paper; else as distill.precision"
-    )
-    freeze_embeddings: bool = False
+    finetune_fp16: bool = Field(False, description="half precision in fine-tuning on a GPU, as the paper")
+    freeze_embeddings: bool = Field(False, description="leave the embeddings as they are in fine-tuning")
     fewshot: list[Annotated[int, Field(ge=1)]] = Field([], description="examples per class of few-shot runs")
     fewshot_steps: int = Field(60, ge=1, description="steps of a few-shot run at least")
     margin: float = Field(0.02, gt=0, lt=1, description="scores within this are on par, where a test shows it")
-    latency_runs: int = Field(30, ge=3)
-    bootstrap: int = Field(1000, ge=100)
+    latency_runs: int = Field(30, ge=3, description="texts that are timed one at a time")
+    bootstrap: int = Field(1000, ge=100, description="resamples of an interval")
 
 
 class Ablations(Section):
@@ -264,10 +258,10 @@ class Ablations(Section):
 class Profile(Section):
     """A whole study. Field descriptions are the documentation of the parameters."""
 
-    name: str = "workshop"
+    name: str = Field("workshop", description="what the study is called")
     language: str = Field("tgl", min_length=2, description="ISO 639 code of the target language")
-    seed: int = Field(0, ge=0, lt=2**32)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is drawn, but for `benchmark.seeds`")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
     parallel: Parallel | None = Parallel()
@@ -284,9 +278,7 @@ class Profile(Section):
     condition: Condition = Condition()
     student: Student = Student()
     distill: Distill = Distill()
-    students: dict[str, dict[str, Any]] = Field(
-        {}, description="other students to benchmark: name -> what they change, as arms do"
-    )
+    students: dict[str, dict[str, Any]] = Field({}, description="other students: name -> what they change")
     benchmark: Benchmark = Benchmark()
     ablations: Ablations = Ablations()
 
@@ -318,7 +310,7 @@ def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] |
             ) from None
     else:
         raise UserError(f"unknown profile {profile!r}: {', '.join(profile_names())}, or a .yaml file")
-    return _with(_parse_yaml(text, profile), parse_overrides(overrides), profile)
+    return _with(parse_yaml(text, profile), parse_overrides(overrides), profile)
 
 
 def changed(profile: Profile, overrides: dict[str, Any], origin: str) -> Profile:
@@ -401,42 +393,8 @@ def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, 
         key, equals, value = str(item).partition("=")
         if not equals or not key.strip():
             raise UserError(f"--set {item!r}: write key=value, for example distill.epochs=3")
-        parsed[key.strip()] = _parse_yaml(value, f"--set {key.strip()}", mapping=False)
+        parsed[key.strip()] = parse_yaml(value, f"--set {key.strip()}", mapping=False)
     return parsed
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number and `no` as text.
-
-    5e-4 is how people write it (YAML 1.1 wants 5.0e-4), and `no` is a language's code.
-    Merge keys (<<) are no part of it: nested ones can fill the memory.
-    """
-
-
-_BOOL, _MERGE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:merge"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in pairs if tag not in (_BOOL, _MERGE)]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
-)
-
-
-def _parse_yaml(text: str, origin: str, mapping: bool = True) -> Any:
-    try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{origin}: not valid YAML{where} ({problem})") from None
-    if mapping and value is None:
-        return {}
-    if mapping and not isinstance(value, dict):
-        raise UserError(f"{origin}: a profile is a mapping of keys to values, found {type(value).__name__}")
-    return value
 
 
 def _assign(tree: dict, key: str, value: Any) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pandas as pd
+import yaml
 from safetensors import SafetensorError
 
 from kdlib.errors import UserError
@@ -215,3 +216,47 @@ def fingerprint(*values: Any) -> str:
     """A short hash of JSON-like values: the same values, the same 12 letters, on every machine."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 5e-4 as a number and `no` as text.
+
+    5e-4 is how people write it (YAML 1.1 wants 5.0e-4), and `no` is a language's code.
+    Merge keys (<<) are no part of it: nested ones can fill the memory.
+    """
+
+
+_BOOL, _MERGE = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:merge"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in pairs if tag not in (_BOOL, _MERGE)]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.?\d+)([eE][-+]?\d+)$"), list("-+0123456789.")
+)
+
+
+def parse_yaml(text: str, origin: str, mapping: bool = True) -> Any:
+    """Read YAML: 5e-4 is a number, `no` is text, and there are no merge keys.
+
+    Args:
+        text: the YAML.
+        origin: what errors call it.
+        mapping: refuse what is no mapping of keys to values; an empty text is an empty one.
+
+    Raises:
+        UserError: for what is not valid, with the line.
+    """
+    try:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{origin}: not valid YAML{where} ({problem})") from None
+    if mapping and value is None:
+        return {}
+    if mapping and not isinstance(value, dict):
+        raise UserError(f"{origin}: a profile is a mapping of keys to values, found {type(value).__name__}")
+    return value

@@ -134,6 +134,8 @@ class Context:
 
     def __init__(self, path: Path, device: torch.device, precision: str):
         self.path, self.device, self.precision = path, device, precision
+        auto = distributed.broadcast(use_bf16("auto", device)) if distributed.world_size() > 1 else None  # all agree
+        self._measured = lambda: use_bf16("auto", device) if auto is None else auto
         self._known: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
     @property
@@ -142,8 +144,9 @@ class Context:
         return self.path / "cache"
 
     def bf16(self, precision: str | None = None) -> bool:
-        """Whether a precision (default: the run's) means bfloat16 on this device; all processes agree."""
-        return distributed.broadcast(use_bf16(precision or self.precision, self.device))
+        """Whether a precision (default: the run's) means bfloat16 on this device."""
+        precision = precision or self.precision
+        return self._measured() if precision == "auto" else use_bf16(precision, self.device)
 
     def load_encoder(
         self,
@@ -203,6 +206,7 @@ class Stage(ABC, Generic[S, A]):
     version: ClassVar[int] = 1  # raised when a change of the code changes the result
     room: ClassVar[str] = "artefacts"
     said: ClassVar[str] = "it is rebuilt"
+    collective: ClassVar[bool] = False  # whether all processes make it together, and the first one writes
 
     def __init__(self, context: Context, settings: S, link: str = "", **inputs: Any):
         self.context, self.settings, self.link, self.inputs = context, settings, link, inputs
@@ -236,20 +240,22 @@ class Stage(ABC, Generic[S, A]):
             if distributed.rank() == 0:
                 shutil.rmtree(self.work, ignore_errors=True)
                 self._show()
-            distributed.barrier()
+            if self.collective:
+                distributed.barrier()
             self._value = self.load(self.folder)
         return self._value
 
     def _build(self, watch: Watch) -> None:
-        """Make the result in a new folder; of several processes all make it, and the first one writes."""
-        first = distributed.rank() == 0
+        """Make the result in a new folder."""
+        first = distributed.rank() == 0 or not self.collective
         with new_folder(self.folder) if first else contextlib.nullcontext(Path()) as folder:
             self.make(folder, watch)
             if first:
                 inputs = {name: given.key for name, given in self.inputs.items()}
                 seal(folder, key=self.key, version=self.version, settings=self.settings.model_dump(), inputs=inputs)
                 self.add_unsealed(folder)
-        distributed.barrier()
+        if self.collective:
+            distributed.barrier()
 
     def _show(self) -> None:
         """Point the run folder's link at this result; where the system has no links, a copy."""

@@ -142,6 +142,7 @@ class Distill(Stage[DistillSettings, Trained]):
     """The student, distilled from the pruned or the conditioned teacher."""
 
     name = "student"
+    collective = True
     source: Prune | Condition
     corpus: Source[Corpus]
     texts: Keyed[Sequence[str]]

@@ -16,7 +16,7 @@ import pytest
 from nbconvert import HTMLExporter
 
 from kdlib.study.run import COLUMNS, read_results
-from kdlib.study.study import NOTEBOOKS, STAGES
+from kdlib.study.study import NOTEBOOKS, STAGES, Study
 from kdlib.viz import figures, tables
 from kdlib.viz.panel import VIEW
 
@@ -191,6 +191,15 @@ def test_start_here_runs(tmp_path):
         {"profile": "smoke", "run_dir": str(tmp_path / "r")},
         progress_bar=False,
     )
+    shown = nbformat.read(tmp_path / "out.ipynb", 4)
+    outputs = [output for cell in shown.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "\n".join(str(output.get("data", {}).get("text/html", output.get("data", {}))) for output in outputs)
+    study = Study(tmp_path / "r", "smoke")
+    assert all(f"<th>{task.name}</th>" in text for task in study.tasks), "the tasks and their rows"
+    for part in ("train", "heldout", "test"):
+        assert f"<td>{len(getattr(study.corpus, part))}</td>" in text, "the sizes of the corpus"
+    assert study.corpus.train[0].sentences[0] in text, "a document"
+    assert "Nothing to compare yet" in text, "the first experiment waits for its two runs"
 
 
 def broken_notebooks(folder):
