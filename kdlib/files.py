@@ -11,13 +11,15 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
 import yaml
 from safetensors import SafetensorError
 
 from kdlib.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -196,8 +198,10 @@ def read_json(path: Path, kind: type = dict) -> Any:
         raise _damaged(path, error) from None
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_table(path: Path, columns: Sequence[str]) -> "pd.DataFrame":
     """A csv file with these columns at least. Raises UserError where it is not there, is damaged, or lacks one."""
+    import pandas as pd  # takes a third of a second, which `kdlib --help` need not wait for
+
     try:
         table = pd.read_csv(path)
         if missing := [column for column in columns if column not in table]:

@@ -1,6 +1,7 @@
 """Two processes under torchrun make the student that one makes, and leave one set of files."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,11 +82,13 @@ def test_curves_are_those_of_one_process(name, twins, tmp_path_factory):
 
 def test_the_study_of_two_processes_is_that_of_one(twins, tmp_path):
     runner.distill(tmp_path / "run", "smoke", study(tmp_path))
-    runs = [pd.read_csv(run / "distill" / "curve.csv") for run in (tmp_path / "run", twins / "run")]
+    runs = [pd.read_csv(run / "student" / "curve.csv") for run in (tmp_path / "run", twins / "run")]
     assert np.allclose(runs[0]["loss"], runs[1]["loss"], rtol=1e-4)
-    files = [{str(file.relative_to(run)) for file in run.rglob("*")} for run in (tmp_path / "run", twins / "run")]
+    both = (tmp_path / "run", twins / "run")
+    files = [{re.sub("-[0-9a-f]{12}", "", str(file.relative_to(run))) for file in run.rglob("*")} for run in both]
     assert {file for file in files[0] if "cache" not in file} == {file for file in files[1] if "cache" not in file}
-    assert "student/model.safetensors" in files[1] and not [name for name in files[1] if "checkpoint" in name]
+    assert "artefacts/student/model.safetensors" in files[1] and (twins / "run" / "student" / "README.md").is_file()
+    assert not [name for name in files[1] if "checkpoint" in name]
 
 
 def main(folder: Path) -> None:

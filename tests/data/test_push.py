@@ -42,7 +42,7 @@ def test_a_student_arrives_whole_private_and_with_its_card(run, tmp_path):
     there = tmp_path / "hub" / "models" / "owner" / "student"
     assert {p.relative_to(there) for p in there.rglob("*") if p.is_file()} == {p for p in sent if p.name != SEAL}
     assert (there / "model.safetensors").read_bytes() == (run / "student" / "model.safetensors").read_bytes()
-    assert (there / "README.md").read_text("utf-8").startswith("---\nlanguage: ")
+    assert (there / "README.md").read_text("utf-8").startswith("---\nbase_model: ")
 
 
 def test_offline_nothing_is_uploaded(run, monkeypatch):

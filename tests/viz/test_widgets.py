@@ -475,13 +475,16 @@ def test_training_panel_shows_the_curve_and_leaves_it_in_the_output(shown, monke
 def test_interrupt_asks_for_a_stop_and_a_second_one_interrupts(monkeypatch):
     for module in (panels, training_panel):
         monkeypatch.setattr(module, "display", lambda *a, **k: None)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        with TrainingPanel(10, 1000) as panel:
-            signal.raise_signal(signal.SIGINT)
-            assert panel.should_stop()
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    started = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored under `nohup`
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with TrainingPanel(10, 1000) as panel:
+                signal.raise_signal(signal.SIGINT)
+                assert panel.should_stop()
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, started)
 
 
 TRAINING = """
