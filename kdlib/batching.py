@@ -1,4 +1,4 @@
-"""Batches by token budget: texts of like length together, so that almost no time goes into padding."""
+"""Batches with a token budget. Texts of similar length share a batch, so that there is little padding."""
 
 import random
 from array import array
@@ -8,13 +8,19 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-BUCKET = 4096  # texts that are sorted by length together; larger wastes less, smaller shuffles better
+BUCKET = 4096  # texts sorted by length together; more texts give less padding, fewer give a better shuffle
 
 
 def budget_batches(lengths: Sequence[int], budget: int, order: Sequence[int] | None = None) -> list[list[int]]:
-    """Indices grouped so that rows x longest row stays within `budget` tokens; a longer text is a batch alone.
+    """Group indices so that rows x longest row is at most `budget`. A longer text is a batch of its own.
 
-    order: the order to fill batches in; default by length, longest first (so that memory peaks at once).
+    Args:
+        lengths: tokens of each text.
+        budget: tokens of a batch, padding included.
+        order: the order in which batches are filled; default longest first, so that memory peaks at the start.
+
+    Returns:
+        The indices of each batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if order is None else order
     batches: list[list[int]] = []
@@ -30,10 +36,14 @@ def budget_batches(lengths: Sequence[int], budget: int, order: Sequence[int] | N
 
 
 class BudgetSampler(Sampler[list[int]]):
-    """A batch sampler: shuffled buckets, sorted inside, cut by token budget, the batches shuffled.
+    """A batch sampler with a token budget: shuffled buckets, sorted by length inside, and the batches shuffled.
 
-    Every epoch holds each index once, in the same batches; their order is the epoch's own, fixed by `seed` and the
-    epoch, so that a resumed run finds its place again.
+    Every epoch has the same batches in an order that depends on `seed` and the epoch, so that a run can resume.
+
+    Args:
+        lengths: tokens of each text.
+        budget: tokens of a batch, padding included.
+        seed: of the buckets and of the order.
     """
 
     def __init__(self, lengths: Sequence[int], budget: int, seed: int = 0):
@@ -41,7 +51,7 @@ class BudgetSampler(Sampler[list[int]]):
         self.order, self.ends = self._plan()
 
     def _plan(self) -> tuple[np.ndarray, np.ndarray]:
-        """The indices, batch by batch, and where each batch ends: 4 bytes a text, lists would be twenty times that."""
+        """The indices, batch by batch, and where each batch ends. 4 bytes a text; lists need twenty times that."""
         order = array("i", range(len(self.lengths)))
         random.Random(self.seed).shuffle(order)
         ends, done = array("q"), 0
@@ -71,21 +81,18 @@ class BudgetSampler(Sampler[list[int]]):
         return map(self._batch, numbers)
 
     def real_share(self) -> float:
-        """Share of the tokens computed on that are not padding."""
+        """The share of the computed tokens that are not padding."""
         padded = sum(len(batch) * int(self.lengths[batch].max()) for batch in map(self._batch, range(len(self))))
         return int(self.lengths.sum(dtype=np.int64)) / padded
 
 
 def tokens_per_batch() -> int:
-    """Tokens that one batch holds where nothing is trained.
-
-    On a CPU the states of one layer should fit into the caches; a GPU wants larger batches.
-    """
+    """Tokens of a batch without training: on a CPU the states of a layer should fit into its caches."""
     return 4096 if torch.cuda.is_available() else 1024
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [batch, longest] and attention mask of the same shape, both int64."""
+    """Pad rows of token ids. Returns ids and attention mask, both int64 [batch, longest]."""
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), pad_id)
     mask = torch.zeros_like(ids)
@@ -98,9 +105,15 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch
 def model_inputs(
     ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """A padded batch by the model's own names, each int64 [batch, longest].
+    """Pad a batch and name its parts as models do.
 
-    Input_ids, attention_mask and, unless `types` is None, token_type_ids.
+    Args:
+        ids: token ids of each text.
+        types: token types of each text, or None for a model without them.
+        pad_id: id of the padding token.
+
+    Returns:
+        input_ids, attention_mask and perhaps token_type_ids, each int64 [batch, longest].
     """
     tokens, mask = pad(ids, pad_id)
     inputs = {"input_ids": tokens, "attention_mask": mask}

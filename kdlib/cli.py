@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from kdlib.errors import UserError
 
-# Commands import what they need themselves, so that `--help` and a slip in a parameter need not wait for torch.
+# Each command imports what it needs, so that `--help` and the error of a wrong parameter come without torch.
 Profile = Annotated[str, typer.Option("--profile", help="smoke, workshop, paper, or a YAML file")]
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; default runs/<profile>")]
 Overrides = Annotated[
@@ -19,7 +19,7 @@ RunFolder = Annotated[Path, typer.Option("--run", help="the folder of a run")]
 
 
 class Commands(TyperGroup):
-    """The commands; each one that fails prints one line and exits with code 2, after Ctrl-C with code 130."""
+    """The commands. One that fails prints one line and exits with code 2, or with 130 after Ctrl-C."""
 
     def invoke(self, ctx: typer.Context) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - typer's click
         """Run the command that was asked for."""
@@ -46,7 +46,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _checked(profile: str, overrides: list[str] | None, out: Path | None) -> tuple[list[str], Path]:
-    """The overrides and the run folder. A slip in a parameter is told before anything heavy is imported."""
+    """The overrides and the run folder. A wrong parameter is refused before slow imports."""
     from kdlib import config
 
     config.load_profile(profile, list(overrides or []))
@@ -68,7 +68,7 @@ def run(
     overrides, folder = _checked(profile, set_, out)
     from kdlib.study.kernel import kernel
 
-    with kernel(preload="kdlib.study.study") as shared:  # loads the libraries while this process does, too
+    with kernel(preload="kdlib.study.study") as shared:  # it loads the libraries at the same time as this process
         from kdlib.study import runner
 
         try:
@@ -79,7 +79,7 @@ def run(
 
 @app.command()
 def distill(profile: Profile = "workshop", out: Out = None, set_: Overrides = None) -> None:
-    """Make a run's student outside the notebooks, which then find it.
+    """Distil a run's student outside the notebooks; they find it afterwards.
 
     On several GPUs: torchrun --nproc_per_node 8 -m kdlib distill --out runs/x
     """
@@ -94,7 +94,7 @@ def export(
     run_dir: RunFolder = Path("runs/workshop"),
     int8: Annotated[bool, typer.Option(help="also write 8-bit weights")] = True,
 ) -> None:
-    """Write a run's student as ONNX files, which run without torch, and measure what they keep and cost.
+    """Write a run's student as ONNX files, which run without torch, and measure them beside it.
 
     The files and the numbers are in <run>/student/onnx; needs the packages of `pip install 'kdlib[onnx]'`.
     """
@@ -132,7 +132,7 @@ def figures(
 def reset(
     folder: Annotated[Path, typer.Option(help="a checkout of the project, or an unpacked offline bundle")] = Path("."),
 ) -> None:
-    """Restore the original notebooks and remove own runs. What was there is set aside, not lost."""
+    """Restore the original notebooks and remove own runs. What was there is moved aside, not deleted."""
     from kdlib.study import reset as reset_module
 
     aside = reset_module.reset(folder)
@@ -141,11 +141,11 @@ def reset(
 
 @app.command()
 def push(
-    to: Annotated[str, typer.Option(help="a model repository of the hub, owner/name; made if absent")],
+    to: Annotated[str, typer.Option(help="a model repository of the hub, owner/name; created if absent")],
     run_dir: RunFolder = Path("runs/workshop"),
     public: Annotated[bool, typer.Option("--public", help="make a new repository public; without: private")] = False,
 ) -> None:
-    """Upload a run's student, with its model card, to the model hub. Nothing else of the kit ever uploads anything."""
+    """Upload a run's student, with its model card, to the model hub. No other command uploads anything."""
     from kdlib.data import hub
     from kdlib.study.export import student_folder
     from kdlib.study.model_card import write_card

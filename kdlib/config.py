@@ -1,9 +1,10 @@
-"""Profiles: every parameter of a study, typed, with its default; overrides and the errors for wrong ones."""
+"""Profiles: every parameter of a study with its type and default, overrides, and errors for wrong values."""
 
 import difflib
 import re
 import reprlib
 import shlex
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -19,7 +20,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 
 class Section(BaseModel):
-    """A section of a profile: typed, frozen, and without unknown keys."""
+    """A section of a profile: typed and frozen. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -31,20 +32,20 @@ class Source(Section):
     folder or a local file. A zip is read as the folder it holds.
     """
 
-    source: str = Field("embedded", description="embedded, a hub id, an address, a local folder or file")
-    subset: str | None = Field(None, description="configuration name of a hub data set")
-    split: str = Field("train", description="split of a hub data set; files of a folder or zip by a word in their name")
-    revision: str | None = Field(None, description="commit, tag or branch of a hub data set")
+    source: str = Field(default="embedded", description="embedded, a hub id, an address, a local folder or file")
+    subset: str | None = Field(default=None, description="configuration name of a hub data set")
+    split: str = Field(default="train", description="split of a hub data set, or a word in the names of files")
+    revision: str | None = Field(default=None, description="commit, tag or branch of a hub data set")
 
 
 class Fallback(Source):
-    """Another place for the same data, tried when those before it cannot be read.
+    """Another place for the same data, used when those before it cannot be read.
 
-    It says for itself where its rows are; columns that it does not name are called as in the first place.
+    Columns that it does not name have the names of the first place.
     """
 
     source: str = Field(description="as in the first place, but for `embedded`, which is other data")
-    text: str | None = Field(None, description="column of the text; null: as in the first place")
+    text: str | None = Field(default=None, description="column of the text; null: as in the first place")
 
     @model_validator(mode="after")
     def _is_the_same_data(self) -> "Fallback":
@@ -56,36 +57,36 @@ class Fallback(Source):
 class CorpusFallback(Fallback):
     """Another place for the corpus."""
 
-    document: str | None = Field(None, description="column of the document; null: as in the first place")
+    document: str | None = Field(default=None, description="column of the document; null: as in the first place")
 
 
 class TaskFallback(Fallback):
     """Another place for a task's rows."""
 
-    test: str | None = Field(None, description="file or split with the test rows; null: three tenths of the rows")
-    second: str | None = Field(None, description="column of the second text; null: as in the first place")
-    label: str | list[str] | None = Field(None, description="label column or columns; null: as in the first place")
+    test: str | None = Field(default=None, description="file or split of the test rows; null: 30% of the rows")
+    second: str | None = Field(default=None, description="column of the second text; null: as in the first place")
+    label: str | list[str] | None = Field(default=None, description="label columns; null: as in the first place")
 
 
 class Teacher(Section):
     """An encoder by name: the teacher, or a baseline."""
 
-    source: str = Field("embedded", description="embedded, a hub id, or a local folder")
-    revision: str | None = Field(None, description="commit, tag or branch on the hub; null: the main branch")
-    prefix: str | None = Field(None, description="put before every text; null: what the teacher was trained with")
-    max_length: int = Field(128, ge=8, description="tokens per text; longer texts are truncated")
-    allow_pickle: bool = Field(False, description="load .bin weights where there is no safetensors file")
+    source: str = Field(default="embedded", description="embedded, a hub id, or a local folder")
+    revision: str | None = Field(default=None, description="commit, tag or branch on the hub; null: the main branch")
+    prefix: str | None = Field(default=None, description="text before every text; null: as the teacher was trained")
+    max_length: int = Field(default=128, ge=8, description="tokens per text; longer texts are truncated")
+    allow_pickle: bool = Field(default=False, description="load .bin weights where there is no safetensors file")
 
 
 class Corpus(Source):
     """The text that students are distilled on."""
 
-    text: str = Field("text", description="column that holds the text")
-    document: str | None = Field(None, description="column that says which document a row belongs to")
-    heldout: float = Field(0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
-    max_documents: int | None = Field(None, ge=10, description="training documents at most; null: all")
-    streaming: bool = Field(False, description="read the first max_documents documents and leave the rest where it is")
-    fallbacks: list[CorpusFallback] = Field([], description="other places for the same text, tried in order")
+    text: str = Field(default="text", description="column that holds the text")
+    document: str | None = Field(default=None, description="column that says which document a row belongs to")
+    heldout: float = Field(default=0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
+    max_documents: int | None = Field(default=None, ge=10, description="training documents at most; null: all")
+    streaming: bool = Field(default=False, description="read the first max_documents documents only")
+    fallbacks: list[CorpusFallback] = Field(default=[], description="other places for the same text, tried in order")
 
     @model_validator(mode="after")
     def _streams_so_many(self) -> "Corpus":
@@ -97,58 +98,56 @@ class Corpus(Source):
 class Parallel(Source):
     """Sentences with their translations."""
 
-    languages: list[str] = Field(["tgl", "eng", "spa", "ind", "ceb"], description="columns, named by language")
+    languages: list[str] = Field(default=["tgl", "eng", "spa", "ind", "ceb"], description="columns, named by language")
 
 
 class Task(Source):
     """One labelled task. Embedded: source `embedded`, name one of topic, sentiment, dengue, entailment, entities."""
 
-    name: str = Field(description="what results call the task; of an embedded task its own name")
-    kind: Literal["classify", "multilabel", "pair", "tokens"] = Field("classify", description="what its labels are")
-    text: str = Field("text", description="column of the text")
-    second: str | None = Field(None, description="column of the second text (kind pair)")
-    label: str | list[str] = Field("label", description="label column; a list of 0/1 columns (kind multilabel)")
-    test: str | None = Field(None, description="file or split with the test rows; null: three tenths of the rows")
-    fallbacks: list[TaskFallback] = Field([], description="other places for the same rows, tried in order")
-    probe: bool = Field(True, description="compare models on it by probe; notebook 01 probes the teacher on all")
-    finetune: bool = Field(True, description="fine-tune on it in the benchmark")
-    fewshot: bool = Field(True, description="fine-tune on a few examples per class (where benchmark.fewshot has sizes)")
-    ablate: bool = Field(True, description="probe the ablation arms on it")
+    name: str = Field(description="name of the task in results; of an embedded task its own name")
+    kind: Literal["classify", "multilabel", "pair", "tokens"] = Field(default="classify", description="its kind")
+    text: str = Field(default="text", description="column of the text")
+    second: str | None = Field(default=None, description="column of the second text (kind pair)")
+    label: str | list[str] = Field(default="label", description="label column; a list of 0/1 columns (kind multilabel)")
+    test: str | None = Field(default=None, description="file or split of the test rows; null: 30% of the rows")
+    fallbacks: list[TaskFallback] = Field(default=[], description="other places for the same rows, tried in order")
+    probe: bool = Field(default=True, description="compare models by probe; notebook 01 uses all tasks")
+    finetune: bool = Field(default=True, description="fine-tune on it in the benchmark")
+    fewshot: bool = Field(default=True, description="fine-tune on the few examples per class of benchmark.fewshot")
+    ablate: bool = Field(default=True, description="probe the ablation arms on it")
 
 
 class Probe(Section):
     """How the teacher is probed."""
 
-    languages_rows: int = Field(500, ge=20, description="parallel sentences used")
-    cka_sentences: int = Field(200, ge=20, description="held-out sentences that CKA compares layers on")
-    cloze_sentences: int = Field(50, ge=5, description="sentences for pseudo-perplexity and cloze")
-    train_rows: int = Field(600, ge=20, description="training items of a layer probe, per task")
-    test_rows: int = Field(400, ge=20, description="test items of a layer probe, per task")
+    languages_rows: int = Field(default=500, ge=20, description="parallel sentences used")
+    cka_sentences: int = Field(default=200, ge=20, description="held-out sentences that CKA compares layers on")
+    cloze_sentences: int = Field(default=50, ge=5, description="sentences for pseudo-perplexity and cloze")
+    train_rows: int = Field(default=600, ge=20, description="training items of a layer probe, per task")
+    test_rows: int = Field(default=400, ge=20, description="test items of a layer probe, per task")
 
 
 class Vocabulary(Section):
     """Which tokens are kept."""
 
-    prune: bool = Field(True, description="false: the student keeps the teacher's whole vocabulary")
-    wordlist: bool = Field(True, description="keep the tokens of wordfreq's words for the language")
-    characters: Literal["scripts", "all"] = Field("scripts", description="single characters to keep")
-    max_rows: int | None = Field(None, ge=100, description="embedding rows to keep at most")
+    prune: bool = Field(default=True, description="false: the student keeps the teacher's whole vocabulary")
+    wordlist: bool = Field(default=True, description="keep the tokens of wordfreq's words for the language")
+    characters: Literal["scripts", "all"] = Field(default="scripts", description="single characters to keep")
+    max_rows: int | None = Field(default=None, ge=100, description="embedding rows to keep at most")
 
 
 class Condition(Section):
     """Further masked-language training of the pruned teacher on the target language, before it is distilled."""
 
-    use: bool = Field(False, description="distill from the conditioned teacher")
-    epochs: float = Field(1.0, gt=0, description="passes over the texts")
-    head_epochs: float = Field(
-        3.0, ge=0, description="passes that warm up a new head, the encoder frozen, for a teacher that has none"
-    )
-    learning_rate: float = Field(5e-5, gt=0, description="highest learning rate")
-    head_rate: float = Field(1e-3, gt=0, description="learning rate of the warm-up")
-    mask: float = Field(0.15, gt=0, lt=1, description="share of the tokens that are masked")
-    whole_words: bool = Field(False, description="mask all tokens of a word together")
-    batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
-    max_texts: int | None = Field(None, ge=50, description="texts that are used at most; null: all")
+    use: bool = Field(default=False, description="distill from the conditioned teacher")
+    epochs: float = Field(default=1.0, gt=0, description="passes over the texts")
+    head_epochs: float = Field(default=3.0, ge=0, description="passes that train a new head alone first")
+    learning_rate: float = Field(default=5e-5, gt=0, description="highest learning rate")
+    head_rate: float = Field(default=1e-3, gt=0, description="learning rate of the warm-up")
+    mask: float = Field(default=0.15, gt=0, lt=1, description="share of the tokens that are masked")
+    whole_words: bool = Field(default=False, description="mask all tokens of a word together")
+    batch_tokens: int = Field(default=2048, ge=64, description="tokens per batch, padding included")
+    max_texts: int | None = Field(default=None, ge=50, description="texts that are used at most; null: all")
 
 
 PRESETS = {  # Cruz and Aji 2025
@@ -158,15 +157,15 @@ PRESETS = {  # Cruz and Aji 2025
 
 
 class Student(Section):
-    """The sizes of the student, and how it starts."""
+    """The sizes of the student, and its initialisation."""
 
-    preset: Literal["base", "tiny"] | None = Field(None, description="sizes not named are the preset's")
-    layers: int = Field(4, ge=1, description="transformer layers")
-    hidden: int | None = Field(None, ge=8, description="width; null: the teacher's")
-    ffn: int | None = Field(None, ge=8, description="width of the feed-forward layers; null: the teacher's")
-    heads: int | None = Field(None, ge=1, description="attention heads; null: the teacher's")
-    init: Init = Field("alternate", description="teacher layers to copy (alternate, first, last, a list), or random")
-    narrow: Literal["pca", "truncate", "random"] = Field("pca", description="how a narrower student starts")
+    preset: Literal["base", "tiny"] | None = Field(default=None, description="sizes not named are the preset's")
+    layers: int = Field(default=4, ge=1, description="transformer layers")
+    hidden: int | None = Field(default=None, ge=8, description="width; null: the teacher's")
+    ffn: int | None = Field(default=None, ge=8, description="width of the feed-forward layers; null: the teacher's")
+    heads: int | None = Field(default=None, ge=1, description="attention heads; null: the teacher's")
+    init: Init = Field(default="alternate", description="layers to copy: alternate, first, last, a list; or random")
+    narrow: Literal["pca", "truncate", "random"] = Field(default="pca", description="start of a narrower student")
 
     @model_validator(mode="before")
     @classmethod
@@ -178,71 +177,70 @@ class Student(Section):
 class Distill(Section):
     """The distillation."""
 
-    objectives: dict[str, float] = Field({"hidden": 1.0, "sentence": 1.0}, description="weight of each objective")
-    temperature: float = Field(2.0, gt=0, description="of the soft targets (objective kl)")
-    mask: float = Field(0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
+    objectives: dict[str, float] = Field(
+        default={"hidden": 1.0, "sentence": 1.0}, description="weight of each objective"
+    )
+    temperature: float = Field(default=2.0, gt=0, description="of the soft targets (objective kl)")
+    mask: float = Field(default=0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
     projection: Literal["auto", "shared"] = Field(
-        "auto",
-        description="learned projection of the student's states: where widths differ, from the least-squares fit on "
-        "(auto); or always, from a random start on, as TinyBERT (shared)",
+        default="auto",
+        description="projection of states: a least-squares fit where widths differ, or TinyBERT's (shared)",
     )
-    teacher_noise: bool = Field(False, description="dropout in the teacher too, as TinyBERT's script has it")
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the training texts")
-    epochs: float = Field(3.0, gt=0, description="passes over the texts")
-    learning_rate: float = Field(5e-4, gt=0, description="highest learning rate")
-    weight_decay: float = Field(0.01, ge=0, description="of AdamW")
-    beta2: float = Field(0.999, gt=0, lt=1, description="of AdamW; a short training gains by less, such as 0.98")
-    warmup: float = Field(0.06, ge=0, lt=1, description="share of the steps")
-    batch_tokens: int = Field(2048, ge=64, description="tokens per batch, padding included")
+    teacher_noise: bool = Field(default=False, description="dropout in the teacher too, as TinyBERT's script has it")
+    fraction: float = Field(default=1.0, gt=0, le=1, description="share of the training texts")
+    epochs: float = Field(default=3.0, gt=0, description="passes over the texts")
+    learning_rate: float = Field(default=5e-4, gt=0, description="highest learning rate")
+    weight_decay: float = Field(default=0.01, ge=0, description="of AdamW")
+    beta2: float = Field(default=0.999, gt=0, lt=1, description="of AdamW; 0.98 helps a short training")
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps")
+    batch_tokens: int = Field(default=2048, ge=64, description="tokens per batch, padding included")
     windows: list[Annotated[int, Field(ge=1)]] = Field(
-        [1, 2, 3], min_length=1, description="texts are runs of so many neighbouring sentences, by turns"
+        default=[1, 2, 3], min_length=1, description="neighbouring sentences of a text, in turn"
     )
-    freeze_embeddings: bool = Field(True, description="leave copied embeddings as they are")
-    cache: bool = Field(True, description="compute the teacher's states once and keep them in the run folder")
-    cache_gigabytes: float = Field(8.0, ge=0, description="larger caches are not made; the teacher runs live")
-    precision: Precision = Field("auto", description="auto: bfloat16 where it is measured to be faster")
-    compile: bool | None = Field(None, description="torch.compile; null: on a GPU")
-    evaluations: int = Field(8, ge=1, description="held-out evaluations, evenly spaced, and one before the first step")
-    heldout_sentences: int = Field(400, ge=10, description="held-out sentences of an evaluation at most")
-    max_texts: int | None = Field(None, ge=50, description="use so many texts of the corpus at most")
+    freeze_embeddings: bool = Field(default=True, description="do not train copied embeddings")
+    cache: bool = Field(default=True, description="compute the teacher's states once and keep them in the run folder")
+    cache_gigabytes: float = Field(default=8.0, ge=0, description="largest cache; above it the teacher runs live")
+    precision: Precision = Field(default="auto", description="auto: bfloat16 where it is measured to be faster")
+    compile: bool | None = Field(default=None, description="torch.compile; null: on a GPU")
+    evaluations: int = Field(default=8, ge=1, description="evenly spaced held-out evaluations, after one at the start")
+    heldout_sentences: int = Field(default=400, ge=10, description="held-out sentences of an evaluation at most")
+    max_texts: int | None = Field(default=None, ge=50, description="texts of the corpus that are used at most")
 
 
 class Benchmark(Section):
     """How models are compared."""
 
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0, 1, 2], min_length=1, description="a trial each")
-    probe_share: float = Field(0.9, gt=0, le=1, description="share of the training set each probe seed draws")
-    probe_rows: int | None = Field(None, ge=20, description="training rows of a probe at most; null: all")
-    probe_test_rows: int | None = Field(None, ge=20, description="test rows of a probe at most; null: all")
-    finetune_rows: int | None = Field(None, ge=20, description="training rows of a fine-tuning run at most")
-    finetune_test_rows: int | None = Field(None, ge=20, description="test rows in fine-tuning at most; null: all")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[0, 1, 2], min_length=1, description="a trial each"
+    )
+    probe_share: float = Field(default=0.9, gt=0, le=1, description="share of the training set each probe seed draws")
+    probe_rows: int | None = Field(default=None, ge=20, description="training rows of a probe at most; null: all")
+    probe_test_rows: int | None = Field(default=None, ge=20, description="test rows of a probe at most; null: all")
+    finetune_rows: int | None = Field(default=None, ge=20, description="training rows of a fine-tuning run at most")
+    finetune_test_rows: int | None = Field(default=None, ge=20, description="test rows of fine-tuning at most")
     finetune_head: Literal["random", "probe"] = Field(
-        "random",
-        description="how the new head starts; probe: as the linear probe on the training rows, for few of them",
+        default="random", description="start of the new head: random, or the linear probe of the rows"
     )
-    finetune_epochs: float = Field(3.0, gt=0, description="passes over the rows")
-    finetune_rate: float = Field(2e-5, gt=0, description="highest learning rate of fine-tuning")
-    finetune_batch: int = Field(32, ge=1, description="texts a step; the paper: 4 times 8")
+    finetune_epochs: float = Field(default=3.0, gt=0, description="passes over the rows")
+    finetune_rate: float = Field(default=2e-5, gt=0, description="highest learning rate of fine-tuning")
+    finetune_batch: int = Field(default=32, ge=1, description="texts a step; the paper: 4 times 8")
     finetune_max_length: int | None = Field(
-        None, ge=8, description="tokens per text in fine-tuning, as far as the model goes; null: teacher.max_length"
+        default=None, ge=8, description="tokens per text in fine-tuning; null: teacher.max_length"
     )
-    finetune_fp16: bool = Field(False, description="half precision in fine-tuning on a GPU, as the paper")
-    freeze_embeddings: bool = Field(False, description="leave the embeddings as they are in fine-tuning")
-    fewshot: list[Annotated[int, Field(ge=1)]] = Field([], description="examples per class of few-shot runs")
-    fewshot_steps: int = Field(60, ge=1, description="steps of a few-shot run at least")
-    margin: float = Field(0.02, gt=0, lt=1, description="scores within this are on par, where a test shows it")
-    latency_runs: int = Field(30, ge=3, description="texts that are timed one at a time")
-    bootstrap: int = Field(1000, ge=100, description="resamples of an interval")
+    finetune_fp16: bool = Field(default=False, description="half precision in fine-tuning on a GPU, as the paper")
+    freeze_embeddings: bool = Field(default=False, description="do not train the embeddings in fine-tuning")
+    fewshot: list[Annotated[int, Field(ge=1)]] = Field(default=[], description="examples per class of few-shot runs")
+    fewshot_steps: int = Field(default=60, ge=1, description="steps of a few-shot run at least")
+    margin: float = Field(default=0.02, gt=0, lt=1, description="scores that differ by less are equivalent")
+    latency_runs: int = Field(default=30, ge=3, description="texts that are timed one at a time")
+    bootstrap: int = Field(default=1000, ge=100, description="resamples of an interval")
 
 
 class Ablations(Section):
-    """The grid as data.
+    """The experiments. A family is one question; an arm is one setting: the parameters that it changes."""
 
-    Family -> arm -> what it changes, in the profile's own keys (vocabulary, condition, student, distill).
-    """
-
-    epochs: float = Field(1.0, gt=0, description="distill.epochs of every arm that does not say otherwise")
-    max_texts: int | None = Field(None, ge=50, description="texts that arms are distilled on at most")
+    epochs: float = Field(default=1.0, gt=0, description="distill.epochs of every arm that does not change it")
+    max_texts: int | None = Field(default=None, ge=50, description="texts that arms are distilled on at most")
     arms: dict[Annotated[str, Field(pattern=r"^\w[\w +.-]*$")], dict[str, dict[str, Any]]] = {
         "fraction": {f"{share:.0%}": {"distill.fraction": share} for share in (0.1, 0.3, 0.5, 1.0)},
         "init": {init: {"student.init": init} for init in ("alternate", "last", "first", "random")},
@@ -258,14 +256,14 @@ class Ablations(Section):
 class Profile(Section):
     """A whole study. Field descriptions are the documentation of the parameters."""
 
-    name: str = Field("workshop", description="what the study is called")
-    language: str = Field("tgl", min_length=2, description="ISO 639 code of the target language")
-    seed: int = Field(0, ge=0, lt=2**32, description="of everything that is drawn, but for `benchmark.seeds`")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
+    name: str = Field(default="workshop", description="what the study is called")
+    language: str = Field(default="tgl", min_length=2, description="ISO 639 code of the target language")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of every random draw, except for `benchmark.seeds`")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
     parallel: Parallel | None = Parallel()
-    baselines: dict[str, Teacher] = Field({}, description="other encoders to benchmark, by the name to show")
+    baselines: dict[str, Teacher] = Field(default={}, description="other encoders to benchmark, by the name to show")
     tasks: list[Task] = [
         Task(name="topic"),
         Task(name="sentiment"),
@@ -278,7 +276,7 @@ class Profile(Section):
     condition: Condition = Condition()
     student: Student = Student()
     distill: Distill = Distill()
-    students: dict[str, dict[str, Any]] = Field({}, description="other students: name -> what they change")
+    students: dict[str, dict[str, Any]] = Field(default={}, description="other students: name -> what they change")
     benchmark: Benchmark = Benchmark()
     ablations: Ablations = Ablations()
 
@@ -290,11 +288,15 @@ def profile_names() -> list[str]:
     )
 
 
-def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] | dict[str, Any]" = ()) -> Profile:
-    """A profile by name or YAML file, with overrides on top, checked.
+def load_profile(profile: str | Path = "workshop", overrides: str | Sequence[str] | dict[str, Any] = ()) -> Profile:
+    """Load and check a profile.
 
-    overrides: "distill.epochs=3 seed=1", a list of such assignments, or a dict of dotted keys. Values are read as
-    YAML. Raises UserError for an unknown profile, an unknown key (naming the closest valid ones) or a wrong value.
+    Args:
+        profile: a name, or a YAML file.
+        overrides: "distill.epochs=3 seed=1", a list of such assignments (values are YAML), or a dict of dotted keys.
+
+    Raises:
+        UserError: for an unknown profile, an unknown key (with the closest valid ones) or a wrong value.
     """
     profile = str(profile)
     if profile in profile_names():
@@ -314,21 +316,21 @@ def load_profile(profile: str | Path = "workshop", overrides: "str | list[str] |
 
 
 def changed(profile: Profile, overrides: dict[str, Any], origin: str) -> Profile:
-    """The profile with some dotted keys changed, checked; `origin` is named in errors."""
+    """A copy of the profile with some dotted keys changed, checked. `origin` is its name in errors."""
     return _with(profile.model_dump(), overrides, origin)
 
 
 def _with(tree: dict, overrides: dict[str, Any], origin: str) -> Profile:
     if overrides.get("student.preset") and isinstance(tree.get("student"), dict):
-        for size in PRESETS["base"]:  # a preset that is asked for comes before sizes the profile names
+        for size in PRESETS["base"]:  # an override with a preset replaces the sizes in the profile
             tree["student"].pop(size, None)
     for key, value in overrides.items():
         _assign(tree, key, value)
     return check(tree, origin)
 
 
-LARGEST = 100_000  # values in a profile; aliases in YAML can make more of a line than the memory holds
-_SHORT = reprlib.Repr()  # values as messages quote them: YAML aliases can make one too large to write out
+LARGEST = 100_000  # values in a profile; a line of YAML aliases can make more than the memory holds
+_SHORT = reprlib.Repr()  # quotes values in messages; YAML aliases can make a value too large to write
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 _WORDS = {
     "model_type": "should be a section of keys",
@@ -341,7 +343,7 @@ _WORDS = {
 
 
 def check(tree: dict, origin: str) -> Profile:
-    """A nested dict as a Profile. Raises UserError naming the key, what was found and what would be right."""
+    """Make a Profile of a nested dict. Raises UserError with the key, what was found and what would be right."""
     _refuse_unwritable(tree, origin)
     _refuse_unknown(tree, Profile, "")
     try:
@@ -356,7 +358,7 @@ def check(tree: dict, origin: str) -> Profile:
 
 
 def _refuse_unwritable(tree: dict, origin: str) -> None:
-    """Aliases that hold themselves, or come to more than the memory has; text that no file can hold."""
+    """Refuse aliases that contain themselves or grow too large, and text that no file can hold."""
     values = 0
 
     def walk(value: Any, path: str) -> None:
@@ -377,7 +379,7 @@ def _refuse_unwritable(tree: dict, origin: str) -> None:
         raise UserError(f"profile {origin}: too deep, or aliases (*name) that come to too much") from None
 
 
-def parse_overrides(overrides: "str | list[str] | dict[str, Any]") -> dict[str, Any]:
+def parse_overrides(overrides: str | Sequence[str] | dict[str, Any]) -> dict[str, Any]:
     """`a.b=c` assignments as a dict of dotted keys; values are YAML."""
     if isinstance(overrides, dict):
         return {str(key): value for key, value in overrides.items()}
@@ -412,7 +414,7 @@ def _refuse_unknown(tree: dict, model: type[BaseModel], path: str) -> None:
     for key, value in tree.items():
         dotted = f"{path}{key}"
         if key not in model.model_fields:
-            if isinstance(value, dict) and value:  # the longer path says best what was meant
+            if isinstance(value, dict) and value:  # the longer path gives better suggestions
                 dotted += f".{next(iter(value))}"
             valid = dict.fromkeys(all_keys(Profile) + [path + name for name in model.model_fields])
             close = difflib.get_close_matches(dotted, valid, n=3, cutoff=0.5)

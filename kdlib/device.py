@@ -1,4 +1,4 @@
-"""Which device and which number format: measured, not assumed."""
+"""The device and the number format to compute in. Both are measured, not assumed."""
 
 import contextlib
 import functools
@@ -10,7 +10,7 @@ from kdlib.errors import UserError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """Choose the device: "auto" is the GPU where there is one. Raises UserError for "cuda" without one."""
+    """The device of this name; "auto" is the GPU where there is one. Raises UserError for "cuda" without a GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but no CUDA GPU is visible; use device=auto or device=cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -19,7 +19,10 @@ def pick_device(name: str = "auto") -> torch.device:
 def use_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bfloat16.
 
-    "auto": on a GPU that has it, and on a CPU where it measures at least 1.5 times as fast.
+    Args:
+        precision: "bf16", "fp32", or "auto": on a GPU that has bfloat16, and on a CPU where it is measured to be
+            at least 1.5 times as fast.
+        device: where the computation runs.
     """
     if precision == "auto":
         return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_bf16_wins()
@@ -32,7 +35,7 @@ def _cpu_bf16_wins() -> bool:
 
 
 def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, device: str = "cpu") -> float:
-    """The machine's own matrix-product speed in FLOP/s, for square matrices of `size`."""
+    """Measure matrix products of `size` x `size` for so many seconds. Returns FLOP/s."""
     a = torch.randn(size, size, dtype=dtype, device=device)
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     a @ a
@@ -46,5 +49,5 @@ def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, devi
 
 
 def autocast(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
-    """Compute in bfloat16 inside the block, or as the model is."""
+    """A block that computes in bfloat16, or in the model's own precision."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()

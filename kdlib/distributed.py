@@ -1,64 +1,50 @@
-"""Several processes of one training, as torchrun and `accelerate launch` start them. Alone, nothing here does anything.
+"""Several processes of one training, as torchrun and `accelerate launch` start them. A single process needs none of it.
 
-Every process holds the whole student and computes its share of every batch; gradients are averaged.
+Every process holds the whole student and computes its share of every batch. Gradients are averaged.
 """
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
 
-PATIENCE = timedelta(days=1)  # for what the first process makes while the others wait
+PATIENCE = timedelta(days=1)  # how long the other processes wait for what the first one makes
 T = TypeVar("T")
 
 
 def join(device: torch.device) -> None:
-    """Meet the processes that were started together, over NCCL on GPUs (one each), over gloo on CPUs."""
+    """Connect the processes that were started together: over NCCL on GPUs (one each), over gloo on CPUs."""
     PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
 
 
 def world_size() -> int:
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """The number of processes."""
+    return PartialState().num_processes
 
 
 def rank() -> int:
-    """Which of them this is, 0 = first."""
-    return dist.get_rank() if world_size() > 1 else 0
+    """The number of this process; 0 is the first."""
+    return PartialState().process_index
 
 
 def barrier() -> None:
-    """Until all are here."""
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until all processes are here."""
+    PartialState().wait_for_everyone()
 
 
-@contextlib.contextmanager
-def main_process_first() -> Iterator[None]:
-    """The first process alone goes through the block and leaves files; then the others, who find them."""
-    if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
+def main_process_first() -> AbstractContextManager:
+    """The first process runs the block alone; then the others run it and find its files."""
+    return PartialState().main_process_first()
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:
-    """The mean over the processes; no gradient flows through it."""
-    if world_size() == 1:
-        return value
-    value = value.detach().clone()
-    dist.all_reduce(value)
-    return value / world_size()
+    """The mean over the processes, without gradient where there are several."""
+    return reduce(value.detach(), "mean") if world_size() > 1 else value  # pyright: ignore[reportReturnType]
 
 
 def broadcast(value: T) -> T:
-    """The first process's value, which all go by."""
-    values = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+    """The first process's value, in every process."""
+    return broadcast_object_list([value])[0]  # pyright: ignore[reportIndexIssue]

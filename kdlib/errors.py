@@ -1,14 +1,14 @@
-"""The one exception that means: the user can mend this."""
+"""The error of invalid input that the user can fix."""
 
 LONGEST = 500  # letters of a message
 
 
 class UserError(Exception):
-    """Bad input, told in a line: what was wrong, where, and what would be right.
+    """Invalid input that the user can fix. The message is one line: what was wrong, where, and what would be right.
 
-    The command line prints it and exits with code 2; a notebook shows it in the failing cell. A message may quote
-    anything that a file holds: what has no place in a line (its ends, control characters, marks that turn the direction
-    of writing, halves of characters) becomes an escape, and the middle of what is too long three dots.
+    The command line prints it and exits with code 2. A notebook shows it in the failing cell. A message may quote
+    what a file holds, so line breaks, control characters and other unprintable characters become escapes, and the
+    middle of a long message becomes three dots.
     """
 
     def __init__(self, message: str):

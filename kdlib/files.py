@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, the cache folder, and a run's folder with its table of results."""
+"""Files and folders that are whole or absent: atomic writes, seals, checksums, JSON, YAML and the cache folder."""
 
 import contextlib
 import glob
@@ -23,22 +23,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-SEAL = "made.json"  # in a folder: what its files should be
-CHUNK = 1 << 24  # bytes that are summed up at once
-_sums: dict[tuple[int, ...], int] = {}  # files that this process has read through, by identity, size and time of change
+SEAL = "made.json"  # the file in a folder that lists sizes and checksums of the others
+CHUNK = 1 << 24  # bytes read at once for a checksum
+_sums: dict[tuple[int, ...], int] = {}  # checksums known to this process, by device, inode, size and time of change
 
 
 def cache_folder() -> Path:
-    """Where conversions shared by runs lie: $KDLIB_CACHE, or kdlib under the user's cache folder."""
+    """The folder of what runs share: $KDLIB_CACHE, or kdlib in the user's cache folder."""
     root = os.environ.get("KDLIB_CACHE")
     return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdlib"
 
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill, moved to `target` only when the block ends without an error.
+    """Give a folder to fill; it replaces `target` when the block ends without an error.
 
-    An older folder at `target` is replaced. Raises UserError when the place cannot be written or the disk is full.
+    Raises:
+        UserError: where `target` cannot be written or the disk is full.
     """
     target = Path(target)
     work = target.with_name(f".{target.name}-{os.getpid()}")
@@ -65,7 +66,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """A path to write to, moved to `target` only when the block ends without an error; errors as `new_folder`."""
+    """Give a path to write to; it replaces `target` when the block ends without an error. Errors as `new_folder`."""
     target = Path(target)
     work = target.with_name(f".{target.stem}-{os.getpid()}{target.suffix}")
     try:
@@ -81,9 +82,14 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def clear_unfinished(folder: Path, stem: str, suffix: str) -> None:
-    """Remove what processes that are no more had begun to write in place of a file or folder.
+    """Remove the unfinished files and folders of processes that have ended.
 
-    Whoever fills a new folder may begin another in its place: one more dot before the name, one more number after it.
+    While a new folder is filled, another may be begun inside its name: one more dot before it, one more number after.
+
+    Args:
+        folder: where they are.
+        stem: name of the target without its suffix.
+        suffix: suffix of the target, or "" for a folder.
     """
     begun = re.compile(rf"(\.+){re.escape(stem)}((?:-\d+)+){re.escape(suffix)}")
     for left in folder.glob(f".*{glob.escape(stem)}-*{glob.escape(suffix)}"):
@@ -98,18 +104,18 @@ def clear_unfinished(folder: Path, stem: str, suffix: str) -> None:
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this number is there."""
+    """Whether a process with this number runs."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's; no process's number
+    except (PermissionError, OverflowError):  # another user's process; a number too large for a process
         pass
     return True
 
 
 def seal(folder: Path, **about: Any) -> None:
-    """Write down size and checksum of every file that is in the folder now, and `about`: what has a seal was whole."""
+    """Write `about` and the size and checksum of every file in the folder. A folder with a seal is finished."""
     files = {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
     files.pop(SEAL, None)
     sums = {name: {"bytes": file.stat().st_size, "crc32": checksum(file)} for name, file in files.items()}
@@ -117,10 +123,7 @@ def seal(folder: Path, **about: Any) -> None:
 
 
 def flaw(folder: Path) -> str:
-    """What is wrong with a sealed folder, in words: no seal, or the first file that is not as it was; "" if nothing.
-
-    Files that came later are nobody's business here.
-    """
+    """What is wrong with a sealed folder, in words, or "". Files added after sealing are ignored."""
     try:
         files = read_json(folder / SEAL).get("files", {})  # seals of older versions name none
         kept = {str(name): (facts["bytes"], facts["crc32"]) for name, facts in files.items()}
@@ -140,10 +143,11 @@ def flaw(folder: Path) -> str:
 
 
 def is_whole(folder: Path, then: str) -> bool:
-    """Whether a sealed folder is there as it was written.
+    """Whether a sealed folder exists and its files are as they were written.
 
-    A damaged one is named in a warning. The warning ends with `then`, which says what happens now, such as "the texts
-    are tokenised again".
+    Args:
+        folder: the folder.
+        then: the end of the warning about a damaged folder: what happens now, such as "the texts are tokenised again".
     """
     if not folder.is_dir():
         return False
@@ -153,7 +157,7 @@ def is_whole(folder: Path, then: str) -> bool:
 
 
 def read_or_none(file: Path, read: Callable[[Path], T], then: str) -> T | None:
-    """What `read` makes of a file; None where the file is absent or, with a warning that ends with `then`, damaged."""
+    """What `read` returns for a file. None where it is absent, or damaged: then a warning ends with `then`."""
     try:
         return read(file)
     except Exception as error:  # readers raise a dozen kinds, and for all of them the file is rebuilt
@@ -164,31 +168,26 @@ def read_or_none(file: Path, read: Callable[[Path], T], then: str) -> T | None:
 
 
 def checksum(file: Path) -> int:
-    """A file's CRC-32. Read through once a process, unless it changes; moving it is no change."""
+    """The CRC-32 of a file. An unchanged file is read once a process, also after it was moved."""
     found = os.stat(file)
     key = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     if key not in _sums:
-        _sums[key] = _crc32(file)
+        value, buffer = 0, bytearray(CHUNK)
+        with open(file, "rb", buffering=0) as stream:
+            while count := stream.readinto(buffer):
+                value = zlib.crc32(memoryview(buffer)[:count], value)
+        _sums[key] = value
     return _sums[key]
 
 
-def _crc32(file: Path) -> int:
-    value = 0
-    with open(file, "rb", buffering=0) as stream:
-        buffer = bytearray(CHUNK)
-        while count := stream.readinto(buffer):
-            value = zlib.crc32(memoryview(buffer)[:count], value)
-    return value
-
-
 def write_json(target: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write `value` as a JSON file, whole or not at all."""
     with new_file(target) as path:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False), "utf-8")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
-    """What `write_json` wrote. Raises UserError where the file is not there, is damaged, or does not hold a `kind`."""
+    """Read a JSON file. Raises UserError where it is absent, damaged, or holds no `kind`."""
     try:
         value = json.loads(path.read_text("utf-8"))
         if not isinstance(value, kind):
@@ -199,8 +198,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> "pd.DataFrame":
-    """A csv file with these columns at least. Raises UserError where it is not there, is damaged, or lacks one."""
-    import pandas as pd  # takes a third of a second, which `kdlib --help` need not wait for
+    """Read a CSV file. Raises UserError where it is absent, damaged, or lacks one of the columns."""
+    import pandas as pd  # it takes a third of a second, and `kdlib --help` does not need it
 
     try:
         table = pd.read_csv(path)
@@ -217,16 +216,16 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def fingerprint(*values: Any) -> str:
-    """A short hash of JSON-like values: the same values, the same 12 letters, on every machine."""
+    """A hash of JSON-like values, 12 letters long, equal on every machine."""
     text = json.dumps(values, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-4 as a number and `no` as text.
+    """YAML in which 5e-4 is a number and `no` is text.
 
-    5e-4 is how people write it (YAML 1.1 wants 5.0e-4), and `no` is a language's code.
-    Merge keys (<<) are no part of it: nested ones can fill the memory.
+    YAML 1.1 wants 5.0e-4, but people write 5e-4; `no` is the code of a language. Merge keys (<<) are left out,
+    because nested ones can fill the memory.
     """
 
 
@@ -242,15 +241,15 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, origin: str, mapping: bool = True) -> Any:
-    """Read YAML: 5e-4 is a number, `no` is text, and there are no merge keys.
+    """Read YAML, with 5e-4 as a number, `no` as text, and without merge keys.
 
     Args:
         text: the YAML.
-        origin: what errors call it.
-        mapping: refuse what is no mapping of keys to values; an empty text is an empty one.
+        origin: its name in errors.
+        mapping: require a mapping of keys to values; an empty text is an empty mapping.
 
     Raises:
-        UserError: for what is not valid, with the line.
+        UserError: where the text is not valid; the message names the line.
     """
     try:
         value = yaml.load(text, _Loader)

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar, in a notebook or a terminal; a report for the runner when headless."""
+"""Progress of long work: a bar in a terminal, a line in a notebook, a file for the runner."""
 
 import json
 import os
@@ -12,24 +12,29 @@ from IPython.display import display
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-FILE = "KDLIB_PROGRESS"  # set by the runner: where the kernel writes how far it is
+FILE = "KDLIB_PROGRESS"  # set by the runner: the file that a kernel writes its progress to
 INTERVAL = 0.5  # seconds between two reports
 
 
 class Progress:
-    """Reports how far a piece of work is: `label`, steps done of `total`, and a few words such as the loss."""
+    """Shows how much of a piece of work is done.
+
+    Args:
+        label: name of the work.
+        total: its number of steps.
+    """
 
     def __init__(self, label: str, total: int):
-        from kdlib import distributed  # brings torch, for which the command line need not wait
+        from kdlib import distributed  # imports torch, which the command line does not need
 
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
         kernel, other = hasattr(get_ipython(), "kernel"), distributed.rank() > 0
         self.bar = None if self.file or kernel else tqdm(total=total, desc=label, leave=False, delay=1, disable=other)
-        self.line = None  # in a notebook a line of text, not tqdm's widget, which leaves a dead one in the saved file
+        self.line = None  # in a notebook a line of text: tqdm's widget leaves a dead one in the saved file
 
     def update(self, done: int, note: str = "") -> None:
-        """Report that `done` steps are done."""
+        """Show that `done` steps are done, with a few words such as the loss."""
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(done - self.bar.n)
@@ -48,7 +53,7 @@ class Progress:
                 work.write_text(json.dumps(report))
                 work.replace(target)
             except OSError:
-                pass  # progress is a courtesy; the work itself reports a full disk where it matters
+                pass  # a full disk is reported by the work itself
 
     def _show(self, text: str) -> None:
         bundle = {"text/plain": text}
@@ -66,8 +71,8 @@ class Progress:
 
 
 def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
-    """Iterate with progress."""
-    total = len(items) if total is None else total
+    """Iterate and show progress; `total` is needed where the items have no length."""
+    total = len(items) if total is None else total  # pyright: ignore[reportArgumentType]
     progress = Progress(label, total)
     try:
         for done, item in enumerate(items, start=1):
@@ -78,6 +83,6 @@ def track(items: Iterable[Item], label: str, total: int | None = None) -> Iterat
 
 
 def clock(seconds: float) -> str:
-    """Seconds as people say them: 45 s, 3 min 20 s."""
+    """Seconds in words: 45 s, 3 min 20 s."""
     seconds = round(seconds)
     return f"{seconds} s" if seconds < 60 else f"{seconds // 60} min {seconds % 60:02d} s"
