@@ -1,7 +1,4 @@
-"""What the notebooks use to show things.
-
-Figures, sentences that quote results, and a picture that grows while training.
-"""
+"""Show figures, sentences that quote results, and a learning curve that grows, in a notebook."""
 
 import io
 from collections.abc import Callable
@@ -17,7 +14,7 @@ WIDTH = 820  # pixels on the page; the picture itself has twice as many
 
 
 def headless() -> bool:
-    """Whether nobody can answer: no kernel at all, or a cell run by papermill, nbconvert or another nbclient.
+    """Whether nobody can answer: there is no kernel, or the cell is run by papermill, nbconvert or another nbclient.
 
     Front ends that a person sits at allow the cells they run to ask for input; nbclient never does.
     """

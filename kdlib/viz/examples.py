@@ -12,7 +12,7 @@ from kdlib.data.tasks import Task
 from kdlib.errors import UserError
 from kdlib.evaluation.probing import classifier
 from kdlib.models.encoder import Encoder, text_vectors
-from kdlib.viz.explore import _states
+from kdlib.viz.explore import token_states
 from kdlib.viz.html import bar, escape, html_table, mark, page, paragraph, tint
 from kdlib.viz.style import LOOKS, PALETTE
 
@@ -51,7 +51,7 @@ def nearest(index: Index, query: str, count: int = 5) -> pd.DataFrame:
 
 def text_vector(encoder: Encoder, text: str) -> np.ndarray:
     """The mean-pooled last state of one text: float32 [hidden]; as `text_vectors`, without its progress bar."""
-    return _states(encoder, encoder.tokenize([text])[0].ids).mean(0).cpu().numpy()
+    return token_states(encoder, encoder.tokenize([text])[0].ids).mean(0).cpu().numpy()
 
 
 def neighbours_html(found: Mapping[str, pd.DataFrame], query: str) -> str:

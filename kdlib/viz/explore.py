@@ -1,6 +1,6 @@
-"""What the widgets show: plain functions from encoders, texts and tidy tables to tables, figures and HTML.
+"""Tables, figures and HTML that the widgets show.
 
-The HTML also reads without its styles, which some viewers of notebooks strip; a colour never says anything alone.
+Some notebook viewers strip styles, so the HTML is readable without them and no information is in a colour alone.
 """
 
 import re
@@ -30,16 +30,18 @@ from kdlib.viz.html import bar, escape, html_table, mark, page, paragraph, tint
 from kdlib.viz.style import GREY, INK, MARKERS, PALETTE, SCORES
 
 GAP = "___"  # what a reader types for the masked word
-LONGEST = 300  # pieces shown of one text
+LONGEST = 300  # tokens shown of one text
 
 
 def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> pd.DataFrame:
-    """The pieces of a text, a row each: piece, id, word (0 = first run of non-space), unknown, source (its letters)."""
+    """Tokenise a text, a row per token: piece, id, word (0 = first run of non-space), unknown, source (its text)."""
     encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
     starts = [match.start() for match in re.finditer(r"\S+", text)]
     rows = [
         dict(
-            piece=tokenizer.unk_token if index == tokenizer.unk_token_id else piece,  # some give the letters instead
+            piece=tokenizer.unk_token
+            if index == tokenizer.unk_token_id
+            else piece,  # some tokenizers give the letters instead
             id=index,
             word=max(0, int(np.searchsorted(starts, end - 1, side="right")) - 1),
             unknown=index == tokenizer.unk_token_id,
@@ -51,7 +53,7 @@ def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> pd.DataFrame:
 
 
 def pieces_html(encoders: Mapping[str, Encoder], text: str) -> str:
-    """How each tokenizer cuts a text: pieces with ids, words told apart, unknown tokens marked, fertility."""
+    """How each tokenizer splits a text: tokens with ids, words in two tints, unknown tokens marked, fertility."""
     cuts = {name: cut(encoder.tokenizer, text) for name, encoder in encoders.items()}
     parts = []
     for name, encoder in encoders.items():
@@ -100,10 +102,17 @@ def _compare(cuts: dict[str, pd.DataFrame]) -> str:
 
 
 def size_table(teacher: Encoder, selection: Selection, texts: Sequence[str], points: int = 14) -> pd.DataFrame:
-    """What a vocabulary of the first n claimed rows costs on `texts`, measured with a tokenizer cut to them.
+    """Measure what vocabularies of growing size cost on `texts`, each with a tokenizer pruned to that size.
 
-    Rows of: rows; coverage (share of the teacher's tokens of the texts whose piece is there); parameters; fertility;
-    unknown_rate. The last row is the teacher's whole vocabulary, the one before it the selection.
+    Args:
+        teacher: The encoder whose vocabulary is pruned.
+        selection: The rows to keep; each size takes the first of them.
+        texts: Texts to measure on, best held-out ones.
+        points: Number of sizes.
+
+    Returns:
+        A row per size: rows, coverage (share of the teacher's tokens that are kept), parameters, fertility,
+        unknown_rate. The last row is the whole vocabulary, the one before it the selection.
     """
     counts = count_tokens(teacher.tokenizer, texts)
     order = _claimed(selection)
@@ -127,7 +136,7 @@ def size_table(teacher: Encoder, selection: Selection, texts: Sequence[str], poi
 
 
 def _claimed(selection: Selection) -> list[int]:
-    """The kept ids in the order of `vocabulary.coverage_curve`."""
+    """The kept ids: special ones and characters, then by count, then the word list."""
     reason, counts = selection.reason, selection.counts
     first = [i for i in selection.ids if reason[i] in ("special", "character")]
     used = sorted((i for i in selection.ids if reason[i] in ("corpus", "merge")), key=lambda i: -counts[i])
@@ -265,15 +274,15 @@ def masked_logits(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
         raise UserError(f"Put {GAP} where a word should be guessed.")
     row = encoder.tokenize([text.replace(GAP, mask)])[0].ids
     if encoder.tokenizer.mask_token_id not in row:
-        raise UserError(f"The gap lies beyond the first {encoder.max_length} tokens, which are all that is read.")
-    states = _states(encoder, row)
+        raise UserError(f"The gap is beyond the first {encoder.max_length} tokens; the encoder reads no more.")
+    states = token_states(encoder, row)
     logits = encoder.head(
         states[row.index(encoder.tokenizer.mask_token_id)], encoder.model.get_input_embeddings().weight
     )
     return token_list(encoder.tokenizer)[: len(logits)], logits.float().cpu().numpy()
 
 
-def _states(encoder: Encoder, ids: Sequence[int]) -> torch.Tensor:
+def token_states(encoder: Encoder, ids: Sequence[int]) -> torch.Tensor:
     """Last hidden states of one row of ids: [tokens, hidden]."""
     device = next(encoder.model.parameters()).device
     row = torch.tensor([ids], device=device)
@@ -333,7 +342,7 @@ def attentions(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
     model = encoder.model
     row = torch.tensor([encoding.ids], device=next(model.parameters()).device)
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the fast ones never hold the probabilities
+    model.set_attn_implementation("eager")  # only eager attention returns the probabilities
     try:
         output = model(input_ids=row, attention_mask=torch.ones_like(row), output_attentions=True)
     finally:
@@ -352,7 +361,7 @@ def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Fi
     figure, axes, _ = style.panels("Which token looks at which?", len(maps), 2, 3.4)
     most = max(matrix.max() for _, matrix in maps.values())
     for ax, (title, (pieces, matrix)) in zip(axes, maps.items()):
-        # The root, for most of what is worth seeing is small beside the attention on a first or last token.
+        # The square root shows small values beside the large attention on the first or last token.
         image = ax.imshow(matrix, cmap="Blues", norm=PowerNorm(0.5, 0, most))
         named = range(0, len(pieces), -(-len(pieces) // 18))
         ax.set_xticks(named, [str(i + 1) for i in named], fontsize=10)
@@ -403,5 +412,5 @@ def training_html(facts: Mapping[str, float], curve: pd.DataFrame, stopped: bool
         parts += [] if stopped else [f"<b>{clock(facts['left'])} left</b>"]
     if len(held):
         parts.append(f"held-out loss {held.iloc[-1]:.3f}")
-    note = "<b>Stopped.</b> Run the cell again to go on from the checkpoint." if stopped else ""
+    note = "<b>Stopped.</b> Run the cell again to resume from the checkpoint." if stopped else ""
     return page(paragraph(" · ".join(parts)), paragraph(note))

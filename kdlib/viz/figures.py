@@ -1,7 +1,6 @@
-"""Figures: each takes the tidy table of results and gives a matplotlib Figure; and the headline table.
+"""Figures: each function takes the tidy table of results and returns a matplotlib Figure.
 
-What the table holds decides what is drawn: models, tasks, languages and arms are never named here, but for the five
-models of a study, which look the same in every figure.
+The table decides which models, tasks, languages and arms are drawn. The five models of a study always look the same.
 """
 
 import functools
@@ -70,7 +69,7 @@ def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Pa
 
 def drawers(table: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
     """Every figure of a table by name: those of FIGURES, and one for each family of ablation arms that it has."""
-    unfit = re.compile(r"[^\w+.-]")  # anybody may have written the table: a family's name must not become a path
+    unfit = re.compile(r"[^\w+.-]")  # a family's name must not become a path
     families = {f"ablation_{unfit.sub('_', family)[:60]}": family for family in ablation_families(table)}
     return FIGURES | {name: functools.partial(ablation, family=family) for name, family in families.items()}
 

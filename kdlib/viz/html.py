@@ -9,12 +9,12 @@ from kdlib.viz.style import PALETTE
 
 
 def escape(text: object) -> str:
-    """Text for HTML; a dollar stands in an element of its own, for two of them would be typeset as an equation."""
+    """Escape text for HTML; each dollar gets its own element, else a pair is typeset as an equation."""
     return html.escape(str(text)).replace("$", "<span>$</span>")
 
 
 def page(*parts: str) -> str:
-    """Parts of HTML as one block, in letters that can be read from the last row."""
+    """Parts of HTML as one block, large enough for a projector."""
     return f'<div style="font-size:16px;line-height:1.5;max-width:980px">{"".join(parts)}</div>'
 
 

@@ -95,13 +95,9 @@ def results_figure(rows: pd.DataFrame) -> Figure:
 
 
 def _number(value: float, unit: str = "") -> str:
-    return (
-        f"{value:,.1f}{unit}"
-        if unit or 10 <= abs(value) < 1000
-        else f"{value:,.4g}"
-        if abs(value) < 1000
-        else f"{value:,.0f}"
-    )
+    if unit or 10 <= abs(value) < 1000:
+        return f"{value:,.1f}{unit}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def results_html(rows: pd.DataFrame) -> str:
@@ -126,6 +122,6 @@ def _clear(rows: pd.DataFrame) -> str:
     best, others = measured.iloc[0], measured.iloc[1:]
     near = others[others["high"] >= best["low"]]
     if near.empty:
-        return f"The interval of <b>{escape(best['name'])}</b> lies above all others."
+        return f"The interval of <b>{escape(best['name'])}</b> is above all others."
     names = ", ".join(escape(name) for name in near["name"])
     return f"<b>{escape(best['name'])}</b> is highest, but its interval overlaps with those of: {names}."

@@ -20,6 +20,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -27,16 +28,13 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 GREY, PALE, INK = PALETTE[7], "#d9d9d9", "#333333"
 MARKERS = ["o", "s", "D", "^", "v", "P", "X", "*", "<", ">"]
 LINES = ["-", "--", "-.", ":"]
-# For scripts that DejaVu has no letters of; what a machine lacks is passed over.
+# Fonts for scripts that DejaVu lacks. Fonts that are not installed are skipped.
 SCRIPT_FONTS = re.compile(
     r"Noto Sans|Noto Sans (?!.*(Mono|Math|Symbols)).*|Arial Unicode MS|Nirmala UI|Leelawadee UI|Ebrima|Microsoft YaHei"
     r"|Malgun Gothic|Yu Gothic|PingFang SC|Hiragino Sans|Apple SD Gothic Neo|WenQuanYi.*|Unifont"
 )
-FALLBACKS = sorted({font.name for font in font_manager.fontManager.ttflist if SCRIPT_FONTS.fullmatch(font.name)})
 STYLE = {
     **sns.axes_style("whitegrid"),
-    # DejaVu comes with matplotlib: the same letters, so the same bytes, on every machine
-    "font.family": ["DejaVu Sans", *FALLBACKS],
     "font.size": 12,
     "axes.titlesize": 13,
     "axes.labelsize": 12,
@@ -76,9 +74,16 @@ BASELINES = ["majority", "word overlap"]
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
 
 
+@functools.cache
+def font_families() -> list[str]:
+    """DejaVu, which matplotlib ships on every machine, then the installed fonts of other scripts."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    return ["DejaVu Sans", *sorted(filter(SCRIPT_FONTS.fullmatch, installed))]
+
+
 def context() -> AbstractContextManager[None]:
-    """The house style, whatever the notebook's own settings are; those are as they were after it."""
-    return matplotlib.style.context(["default", STYLE])
+    """Apply the house style; the notebook's own settings are restored afterwards."""
+    return matplotlib.style.context(["default", STYLE | {"font.family": font_families()}])
 
 
 class _Figure(Figure):
@@ -98,15 +103,15 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     def wrapper(*arguments, **named) -> Figure:
         with context():
             figure = draw(*arguments, **named)
-            figure.draw_without_rendering()  # ticks are made at the first drawing, in the style of that moment
-            figure.set_layout_engine("none")  # all is in its place: drawing again need not look for it
+            figure.draw_without_rendering()  # the first drawing makes the ticks, in the style set then
+            figure.set_layout_engine("none")  # the layout is final: later drawings skip it
         return figure
 
     return wrapper
 
 
 def looks(table: pd.DataFrame) -> dict[str, Look]:
-    """The look of every model of the table, in the order in which models are named."""
+    """The look of every model in the table, in the order of `LOOKS`, then of the table."""
     found = [model for model in table["model"].dropna().unique() if model not in BASELINES]
     others = [model for model in found if model not in LOOKS]
     spare = {model: SPARE_LOOKS[i % len(SPARE_LOOKS)] for i, model in enumerate(others)}
@@ -115,16 +120,23 @@ def looks(table: pd.DataFrame) -> dict[str, Look]:
 
 def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
     """A figure of this size in inches, with its title."""
-    figure = _Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure = _Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
     figure.suptitle(title)
     return figure
 
 
 def panels(title: str, count: int, most: int, height: float, **share: bool) -> tuple[Figure, list[Axes], int]:
-    """A figure of `count` panels, at most `most` side by side; its axes; how many are side by side.
+    """Make a figure of several panels. Panels that share an axis with the first still show its numbers.
 
-    height: of a row of panels, in inches. Panels that share an axis with the first still show its numbers.
+    Args:
+        title: Title of the figure.
+        count: Number of panels.
+        most: Largest number of panels side by side.
+        height: Height of a row of panels, in inches.
+        share: `sharex` or `sharey`.
+
+    Returns:
+        The figure, its axes, and the number of columns.
     """
     rows = -(-count // most)
     columns = -(-count // rows)
@@ -143,28 +155,26 @@ def wrap(label: str, width: int = 18) -> str:
 
 
 def legible(label: str) -> str:
-    """The label with a dot for every letter that no font of this machine has, where a box would be drawn.
-
-    The first time a script is met so, a warning says which font to install.
-    """
-    found = _letters()
+    """Replace every letter that no installed font has by a dot; warn once per script which font to install."""
+    found = letters()
     lacking = {c for c in label if ord(c) not in found and not c.isspace() and unicodedata.category(c)[0] != "C"}
     for script in sorted({script_name(script_of(c), "its") for c in lacking}):
-        _tell(script)
+        warn_missing_font(script)
     return "".join("·" if c in lacking else c for c in label)
 
 
 @functools.cache
-def _letters() -> frozenset[int]:
-    """The code points that the fonts of figures have, on this machine."""
-    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in STYLE["font.family"]]
+def letters() -> frozenset[int]:
+    """The code points that the installed fonts of figures have."""
+    fonts = [font_manager.get_font(font_manager.findfont(name)) for name in font_families()]
     return frozenset(code for font in fonts for code in font.get_charmap())
 
 
 @functools.cache
-def _tell(script: str) -> None:
+def warn_missing_font(script: str) -> None:
+    """Warn, once per script, that its letters are drawn as dots."""
     warnings.warn(
-        f"Glyph of {script} script missing: figures have dots in their place, until a font such as Noto Sans {script} "
+        f"Glyph of {script} script missing: figures show dots instead until a font such as Noto Sans {script} "
         "is installed",
         stacklevel=2,
     )
@@ -218,8 +228,8 @@ def band(axes: Axes, rows: pd.DataFrame, x: str, colour: str, **line) -> None:
 
 
 def legend(figure: Figure, handles: list) -> None:
-    """Below all panels, so never over data."""
-    # In letters; 8 of them are the room of the line and the gaps.
+    """Draw the legend below all panels, so that it never covers data."""
+    # Widths in letters; the line and the gaps take 8.
     widths = np.array([max(map(len, handle.get_label().split("\n"))) + 8 for handle in handles])
     for columns in range(len(handles), 0, -1):
         if sum(part.max() for part in np.array_split(widths, columns)) <= 95:
@@ -228,7 +238,7 @@ def legend(figure: Figure, handles: list) -> None:
 
 
 def dots(axes: Axes, rows: pd.DataFrame, column: str, labels: dict[str, str], looks: dict[str, Look]) -> None:
-    """Values with intervals, one line of dots per entry of `labels` (value of `column` -> label), downwards."""
+    """Draw values with intervals, one line of dots per entry of `labels` (value of `column` -> label), downwards."""
     models = [model for model in looks if model in set(rows["model"])]
     step = min(0.8 / len(models), 0.2)
     for i, model in enumerate(models):

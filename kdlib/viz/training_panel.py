@@ -47,13 +47,13 @@ class TrainingPanel:
     def on_point(self, curve: pd.DataFrame) -> None:
         """Show a curve: columns split, step, seconds, loss and the objectives.
 
-        Drawing takes a twentieth of the time at most: curves that come faster are told in words only, but the last.
+        Drawing takes a twentieth of the time at most: faster curves change only the text, except the last.
         """
         self.curve = curve
         if time.monotonic() - self._drawn > 20 * self._drawing:
             self._draw()
         elif self._live:
-            self._panel.text.value = self._words()
+            self.panel.text.value = self._words()
 
     @cached_property
     def button(self) -> W.Button:
@@ -73,7 +73,8 @@ class TrainingPanel:
         return button
 
     @cached_property
-    def _panel(self) -> Panel:
+    def panel(self) -> Panel:
+        """The panel that shows the curve and the words."""
         return Panel(self._view)
 
     def _words(self) -> str:
@@ -89,13 +90,13 @@ class TrainingPanel:
 
     def _view(self) -> View:
         points = 0 if self.curve.empty else int((self.curve["split"] == "train").sum())
-        return View(self._words(), figures.live_curve(self.curve) if points > 1 else None)  # one is no line
+        return View(self._words(), figures.live_curve(self.curve) if points > 1 else None)  # a line needs two points
 
     def _draw(self) -> View:
         started = time.monotonic()
         view = self._view()
         if self._live:
-            self._panel.put(view)
+            self.panel.put(view)
         elif view.figure is not None:
             image = notebook.Image(view.png, width=notebook.WIDTH)
             if self._shown is None:
@@ -111,7 +112,7 @@ class TrainingPanel:
         self._over = False
         self._live = not notebook.headless()
         if self._live:
-            self._shown = display(bundle(self._widget, self._panel.first), raw=True, display_id=True)
+            self._shown = display(bundle(self._widget, self.panel.first), raw=True, display_id=True)
         self._before = signal.getsignal(signal.SIGINT)
         with suppress(ValueError):  # outside the main thread, where no interrupt comes
             signal.signal(signal.SIGINT, self._interrupted)
@@ -119,7 +120,7 @@ class TrainingPanel:
 
     @cached_property
     def _widget(self) -> W.VBox:
-        return W.VBox([self.button, self._panel.widget])
+        return W.VBox([self.button, self.panel.widget])
 
     def _interrupted(self, number: int, frame: Any) -> None:
         # Only the flag: what was interrupted may be a message on its way to the widget.

@@ -1,8 +1,7 @@
-"""Widgets that teach: controls over what `kdlib.pictures` draws.
+"""Widgets that teach: controls over what `kdlib.viz.explore` draws.
 
-Each function gives a `Panel`; the last line of a cell shows it. Where nobody can move a control (papermill, nbconvert)
-a still view takes its place, as a picture and a table that any viewer shows; and a running notebook keeps that view
-beside its widget, for viewers that have none.
+Each function returns a `Panel`; the last line of a cell shows it. A headless run (papermill, nbconvert) shows a still
+view instead. A running notebook also saves that view, for viewers without widgets.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +52,7 @@ def _needs_text(text: str) -> str:
 
 
 def tokeniser(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
-    """How each encoder's tokenizer cuts any sentence, while it is typed."""
+    """How each encoder's tokenizer splits any sentence, as the reader types."""
 
     def view(sentence: str) -> View:
         return View(pieces_html(encoders, _needs_text(sentence)))
@@ -297,7 +296,7 @@ def neighbours(
 def labels(classifiers: Mapping[str, Classify], sentence: str) -> Panel:
     """The labels that each classifier gives any sentence, with probabilities and how long it took.
 
-    classifiers: by model, a function from a text to label -> probability, such as `pictures.probe_classifier` makes.
+    classifiers: by model, a function from a text to label -> probability, such as `examples.probe_classifier` makes.
     """
 
     def view(sentence: str) -> View:

@@ -274,8 +274,8 @@ def test_an_empty_table_is_refused(tmp_path):
 
 
 def test_letters_that_no_font_has_are_dots_and_the_font_to_install_is_told(monkeypatch):
-    monkeypatch.setattr(style, "_letters", lambda: frozenset(range(0x250)))
-    style._tell.cache_clear()
+    monkeypatch.setattr(style, "letters", lambda: frozenset(range(0x250)))
+    style.warn_missing_font.cache_clear()
     with pytest.warns(UserWarning, match="Noto Sans Thai"):
         assert style.legible("task กข 1") == "task ·· 1"
     with warnings.catch_warnings(action="error"):

@@ -239,7 +239,7 @@ def test_the_results_say_whether_the_best_is_clear():
     rows = results.comparable(study_table()).query("what == 'benchmark: probe' and task == 'topic'")
     shown = body(results.results_html(rows))
     assert "80.0%" in shown and "75.0 to 85.0%" in shown and "overlaps with those of: student." in shown
-    assert "lies above all others" in results.results_html(rows[rows["name"] != "student"])
+    assert "is above all others" in results.results_html(rows[rows["name"] != "student"])
     timed = results.comparable(study_table()).query("metric == 'latency_ms'")
     assert "quartiles" in results.results_html(timed) and "8.0 to 12.0" in results.results_html(timed)
 
@@ -374,7 +374,7 @@ def test_layer_explorer_shows_the_chosen_curves_at_the_chosen_layer():
 
 def test_layer_map_editor_gives_the_list_for_the_profile():
     editor = widgets.layer_map_editor(12, [3, 6, 9, 12])
-    assert editor.value == [3, 6, 9, 12] and editor._firsts["start"] == "alternate"
+    assert editor.value == [3, 6, 9, 12] and editor.state["start"] == "alternate"
     controls = editor.widget and editor.controls
     controls["depth"].value = 3
     assert editor.value == [4, 8, 12]
@@ -462,14 +462,14 @@ def test_training_panel_shows_the_curve_and_leaves_it_in_the_output(shown, monke
     with TrainingPanel(10, 1000) as panel:
         assert VIEW in shown[0] and not panel.should_stop()
         panel.on_point(curve_of(5))
-        assert "10 s left" in body(panel._panel.text.value)
-        drawn = bytes(panel._panel.image.value)
+        assert "10 s left" in body(panel.panel.text.value)
+        drawn = bytes(panel.panel.image.value)
         panel.on_point(curve_of(6))  # too soon for another picture
-        assert "8 s left" in body(panel._panel.text.value) and bytes(panel._panel.image.value) == drawn
+        assert "8 s left" in body(panel.panel.text.value) and bytes(panel.panel.image.value) == drawn
         panel.button.click()
         assert panel.should_stop() and panel.button.disabled
-    assert "Stopped" in panel._panel.text.value and panel.button.description == "Stopped"
-    assert set(updates[0]) == {VIEW, "image/png", "text/plain"} and bytes(panel._panel.image.value) != drawn
+    assert "Stopped" in panel.panel.text.value and panel.button.description == "Stopped"
+    assert set(updates[0]) == {VIEW, "image/png", "text/plain"} and bytes(panel.panel.image.value) != drawn
 
 
 def test_interrupt_asks_for_a_stop_and_a_second_one_interrupts(monkeypatch):
