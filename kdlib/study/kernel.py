@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jupyter_client import AsyncKernelManager
-from jupyter_client.utils import run_sync
+from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.utils import run_sync  # pyright: ignore[reportPrivateImportUsage]
 
 from kdlib import progress
 
@@ -56,6 +56,6 @@ async def _empty(manager: AsyncKernelManager) -> None:
     try:
         await client.wait_for_ready(timeout=START_SECONDS)
         code = "get_ipython().reset()\nimport gc\ngc.collect()\ndel gc"
-        await client.execute(code, silent=True, store_history=False, reply=True)
+        await client.execute(code, silent=True, store_history=False, reply=True)  # pyright: ignore[reportCallIssue]
     finally:
         client.stop_channels()

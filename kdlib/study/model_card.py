@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from huggingface_hub import ModelCard, ModelCardData
@@ -98,7 +99,7 @@ def _data(run: Path) -> str:
 def _numbers(results: pd.DataFrame | None, model: str) -> str:
     """The scores of teacher and student with their intervals."""
     best = {"score"} | {headline(kind) for kind in ("classify", "multilabel", "tokens")}
-    rows = pd.DataFrame(columns=["method"]) if results is None else results.query("stage == 'benchmark'")
+    rows: Any = pd.DataFrame(columns=["method"]) if results is None else results.query("stage == 'benchmark'")
     if len(rows):
         rows = rows[rows["model"].isin(["teacher", model]) & rows["seed"].isna() & rows["metric"].isin(best)]
         rows = rows[rows["method"].isin(["probe", "finetune"])].drop_duplicates(["model", "method", "task"])

@@ -232,7 +232,7 @@ class Graph:
 
     def _arm(self, graph: "Graph") -> ArmScores:
         texts = graph.texts(graph.profile.distill.max_texts, self.profile.ablations.max_texts)
-        more = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        more: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
         return self.context.stage(
             ArmScores(self.context, self._scores(), student=graph.distill, arm_texts=texts, **more)
         )
@@ -242,7 +242,7 @@ class Graph:
         return ScoreSettings(probes=probes, tasks=self.named("ablate"), precision=self.profile.distill.precision)
 
     def _reference(self, model: Keyed[Encoder]) -> Reference:
-        more = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        more: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
         return self.context.stage(Reference(self.context, self._scores(), model=model, **more))
 
     @cached_property

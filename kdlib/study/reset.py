@@ -13,7 +13,7 @@ ASIDE = "set_aside"
 
 
 def reset(folder: Path) -> Path | None:
-    """Put `folder` back to the start; returns where what was there now lies, None where nothing was.
+    """Put `folder` back to the start; returns the folder with what was there before, None where nothing was.
 
     `notebooks/` and `runs/` move to `set_aside/<date and time>/`. Their fresh copies come from `handout/`, or from the
     last commit of a git checkout (which has no runs). Raises UserError, before anything is moved, where neither is
@@ -34,10 +34,10 @@ def reset(folder: Path) -> Path | None:
             for path in handout.iterdir():
                 shutil.copytree(path, folder / path.name)
         elif not _git(folder, "restore", "--source=HEAD", "--worktree", "--", "notebooks"):
-            raise UserError(f"git could not restore {folder / 'notebooks'}; what was there lies in {aside}")
+            raise UserError(f"git could not restore {folder / 'notebooks'}; what was there is in {aside}")
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"{folder}: could not be reset ({reason}); what was moved lies in {aside}") from None
+        raise UserError(f"{folder}: could not be reset ({reason}); what was moved is in {aside}") from None
     return aside if there else None
 
 

@@ -34,15 +34,19 @@ COLUMNS = [
 ]
 TEXT_COLUMNS = ["stage", "model", "language", "task", "metric", "method", "arm"]
 WHOLE_COLUMNS = ["seed", "layer", "n"]
-KINDS = {c: str if c in TEXT_COLUMNS else "Int64" if c in WHOLE_COLUMNS else float for c in COLUMNS}
+KINDS: dict[Any, Any] = {c: str if c in TEXT_COLUMNS else "Int64" if c in WHOLE_COLUMNS else float for c in COLUMNS}
 
 
 class Run:
     """A run's folder: its profile, the artefacts of its stages, and the table of results.
 
-    path: the folder; made if absent. profile: kept as `profile.yaml`; None reads the one that is there.
-    Raises UserError when the folder cannot be written, holds something that is not a run, or a link that leads out of
-    it: writing through one would change files that are none of the run's.
+    Args:
+        path: the folder; created if absent.
+        profile: written to `profile.yaml`; None: read from there.
+
+    Raises:
+        UserError: when the folder cannot be written, is not a run, or holds a link to a place outside of it, through
+            which a run would change files of others.
     """
 
     def __init__(self, path: str | Path, profile: Profile | None = None):

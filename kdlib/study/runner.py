@@ -8,14 +8,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import papermill
-from jupyter_client import AsyncKernelManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
@@ -49,7 +49,7 @@ class NotebookError(Exception):
 
 
 def notebook_folder() -> Path:
-    """Where the notebooks lie: beside the package in a checkout, or under the current folder."""
+    """The folder of the notebooks: beside the package in a checkout, or under the current folder."""
     for folder in (Path(__file__).parents[2] / "notebooks", Path.cwd() / "notebooks"):
         if (folder / f"{NOTEBOOKS['probe']}.ipynb").is_file():
             return folder
@@ -73,9 +73,9 @@ def run_study(
     out: Path,
     profile: str,
     overrides: list[str],
-    only: list[str] = (),
+    only: Sequence[str] = (),
     start: str | None = None,
-    arms: list[str] = (),
+    arms: Sequence[str] = (),
     console: Console | None = None,
     shared: AsyncKernelManager | None = None,
 ) -> None:
@@ -149,16 +149,9 @@ def execute(
             empty(shared)
         with _report(source.stem, Path(os.environ[progress.FILE]), console) as _Engine.report:
             papermill.execute_notebook(
-                source,
-                target,
-                parameters,
-                engine_name="kdlib",
-                kernel_name="python3",
-                km=shared,
-                progress_bar=False,
-                start_timeout=START_SECONDS,
-                extra_arguments=ARGUMENTS,
-            )
+                source, target, parameters, engine_name="kdlib", kernel_name="python3", km=shared,
+                progress_bar=False, start_timeout=START_SECONDS, extra_arguments=ARGUMENTS,
+            )  # fmt: skip
     except PapermillExecutionError as error:
         mendable = error.ename in MENDABLE
         reason = error.evalue if mendable else f"{error.ename}: {error.evalue}"
@@ -186,7 +179,8 @@ class _Engine(NBClientEngine):
         start, total = nb_man.cell_start, len(nb_man.nb.cells)
 
         def cell_start(cell, cell_index=None, **options):
-            cls.report.enter(cell_index, total)
+            if cls.report and cell_index is not None:
+                cls.report.enter(cell_index, total)
             return start(cell, cell_index, **options)
 
         nb_man.cell_start = cell_start
@@ -248,14 +242,10 @@ def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
 
 def summary(run: Run, seconds: float, console: Console) -> None:
     """Where everything is, and the headline: size, speed and accuracy of the student against the teacher."""
-    shown = [
-        ("student", run.path / "student"),
-        ("table", run.results_file),
-        ("figures", run.path / "figures"),
-        ("notebooks", run.path / "notebooks"),
-    ]
+    shown = {"student": "student", "table": run.results_file.name, "figures": "figures", "notebooks": "notebooks"}
     console.print()
-    for name, path in shown:
+    for name, file in shown.items():
+        path = run.path / file
         if path.exists():
             console.print(f"{name:>10}  {path}", soft_wrap=True)
     try:

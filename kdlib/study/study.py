@@ -147,7 +147,7 @@ class Study:
     def ablation_rows(self, wanted: Sequence[str] = (), on_arm: Any = None) -> list[dict]:
         """Rows of the ablations; see `AblationReport.rows`. Raises UserError for an arm that is not there."""
         arms(self.profile, wanted)
-        return self.graph.reports["ablations"].rows(wanted, on_arm)
+        return self.report("ablations").rows(wanted, on_arm)
 
     def write_cards(self) -> None:
         """Write the model cards of all students again, with the numbers that are known now."""
