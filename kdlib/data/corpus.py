@@ -1,4 +1,4 @@
-"""The distillation corpus: documents of sentences, split by document so that nothing leaks into a test."""
+"""The distillation corpus: documents of sentences, split by document so that no test sentence is trained on."""
 
 import hashlib
 import itertools
@@ -36,9 +36,13 @@ IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger on
 
 @dataclass
 class Corpus:
-    """train: what students are distilled on.
+    """A corpus, split by document.
 
-    Heldout: what watches them; test: what embedded tasks test on; origin: what was read.
+    Attributes:
+        train: what students are distilled on.
+        heldout: what the held-out loss is measured on.
+        test: what embedded tasks are tested on.
+        origin: what was read.
     """
 
     train: Sequence[Document]
@@ -49,14 +53,20 @@ class Corpus:
 
 
 def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path | None = None) -> Corpus:
-    """The profile's corpus, split by document. The split depends on the text alone, not on order or seed.
+    """Load the profile's corpus, split by document. The split depends on the text alone, not on order or seed.
 
-    It is read from the first of the corpus's source and its fallbacks that can be. With corpus.streaming it is the
-    first max_documents documents, in the source's order; without, max_documents drawn with the profile's seed.
+    The first place of the source and its fallbacks that can be read is used. A corpus of more than IN_MEMORY characters
+    is
+    written to files, and its parts are `Lazy`.
 
-    One of more than IN_MEMORY characters lies in files, and its parts are `Lazy`: under `cache_root`, where it is found
-    again as long as what it was read from stays as it is, or without one in a temporary folder.
-    Raises UserError for sources that cannot be read, an empty text, or too few documents to hold any out.
+    Args:
+        spec: the source. With streaming, the first max_documents documents are read; without, max_documents are drawn.
+        language: code of the language, which an embedded corpus must have.
+        seed: of the draw.
+        cache_root: folder for the files of a large corpus, reused while the source is unchanged; None: a temporary one.
+
+    Raises:
+        UserError: for sources that cannot be read, an empty text, or too few documents to hold any out.
     """
     if spec.source == "embedded":
         if language != "tgl":
@@ -116,10 +126,11 @@ def _load(spec: config.Corpus, seed: int, cache_root: Path | None) -> Corpus:
 
 
 def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[Document]:
-    """Rows as documents: neighbours of one name together.
+    """Group rows into documents: neighbouring rows with the same name.
 
-    A column `document` that the profile does not name, and that has one value throughout, says nothing: then, as where
-    there is none, every row is a document.
+    A column `document` that the profile does not name and that has only one value is ignored. Then, as without the
+    column,
+    every row is a document.
     """
     column, several = spec.document or "document", bool(spec.document)
     name, waiting, size = None, [], 0  # of the document that is being read: its name, and number and text of its rows
@@ -141,7 +152,7 @@ def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[
 
 
 def _together(name: str | None, rows: list[tuple[int, str]], several: bool) -> Iterator[Document]:
-    """The document of some rows; one for each, where they have no name, or all documents would have this one."""
+    """The document of some rows; one for each row where they have no name, or where all rows would be one document."""
     grouped = several and name is not None
     for own, texts in [(name, [t for _, t in rows])] if grouped else [(f"row {n}", [t]) for n, t in rows]:
         sentences = [s for text in texts for s in split_sentences(text)]
@@ -150,7 +161,7 @@ def _together(name: str | None, rows: list[tuple[int, str]], several: bool) -> I
 
 
 def _joined(documents: list[Document]) -> list[Document]:
-    """The documents with those of one name, which need not have been neighbours, made one."""
+    """The documents, with those of the same name joined."""
     found: dict[str, Document] = {}
     for document in documents:
         if document.id in found:
@@ -165,10 +176,11 @@ def _has_text(value: Any) -> bool:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Cut at sentence ends followed by space (behind 。！？ also without), and at line ends; white space collapsed.
+    """Split at sentence ends before a space (after 。！？ also without), and at line ends. White space is collapsed.
 
-    What is longer than LONGEST is cut at spaces: Thai and Lao have no mark for the end of a sentence, and what does not
-    fit into a teacher would be lost.
+    Longer text than LONGEST is split at spaces: Thai and Lao have no mark for the end of a sentence, and a teacher
+    would
+    truncate it.
     """
     lines = (" ".join(line.split()) for line in text.splitlines())
     whole = [s for line in lines for s in SENTENCE_END.split(line) if s]
@@ -194,7 +206,7 @@ def _split_embedded(documents: list[Document]) -> Corpus:
 
 
 def _split(documents: list[Document], heldout: float) -> Corpus:
-    """Hold out a share of the documents; sentences that stand on both sides are taken from the training side."""
+    """Hold out a share of the documents. Sentences on both sides are removed from the training side."""
     ranked = sorted(documents, key=_rank)
     count = max(1, round(len(ranked) * heldout))
     held = {sentence for document in ranked[:count] for sentence in document.sentences}
@@ -206,9 +218,9 @@ def _split(documents: list[Document], heldout: float) -> Corpus:
 
 
 def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
-    """`_split`, and the draw of max_documents, for more documents than memory has room for.
+    """`_split`, and the draw of max_documents, for more documents than fit in memory.
 
-    `train` and `heldout` in `folder`. Of each document 17 bytes are held, and 8 of each sentence that is held out.
+    Writes `train` and `heldout` in `folder`. Memory holds 17 bytes a document and 8 a held-out sentence.
     """
     ranks, names, content = array("Q"), array("Q"), hashlib.sha256()
 
@@ -249,7 +261,7 @@ def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: in
 
 
 def _kept(folder: Path, place: str, commit: str | None) -> Corpus | None:
-    """The corpus that `_split_in_files` left, if it did."""
+    """The corpus that `_split_in_files` wrote, or None."""
     try:
         content = read_json(folder / "corpus.json")["sha256"]
         corpus = Corpus(read(folder / "train"), read(folder / "heldout"), [])
@@ -260,23 +272,23 @@ def _kept(folder: Path, place: str, commit: str | None) -> Corpus | None:
 
 
 def _mark(text: str) -> int:
-    """A text's hash, in 8 bytes: that two of a thousand million have the same is not to be expected to matter."""
+    """A text's hash in 8 bytes; two of a thousand million texts are unlikely to share one."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def _marks(texts: Iterable[str]) -> np.ndarray:
-    """The marks of texts, each once, sorted: uint64."""
+    """The hashes of texts, each once, sorted: uint64."""
     return np.unique(np.frombuffer(array("Q", map(_mark, texts)), np.uint64))
 
 
 def _among(texts: Sequence[str], marks: np.ndarray) -> np.ndarray:
-    """Which of the texts are among those of `marks`: bool [texts]."""
+    """Which of the texts have a hash in `marks`: bool [texts]."""
     mine = np.fromiter(map(_mark, texts), np.uint64, len(texts))
     return marks[np.searchsorted(marks, mine).clip(max=len(marks) - 1)] == mine
 
 
 def check_leaks(corpus: Corpus) -> None:
-    """Raises UserError if a held-out or test sentence stands in the training documents."""
+    """Raise UserError if a held-out or test sentence is in the training documents."""
     train = {sentence for document in corpus.train for sentence in document.sentences}
     for name in ("heldout", "test"):
         leaked = [s for document in getattr(corpus, name) for s in document.sentences if s in train]
@@ -292,10 +304,11 @@ def sentences(documents: Sequence[Document]) -> Sequence[str]:
 
 
 def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
-    """Texts to distil on.
+    """Texts to distil on: runs of neighbouring sentences, joined by a space. `Lazy` where the documents are.
 
-    The documents cut into runs of sentences, joined by a space; the lengths of the runs take turns, so that there
-    are texts of every length and each sentence is in one. `Lazy` where the documents are.
+    Args:
+        documents: each sentence of them is in one text.
+        lengths: sentences a text, in turn.
     """
 
     def cut() -> Iterator[str]:
@@ -311,10 +324,7 @@ def windows(documents: Sequence[Document], lengths: list[int]) -> Sequence[str]:
 
 
 def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document]:
-    """The documents without the sentences that stand in `texts` (the test rows of somebody's own task).
-
-    `Lazy` where the documents are.
-    """
+    """The documents without the sentences in `texts`, such as test rows of a task. `Lazy` where the documents are."""
 
     def left() -> Iterator[Document]:
         for document in documents:
@@ -326,9 +336,9 @@ def without(documents: Sequence[Document], texts: set[str]) -> Sequence[Document
 
 
 def draw(texts: Sequence[str], count: int | None, share: float, seed: int) -> Sequence[str]:
-    """Draw at most `count` of the texts, and of those a share, in their order; a smaller draw is part of a larger one.
+    """Draw at most `count` of the texts, and a share of those, in their order. `Lazy` where the texts are.
 
-    `Lazy` where the texts are.
+    A smaller draw is part of a larger one.
     """
     if share == 1 and (count is None or count >= len(texts)):
         return texts
@@ -341,9 +351,13 @@ def draw(texts: Sequence[str], count: int | None, share: float, seed: int) -> Se
 
 
 def load_parallel(spec: config.Parallel | None, language: str, rows: int) -> dict[str, list[str]]:
-    """The first `rows` parallel sentences that all languages have, by language.
+    """The first `rows` sentences that exist in all languages, by language.
 
-    Empty without any, or where `language` is not among their languages. Raises UserError for a missing column.
+    Returns:
+        Nothing without parallel sentences, or where `language` is not among their languages.
+
+    Raises:
+        UserError: for a missing column.
     """
     if spec is None or language not in spec.languages:
         return {}

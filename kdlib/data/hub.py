@@ -1,7 +1,8 @@
-"""The model hub and the web: one offline switch, one way to try again, one line for a failure.
+"""The model hub and the web: one switch for offline work, one way to retry, and one-line errors.
 
-HF_HUB_OFFLINE=1 keeps everything off the network; what was fetched before is then read from the caches. Code from the
-hub is never run: `datasets` has no way to, and nothing here asks `transformers` for it.
+HF_HUB_OFFLINE=1 forbids all network use; then the caches are read. Code from the hub is never run: `datasets` cannot,
+and
+kdlib never asks `transformers` to.
 """
 
 import contextlib
@@ -48,7 +49,7 @@ _silent_since = float("-inf")
 
 @dataclass
 class Repo:
-    """What the hub says of a repository: commit and file names; or only why it could not be asked."""
+    """What the hub knows of a repository: commit and file names, or the reason why it could not be asked."""
 
     commit: str | None = None
     files: list[str] = field(default_factory=list)
@@ -56,9 +57,10 @@ class Repo:
 
 
 def find(repo_id: str, kind: Literal["model", "dataset"], revision: str | None = None) -> Repo:
-    """The repository as the hub has it now, or why the hub is silent: switched off, or out of reach.
+    """Ask the hub for a repository. Without an answer (offline, or no connection) the result holds the reason.
 
-    Raises UserError when the hub answers that there is no such repository or revision, or none for this user.
+    Raises:
+        UserError: where the hub answers that there is no such repository or revision, or not for this user.
     """
     global _silent_since
     if is_offline_mode():
@@ -77,9 +79,17 @@ def find(repo_id: str, kind: Literal["model", "dataset"], revision: str | None =
 def dataset(
     repo_id: str, subset: str | None, split: str, revision: str | None, streaming: bool = False
 ) -> tuple["Dataset | IterableDataset", str | None]:
-    """A split of a hub data set, and its commit; from the cache where the hub is silent.
+    """Load a split of a hub data set. Returns it with its commit; from the cache where the hub does not answer.
 
-    streaming: an iterable that fetches as it goes. Raises UserError when there is no such data set, subset or split.
+    Args:
+        repo_id: owner/name.
+        subset: configuration name.
+        split: name of the split.
+        revision: commit, tag or branch.
+        streaming: download rows as they are read.
+
+    Raises:
+        UserError: for an unknown data set, subset or split.
     """
     import datasets
 
@@ -118,7 +128,7 @@ def dataset(
 
 
 def file(repo_id: str, path: str, revision: str | None) -> tuple[Path, str]:
-    """A file of a hub data set, in the hub's cache, and the commit it is of."""
+    """Download a file of a hub data set. Returns its path in the hub's cache and its commit."""
     repo = find(repo_id, "dataset", revision)
     name = f"hf://datasets/{repo_id}/{path}"
     if repo.commit and path not in repo.files:
@@ -139,10 +149,12 @@ def file(repo_id: str, path: str, revision: str | None) -> tuple[Path, str]:
 
 
 def fetch(address: str) -> Path:
-    """A file from the web, in the cache folder under a name that ends as the address does.
+    """Download a file from the web into the cache folder, under a name with the same suffix.
 
-    Loaded anew each time; the copy of the last time serves when the network is off or fails. Raises UserError when
-    there is none, or the file is larger than LARGEST.
+    It is downloaded each time. The last copy is used where the network is off or fails.
+
+    Raises:
+        UserError: without a copy, or for a file larger than LARGEST.
     """
     name = Path(unquote(urlsplit(address).path)).name[-80:]
     target = cache_folder() / "downloads" / f"{fingerprint(address)}-{name}"
@@ -174,10 +186,15 @@ def _download(address: str, target: Path) -> None:
 
 
 def push(folder: Path, repo_id: str, public: bool = False) -> str:
-    """Upload a student's folder to a model repository of the hub, made where it is not there; returns its address.
+    """Upload a student's folder to a model repository of the hub, created if absent. Returns its address.
 
-    public: whether a new repository is; one that is there stays as it is. Raises UserError without a token or a
-    network, for a name that is none, and where the hub refuses.
+    Args:
+        folder: the student.
+        repo_id: owner/name.
+        public: whether a new repository is public; an existing one is not changed.
+
+    Raises:
+        UserError: without a token or network, for an invalid name, and where the hub refuses.
     """
     where = f"model {repo_id!r}"
     if is_offline_mode():
@@ -198,10 +215,7 @@ def push(folder: Path, repo_id: str, public: bool = False) -> str:
 
 
 def retried(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:
-    """The call's result; made again after each of `waits` where the network or the server failed, and only then.
-
-    waits: seconds; None takes WAITS.
-    """
+    """The result of a call. It is repeated after each of `waits` (seconds; None: WAITS) if the network fails."""
     started = time.monotonic()
     for wait in WAITS if waits is None else waits:
         try:
@@ -214,7 +228,7 @@ def retried(call: Callable[[], T], waits: Sequence[float] | None = None) -> T:
 
 
 def passes(error: BaseException) -> bool:
-    """Whether the failure may pass: no connection, a busy or broken server; not an answer such as 401 or 404."""
+    """Whether a failure may be temporary: no connection or a busy server, but no answer such as 401 or 404."""
     link: BaseException | None = error
     while link is not None:  # the libraries wrap the client's errors in their own
         status = _status(link)
@@ -229,12 +243,12 @@ def passes(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error is about, if it is."""
+    """The HTTP status of an error, if it has one."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, without a full stop; its kind, where it says nothing."""
+    """The first line of an error's message without a full stop, or its class where it has no message."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.removesuffix(".")
 
@@ -256,7 +270,7 @@ def _other_ways(repo_id: str, repo: Repo) -> str:
 
 
 def _last_commit(repo_id: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag was at when the hub was last asked, as the hub's cache has it."""
+    """The commit of a branch or tag when the hub was last asked, from its cache."""
     if revision and REGEX_COMMIT_HASH.fullmatch(revision):
         return revision
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="dataset")
@@ -268,7 +282,7 @@ def _last_commit(repo_id: str, revision: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _offline(datasets: ModuleType) -> Iterator[None]:
-    """Send `datasets` to its cache at once, where it would try a silent hub for half a minute first."""
+    """Send `datasets` to its cache at once; otherwise it tries a silent hub for half a minute."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = True
     try:
@@ -279,7 +293,7 @@ def _offline(datasets: ModuleType) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet(datasets: ModuleType | None = None) -> Iterator[None]:
-    """No progress bars and no warnings of the hub's libraries: what went wrong is told in one line."""
+    """Hide progress bars and warnings of the hub's libraries; errors are reported in one line."""
     loggers = [huggingface_hub.logging, *([datasets.logging] if datasets else [])]
     levels = [logger.get_verbosity() for logger in loggers]
     bars = [huggingface_hub.utils, *([datasets.utils] if datasets else [])]

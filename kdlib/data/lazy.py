@@ -1,4 +1,4 @@
-"""Documents, and sequences that are not in memory: of documents in a file, and of what is made of them on the way."""
+"""Documents, and sequences that are not in memory: documents in a file, and what is computed from them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ SCHEMA = pa.schema({"id": pa.string(), "sentences": pa.list_(pa.string())})
 
 @dataclass
 class Document:
-    """A text as sentences, in order; `meta` holds what else is known of it (topic, register)."""
+    """A text as sentences in order; `meta` holds other facts (topic, register)."""
 
     id: str
     sentences: list[str]
@@ -24,10 +24,9 @@ class Document:
 
 
 class Lazy(Sequence[T]):
-    """A sequence whose items are made anew whenever it is gone through.
+    """A sequence whose items are computed again at each iteration.
 
-    Going through it is cheap in memory; its length costs one pass where `length` does not give it, an item as many
-    steps as there are items before it.
+    An iteration needs little memory. The length costs an iteration unless `length` gives it. Item i costs i steps.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], length: int | None = None):
@@ -57,14 +56,14 @@ class Lazy(Sequence[T]):
 
 
 def parts(items: Iterable[T], size: int = TEXTS_AT_ONCE) -> Iterator[list[T]]:
-    """Lists of so many items, the last one shorter; of the items one list at a time is in memory."""
+    """Lists of `size` items, the last one shorter. One list at a time is in memory."""
     items = iter(items)
     while some := list(islice(items, size)):
         yield some
 
 
 def write(file: Path, documents: Iterable[Document]) -> int:
-    """Write the documents, without `meta`, as an Arrow file; how many they were. They are gone through once."""
+    """Write the documents, without `meta`, as an Arrow file, in one iteration. Returns their number."""
     count = 0
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
         for some in parts(documents, AT_ONCE):
@@ -74,7 +73,7 @@ def write(file: Path, documents: Iterable[Document]) -> int:
 
 
 def read(file: Path) -> Lazy[Document]:
-    """What `write` wrote, read as it is gone through, from a memory map. Raises ValueError for a damaged file."""
+    """The documents of a file of `write`, read from a memory map. Raises ValueError for a damaged file."""
 
     def documents() -> Iterator[Document]:
         with pa.memory_map(str(file)) as source:
@@ -90,7 +89,7 @@ def read(file: Path) -> Lazy[Document]:
 
 
 def picked(file: Path, order: Iterable[int]) -> Iterator[Document]:
-    """Documents of a file by their places, in any order."""
+    """Documents of a file by their numbers, in any order."""
     with pa.memory_map(str(file)) as source:
         table = pa.ipc.open_file(source).read_all()
         names, sentences = table["id"], table["sentences"]

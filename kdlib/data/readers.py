@@ -1,4 +1,4 @@
-"""Readers of files: txt, jsonl, csv, tsv and parquet, each also .gz, whole or in chunks."""
+"""Read files: txt, jsonl, csv, tsv and parquet, each also .gz, whole or in chunks."""
 
 import gzip
 import io
@@ -28,13 +28,13 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
 def suffix(path: Path) -> str | None:
-    """The kind of file by its name, without a .gz behind it; None if it is none we read."""
+    """The kind of a file by its name, without .gz; None for a kind that is not read."""
     name = path.name.lower().removesuffix(".gz")
     return next((s for s in SUFFIXES if name.endswith(s)), None)
 
 
 def read_file(path: Path, name: str | None = None) -> pd.DataFrame:
-    """One local file as a table; `name` is what errors call it, if it is not to be its path."""
+    """Read a local file as a table. `name` replaces its path in errors."""
     path = Path(os.path.expanduser(path))
     where = name or str(path)
     if not os.path.isfile(path) and suffix(path):
@@ -46,10 +46,7 @@ def read_file(path: Path, name: str | None = None) -> pd.DataFrame:
 
 
 def chunks(path: Path, name: str | None = None) -> Iterator[pd.DataFrame]:
-    """`read_file` for files of any size: a table for each PIECE of bytes or so.
-
-    Txt files of more than that are cut at empty lines, where they have any.
-    """
+    """Read a file of any size as tables of about PIECE bytes. Txt files are split at empty lines, if they have any."""
     path = Path(os.path.expanduser(path))
     packed, kind, where = path.name.lower().endswith(".gz"), suffix(path), name or str(path)
     size = os.path.getsize(path) if os.path.isfile(path) else 0
@@ -76,7 +73,7 @@ def chunks(path: Path, name: str | None = None) -> Iterator[pd.DataFrame]:
 
 
 class _Limited(io.RawIOBase):
-    """A binary file that is read up to `most` bytes; more is refused, as NUL bytes are."""
+    """A binary file of at most `most` bytes. Larger files and NUL bytes are refused."""
 
     def __init__(self, file: Any, most: int, where: str):
         self.file, self.most, self.where, self.done = file, most, where, 0
@@ -106,7 +103,7 @@ def _line_pieces(file: io.RawIOBase, kind: str, where: str) -> Iterator[pd.DataF
 
 
 def _cut(file: io.RawIOBase, kind: str) -> Iterator[bytes]:
-    """The bytes of a file in pieces that end with a line; in a txt file before an empty one, if there is any."""
+    """The bytes of a file in chunks that end with a line; in a txt file before an empty one, if there is any."""
     stream, held = io.BufferedReader(file, 2**20), []
     while data := stream.read(CHUNK):
         breaks = [data.rfind(b"\n\n"), data.rfind(b"\n\r\n")] if kind == ".txt" else [-1]
@@ -144,11 +141,20 @@ def _parquet_pieces(path: Path, most: int) -> Iterator[pd.DataFrame]:
 
 
 def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.DataFrame:
-    """The rows in the bytes of a file of the kind that `name` ends in; `where` is what errors call it.
+    """Parse the bytes of a file.
 
-    Every column of a csv or tsv file is str; classes in a parquet file that `datasets` wrote have their names; NUL
-    bytes are refused in text files. limit: bytes that a .gz file may have at most when unpacked; without one, too, what
-    unpacks to far more than it is (MOST_PACKED) is refused.
+    Columns of csv and tsv files are str. Classes in a parquet file of `datasets` get their names.
+
+    Args:
+        name: the file's name; its suffix says the kind.
+        data: the bytes.
+        where: the file's name in errors.
+        limit: bytes that a .gz file may unpack to. Without it, a file that unpacks to more than MOST_PACKED times its
+            size
+            is refused too.
+
+    Raises:
+        UserError: for bytes that are no such file, or a text file with NUL bytes.
     """
     kind = suffix(Path(name))
     if kind is None:
@@ -176,7 +182,7 @@ def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.Da
 
 
 def unpacked_limit(packed: int) -> int:
-    """How many bytes so many packed bytes may unpack to."""
+    """The number of bytes that so many packed bytes may unpack to."""
     return 2**26 + MOST_PACKED * packed
 
 
@@ -208,7 +214,7 @@ def _frame(table: pyarrow.Table) -> pd.DataFrame:
 
 
 def with_class_names(rows: pd.DataFrame, features: "Features") -> pd.DataFrame:
-    """The rows with the names of classes, which are stored as numbers; None for a number without a name."""
+    """The rows with names instead of the numbers of classes; None for a number without a name."""
     for column, kind in features.items():
         names = getattr(getattr(kind, "feature", kind), "names", None)
         if names:
@@ -252,7 +258,7 @@ def _read_json_lines(text: str) -> pd.DataFrame:
 
 
 def _sparse(columns: int, rows: int, values: int) -> bool:
-    """Whether a table of so many values would be all but empty, and immense."""
+    """Whether a table with so many values would be huge and almost empty."""
     return columns * rows > 2**24 + 100 * values
 
 

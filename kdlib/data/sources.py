@@ -1,7 +1,8 @@
-"""Rows from anywhere, and where they came from.
+"""Rows from anywhere, and a record of where they came from.
 
 A hub data set, a file of one, a file from the web, a local folder, or a local txt, jsonl, csv, tsv or parquet file
-(each also .gz); a zip of such files is read as a folder, in memory: nothing of it is ever written to disk.
+(each
+also .gz). A zip is read as a folder, in memory: nothing of it is written to disk.
 """
 
 import hashlib
@@ -36,12 +37,15 @@ Files = dict[str, Callable[[], Iterable[pd.DataFrame]]]  # what reads each file 
 
 @dataclass(frozen=True)
 class Origin:
-    """What was read. source.
+    """A record of what was read.
 
-    As the profile names it; revision: the commit, where a hub gives one; sha256: of the texts and labels as read,
-    the same for the same rows in any kind of file; rows: how many each split has (documents, for a corpus);
-    removed: training rows left out because their text stands in test; passed_over: the sources tried before, each
-    with what was wrong.
+    Attributes:
+        source: as in the profile.
+        revision: the commit, where a hub gives one.
+        sha256: of the texts and labels; equal for equal rows in any kind of file.
+        rows: number of rows of each split (documents, for a corpus).
+        removed: training rows left out because their text is in test.
+        passed_over: the sources tried before, each with what was wrong.
     """
 
     source: str
@@ -61,15 +65,17 @@ def digest(rows: Iterable[Any]) -> str:
 
 
 def row_bytes(row: Any) -> bytes:
-    """A row as `digest` takes it in."""
+    """A row in the form that `digest` hashes."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple[str, ...]]:
-    """`load` of the first place of `spec` that can be read, and why those before it could not.
+    """`load` the first place of `spec` that can be read. Returns the result, and why earlier places failed.
 
-    The places are the spec's own and its fallbacks; columns that a fallback does not name are the spec's. Raises the
-    error of the only place, or one UserError with all of theirs.
+    The places are the spec's own and its fallbacks. A fallback has the spec's columns unless it names others.
+
+    Raises:
+        UserError: with the errors of all places.
     """
     places = [spec]
     for other in spec.fallbacks:
@@ -94,25 +100,33 @@ def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple
 
 
 def embedded_rows(name: str) -> pd.DataFrame:
-    """One of the files that come with the kit: documents, sentiment, dengue, entities or parallel."""
+    """A file of the kit: documents, sentiment, dengue, entities or parallel."""
     return pd.read_json(
         (resources.files("kdlib.data") / "bundled" / f"{name}.jsonl").open("rb"), lines=True, dtype=False
     )
 
 
 def read_rows(source: Source, columns: list[str] = (), split: str | None = None) -> pd.DataFrame:
-    """The rows of a source as a table: `read_table` without the commit."""
+    """Read a source as a table: `read_table` without the commit."""
     return read_table(source, columns, split)[0]
 
 
 def read_table(source: Source, columns: list[str] = (), split: str | None = None) -> tuple[pd.DataFrame, str | None]:
-    """The rows of a source as a table, and the commit they are of, where a hub gives one.
+    """Read a source as a table. Returns it with its commit, where a hub gives one.
 
-    columns: those that must be there. split: overrides `source.split`; it may itself name a place. Of a folder or zip,
-    the files whose path is or holds the split as a word are read; all, where none does and `split` is not given. A txt
-    file gives a column `text`, a line a row, and a column `document` that counts the blocks between empty lines (the
-    lines, where there are none). Raises UserError when the source is missing, empty, not what its name says, or lacks
-    a column.
+    A txt file gives a row a line, with the columns `text` and `document`, the number of its block between empty lines
+    (of its
+    line, where there are none).
+
+    Args:
+        source: the source.
+        columns: columns that must exist.
+        split: replaces `source.split`; it may be a place itself. Of a folder or zip, the files whose path has the split
+            as
+            a word are read; all files, where none has and `split` is not given.
+
+    Raises:
+        UserError: for a source that is missing, empty, of another kind than its name says, or lacks a column.
     """
     files, commit = _files(source)
     if split and _is_place(split) and split not in (files or ()):
@@ -131,11 +145,14 @@ def read_table(source: Source, columns: list[str] = (), split: str | None = None
 def stream_rows(
     source: Source, columns: list[str] = (), whole: bool = False
 ) -> tuple[Iterator[dict[str, Any]], str | None]:
-    """The rows of a source one by one, as `read_table` has them, fetched as they are asked for; and their commit.
+    """The rows of `read_table` one by one, read when needed, and their commit.
 
-    Files are read in pieces, none before its rows are asked for. Txt rows of different files have different documents.
-    whole: all rows will be asked for. Then a hub data set is loaded first, into the hub's cache, and of several files a
-    column has to be in one, as in `read_table`; else in each.
+    Txt rows of different files have different documents.
+
+    Args:
+        source: the source.
+        columns: columns that must exist: in each file, or with `whole` in one of them.
+        whole: all rows will be read; then a hub data set is downloaded first.
     """
     files, commit = _files(source)
     if files is None:
@@ -149,7 +166,7 @@ def stream_rows(
 def _checked(
     source: Source, columns: list[str], rows: Iterable[dict[str, Any]], apart: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The rows, which have to have the columns, each row or (apart) one of them."""
+    """The rows, after a check that each row (with `apart`: one of them) has the columns."""
     there: dict[str, None] = {}
     try:
         for row in rows:
@@ -175,7 +192,7 @@ def _check_columns(source: Source, columns: list[str], there: Iterable[str]) -> 
 
 
 def _files(source: Source) -> tuple[Files | None, str | None]:
-    """The files of a source, and the commit they are of; None for a hub data set, whose files its client picks."""
+    """The files of a source, and their commit; None for a hub data set, whose client chooses the files."""
     name, commit = source.source, None
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
@@ -196,10 +213,7 @@ def _files(source: Source) -> tuple[Files | None, str | None]:
 
 
 def local_state(source: Source) -> list[tuple[str, int, int]] | None:
-    """What tells whether a local file, or those of a folder, are still what they were.
-
-    Names, sizes, times of change. None for what is not here.
-    """
+    """Names, sizes and times of change of a local file or folder, to see changes. None for other sources."""
     path = Path(os.path.expanduser(source.source))
     if not os.path.exists(path):
         return None
@@ -208,7 +222,7 @@ def local_state(source: Source) -> list[tuple[str, int, int]] | None:
 
 
 def _zip_files(path: Path, name: str) -> Files:
-    """The files in a zip, read in memory: what members are called never becomes a path on this machine."""
+    """The files in a zip, read in memory. Names of members are never used as paths."""
     if not os.path.isfile(path):
         raise UserError(f"{name}: no such file")
     try:
@@ -240,7 +254,7 @@ def _zip_files(path: Path, name: str) -> Files:
 
 
 def _chosen(source: Source, files: Files, split: str | None) -> Files:
-    """The files of a folder or zip that `split` names, else the source's split, else all; a single file as it is."""
+    """The files of a folder or zip that `split` names, else those of the source's split, else all."""
     if list(files) == [""]:
         if split:
             raise UserError(f"{source.source}: a file has no split {split!r}; name the file with the test rows")
@@ -257,7 +271,7 @@ def _chosen(source: Source, files: Files, split: str | None) -> Files:
 
 
 def _apart(files: Files) -> Iterator[pd.DataFrame]:
-    """The tables of files, each read when its turn comes; documents of txt files stay apart."""
+    """The tables of files, each read when needed. Documents of different txt files stay separate."""
     documents = 0
     for name, read in files.items():
         before = documents
@@ -273,7 +287,7 @@ def _join(files: Files) -> pd.DataFrame:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is a file's or folder's here: it has the ending of one, or starts as a path does."""
+    """Whether a name is that of a local file or folder, by its suffix or its start."""
     return suffix(Path(name)) is not None or name.lower().endswith(".zip") or name.startswith((".", "/", "~"))
 
 

@@ -1,4 +1,4 @@
-"""Labelled tasks: the five that come with the kit, and anybody's own from a file or a hub."""
+"""Labelled tasks: the five of the kit, and others from a file or a hub."""
 
 import hashlib
 import random
@@ -28,9 +28,11 @@ TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
 
 @dataclass
 class Split:
-    """texts: str, (str, str) for kind pair, or a list of words for kind tokens.
+    """The rows of a split.
 
-    targets: int, list of 0/1, or list of int.
+    Attributes:
+        texts: str, (str, str) for kind pair, or a list of words for kind tokens.
+        targets: int, a list of 0/1 (multilabel), or a list of int (tokens).
     """
 
     texts: list
@@ -40,7 +42,7 @@ class Split:
         return len(self.texts)
 
     def take(self, count: int | None, seed: int = 0) -> "Split":
-        """At most `count` rows, drawn at random with `seed`."""
+        """At most `count` rows, drawn with `seed`."""
         if count is None or count >= len(self):
             return self
         return self.pick(random.Random(seed).sample(range(len(self)), count))
@@ -55,7 +57,9 @@ class Split:
 class Task:
     """A task with fixed train and test rows.
 
-    kind: classify, multilabel, pair or tokens (BIO tags); origin: what was read.
+    Attributes:
+        kind: classify, multilabel, pair or tokens (BIO tags).
+        origin: what was read.
     """
 
     name: str
@@ -66,13 +70,18 @@ class Task:
     origin: Origin | None = field(default=None, compare=False)
 
     def small(self, train_rows: int | None, test_rows: int | None, train_seed: int = 0) -> "Task":
-        """The same task with at most so many rows; the test rows drawn are always the same."""
+        """The task with at most so many rows, drawn. Test rows stay the same; `train_seed` draws training rows."""
         return replace(self, train=self.train.take(train_rows, train_seed), test=self.test.take(test_rows))
 
     def few(self, count: int, test_rows: int | None, train_seed: int = 0) -> "Task":
-        """The same task with the first `count` training rows of every class; all rows of a class that has fewer.
+        """The task with `count` training rows of every class, or all rows of a smaller class.
 
-        `train_seed` draws the order. A larger count adds rows to those of a smaller one.
+        A larger count adds rows to those of a smaller one.
+
+        Args:
+            count: rows a class.
+            test_rows: test rows at most.
+            train_seed: draws the order.
         """
         order = random.Random(train_seed).sample(range(len(self.train)), len(self.train))
         taken, chosen = Counter(), []
@@ -84,10 +93,9 @@ class Task:
         return replace(self, train=self.train.pick(chosen), test=self.test.take(test_rows))
 
     def classes(self, target: int | list[int]) -> set[str]:
-        """The classes that a row with this target is an example of.
+        """The classes that a row with this target belongs to.
 
-        Every label it has (kind multilabel), every kind of entity in it (kind tokens); a row that has none is
-        an example of the class "none".
+        Every label it has (kind multilabel), or every kind of entity in it (kind tokens); "none" for a row without any.
         """
         if self.kind == "multilabel":
             found = {label for label, on in zip(self.labels, target) if on}
@@ -99,10 +107,9 @@ class Task:
 
 
 def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
-    """Load the profile's tasks, and check each for test rows that are also in train.
+    """Load the profile's tasks and check that no test row is in train, or in an embedded corpus.
 
-    The embedded tasks are checked for test sentences in the embedded corpus too. `training_documents` takes the test
-    sentences out of a corpus of the user's own.
+    `training_documents` removes test sentences from a corpus of the user's own.
     """
     own = corpus.train if corpus.origin.source == "embedded" else []
     distilled = {sentence for document in own for sentence in document.sentences}
@@ -116,16 +123,19 @@ def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
 
 
 def origins(corpus: Corpus, tasks: list[Task]) -> dict[str, Any]:
-    """What was read for the corpus and for each task by name, as JSON-like values (the fields of sources.Origin)."""
+    """The records of corpus and tasks by name, as JSON-like values (the fields of `sources.Origin`)."""
     return {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
 
 
 def load_task(spec: config.Task, corpus: Corpus) -> Task:
-    """One task, from the first of its source and its fallbacks that holds it.
+    """Load a task from the first of its source and fallbacks that holds it.
 
-    A place is passed over when it cannot be read, a column is missing, the labels are of one class, or more than
-    OVERLAP of the test rows also stand in train, as in mirrors whose test split is a copy of train. Raises UserError
-    when that leaves none.
+    A place is skipped when it cannot be read, lacks a column, has labels of one class only, or has more than OVERLAP of
+    the
+    test rows in train too, as mirrors whose test split is a copy of train.
+
+    Raises:
+        UserError: where no place is left.
     """
     if spec.source != "embedded":
         task, passed_over = first_of(spec, _own, f"task {spec.name}")
@@ -141,7 +151,7 @@ def load_task(spec: config.Task, corpus: Corpus) -> Task:
 
 
 def _origin(task: Task, read: list[Split], place: str, commit: str | None = None) -> Origin:
-    """The origin of a task whose splits are `task`'s and were `read` in this form: two splits, or one to be cut."""
+    """The record of a task read as `read`: two splits, or one to be split."""
 
     def names(target: int | list[int]) -> Any:
         if task.kind == "tokens":
@@ -174,7 +184,7 @@ def _topic(corpus: Corpus) -> Task:
 
 
 def _entailment(corpus: Corpus) -> Task:
-    """Does the second sentence follow the first? Neighbours against sentences of another document of the same topic."""
+    """Does the second sentence follow the first? Neighbours against sentences of another document of the topic."""
 
     def split(documents: list[Document], count: int) -> Split:
         rng = random.Random(7)
@@ -209,9 +219,9 @@ def _dengue(corpus: Corpus) -> Task:
 
 
 def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: list) -> Task:
-    """Hold out a share of each class (of each label combination), the same on every machine.
+    """Hold out a share of each class (of each label combination), equal on every machine.
 
-    Rows that repeat a held-out text are taken from the training side.
+    Rows with a held-out text are removed from the training side.
     """
     groups: dict[str, list[int]] = {}
     for i in sorted(
@@ -231,7 +241,7 @@ def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: l
 
 
 def parse_entities(text: str) -> tuple[list[str], list[str], list[str]]:
-    """Inline entities to words, BIO tags and names.
+    """Split inline entities into words, BIO tags and names.
 
     "si [PER Ana Cruz] ," -> si Ana Cruz , / O B-PER I-PER O / Ana Cruz.
     """
@@ -245,7 +255,7 @@ def parse_entities(text: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def _entities(corpus: Corpus) -> Task:
-    """Named entities; sentences that share a name stay on the same side, so that every test name is new."""
+    """Named entities. Sentences that share a name are on the same side, so every test name is new."""
     parsed = [parse_entities(text) for text in embedded_rows("entities")["text"]]
     labels = ["O"] + [f"{part}-{kind}" for kind in ("PER", "LOC", "ORG") for part in "BI"]
     sharing, first = DisjointSet(range(len(parsed))), {}
@@ -276,7 +286,7 @@ EMBEDDED = {
 
 
 def _own(spec: config.Task) -> Task:
-    """A task of the user's. Words and tags of kind tokens may be lists or strings separated by spaces."""
+    """A task of the user. Words and tags of kind tokens are lists, or strings with spaces."""
     label_columns = spec.label if isinstance(spec.label, list) else [spec.label]
     if spec.kind == "pair" and not spec.second:
         raise UserError(f"task {spec.name}: kind pair needs the column of the second text: second")
@@ -307,9 +317,9 @@ def _own(spec: config.Task) -> Task:
 
 
 def _apart(task: Task) -> Task:
-    """The task without the training rows whose text stands in test.
+    """The task without the training rows whose text is in test.
 
-    Raises UserError when more than OVERLAP of the test rows stand in train: that is no accident.
+    Raises UserError when more than OVERLAP of the test rows are in train: that is no accident.
     """
     shared = _shared(task)
     if not shared:
@@ -329,7 +339,7 @@ def _key(text: str | list[str] | tuple[str, str]) -> str | tuple[str, ...]:
 
 
 def _shared(task: Task) -> set[str | tuple[str, ...]]:
-    """The texts that stand in train and in test."""
+    """The texts in both train and test."""
     return {_key(text) for text in task.train.texts} & {_key(text) for text in task.test.texts}
 
 
@@ -390,8 +400,8 @@ def _binary(value, where: str, column: str) -> int:
 def check(task: Task, distilled: set[str]) -> None:
     """Check that no test row is trained on.
 
-    Raises UserError when a test row is also in the task's train rows, when a test sentence is in `distilled`, or when a
-    split has fewer than two classes.
+    Raises:
+        UserError: for a test row in the task's train rows, a test sentence in `distilled`, or a split of one class.
     """
     shared = _shared(task)
     if shared:
@@ -413,7 +423,7 @@ def check(task: Task, distilled: set[str]) -> None:
 
 
 def training_documents(corpus: Corpus, tasks: list[Task]) -> Sequence[Document]:
-    """The training documents without the sentences that a task is tested on."""
+    """The training documents without the test sentences of the tasks."""
     tested: set[str] = set()
     for task in tasks:
         tested.update(part for text in task.test.texts for part in _parts(text, task.kind))

@@ -1,4 +1,4 @@
-"""Conditioning: the teacher trained further by masked language modelling on the target language (Cruz and Aji 2025)."""
+"""Conditioning: train the teacher further on the target language by masked language modelling (Cruz and Aji 2025)."""
 
 import copy
 import random
@@ -35,10 +35,12 @@ UNSEEN = 0.1  # added to the count of every token, so that no frequency is 0
 
 @dataclass
 class Outcome:
-    """encoder: the conditioned teacher, with its head.
+    """What conditioning returns.
 
-    Curve: split, step, seconds, loss, perplexity, and low and high of the held-out perplexity; facts: sizes,
-    seconds, perplexities.
+    Attributes:
+        encoder: the conditioned teacher with its head.
+        curve: a table of split, step, seconds, loss, perplexity, and the bounds low and high of held-out perplexity.
+        facts: sizes, seconds and perplexities.
     """
 
     encoder: Encoder
@@ -47,14 +49,14 @@ class Outcome:
 
 
 class MaskedModel(nn.Module):
-    """An encoder under its masked-language head; the head's output matrix is the encoder's own embeddings."""
+    """An encoder with its masked-language head. The head's output matrix is the encoder's own embeddings."""
 
     def __init__(self, encoder: PreTrainedModel, head: MaskedHead):
         super().__init__()
         self.encoder, self.head, self.frozen = encoder.requires_grad_(True), head.requires_grad_(True), False
 
     def freeze(self, frozen: bool) -> None:
-        """Train the head alone (the embeddings, its output matrix, are the encoder's and stay), or everything."""
+        """Train the head alone (without its output matrix, the embeddings), or the whole model."""
         self.frozen = frozen
         self.encoder.requires_grad_(not frozen)
 
@@ -66,21 +68,18 @@ class MaskedModel(nn.Module):
         return self
 
     def states(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """The encoder's states where `chosen` (bool [batch, tokens]) is true: [chosen tokens, hidden]."""
+        """The encoder's states [chosen tokens, hidden] where `chosen` (bool [batch, tokens]) is true."""
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return states.flatten(0, 1).index_select(0, chosen.flatten().nonzero().squeeze(1))
 
     def forward(self, states: torch.Tensor | None = None, **inputs: torch.Tensor) -> torch.Tensor:
-        """Logits [chosen tokens, rows] in float32, from the inputs of `states` or from such states."""
+        """Logits [chosen tokens, vocabulary] in float32, from `states`, or from the method's inputs."""
         states = self.states(**inputs) if states is None else states
         return self.head(states, self.encoder.get_input_embeddings().weight).float()
 
 
 class MaskedTexts:
-    """Tokenised texts that know which of their tokens may be masked; a torch data set of places in itself.
-
-    Texts without such a token are left out: there is nothing to learn from them.
-    """
+    """A torch data set of tokenised texts, with the tokens that may be masked. Texts without one are left out."""
 
     def __init__(self, encoder: Encoder, texts: Iterable[str], whole_words: bool, cache_root: Path | None = None):
         self.pad_id, self.mask_id = encoder.tokenizer.pad_token_id, mask_id(encoder.tokenizer, encoder.name)
@@ -100,16 +99,17 @@ class MaskedTexts:
         return i
 
     def frequencies(self) -> np.ndarray:
-        """How often each row of the vocabulary is a token that may be masked; more than 0, their sum is 1."""
+        """The share of each vocabulary row among the maskable tokens: all above 0, with sum 1."""
         counts = np.full(self.rows, UNSEEN)
         for ids, maskable in zip(self.ids, self.maskable):
             np.add.at(counts, ids[maskable], 1)
         return counts / counts.sum()
 
     def collate(self, batch: list[int]) -> dict[str, torch.Tensor]:
-        """Texts [batch], and input_ids, attention_mask, maskable and, for whole words, words, each [batch, tokens].
+        """Pad texts without masking them.
 
-        Nothing is masked.
+        Returns:
+            The text numbers [batch], and input_ids, attention_mask, maskable and perhaps words, each [batch, tokens].
         """
         ids, mask = pad([self.ids[i] for i in batch], self.pad_id)
         maskable = pad([self.maskable[i] for i in batch], 0)[0].bool()
@@ -119,7 +119,7 @@ class MaskedTexts:
         return features
 
     def mask(self, features: dict[str, torch.Tensor], share: float, key: str) -> dict[str, torch.Tensor]:
-        """Inputs of a MaskedModel and the targets there; `key` (and the shape of the batch) settles what is masked."""
+        """Mask a batch; `key` and the batch's shape decide the draw. Returns a MaskedModel's inputs and its targets."""
         generator = torch.Generator().manual_seed(random.Random(key).getrandbits(32))
         ids = features["input_ids"]
         masked, chosen = mask_tokens(
@@ -132,8 +132,8 @@ class MaskedTexts:
 class ConditionTrainer(BudgetTrainer):
     """Trains a MaskedModel on MaskedTexts.
 
-    What is masked depends on the seed and the step alone. Under a frozen encoder it depends on the seed and the batch:
-    every pass has the same masks, and so the same states, which are computed once and kept.
+    The masks depend on the seed and the step. Under a frozen encoder they depend on the seed and the batch, so every
+    pass has the same states, which are computed once and kept.
     """
 
     def __init__(self, *, share: float, batch_tokens: int, bf16: bool, **kwargs):
@@ -171,7 +171,7 @@ class ConditionTrainer(BudgetTrainer):
 
 
 class _Curve(Curve):
-    """The training loss, at LOGS steps, and the held-out one, where `evaluate` says it; tells whoever draws."""
+    """Records the training loss at LOGS steps and the held-out loss where `evaluate` asks for it."""
 
     def __init__(
         self,
@@ -212,16 +212,28 @@ def condition(
     on_point: Callable[[pd.DataFrame], None] | None = None,
     cache_root: Path | None = None,
 ) -> Outcome:
-    """Train a copy of the teacher further on `train` by BERT's masking; goes on from the last checkpoint under `work`.
+    """Train a copy of the teacher on `train` by BERT's masking. An unfinished training under `work` is resumed.
 
-    Everything is trained, the embeddings (the head's output matrix) too. A teacher without a head gets a new tied one,
-    its bias the logarithm of the tokens' frequencies in `train`, which is trained first, alone, for spec.head_epochs;
-    the perplexity "before" is then that of the untouched encoder under the warmed-up head, and the warm-up's points
-    have the split "warm-up" and their own steps. Held-out loss and perplexity are of the same masked tokens every time,
-    with a bootstrap interval over texts, and "perplexity_unigram" is what the frequencies alone give there: a model
-    above it has made no use of context. on_point: called with the curve so far after every held-out evaluation but the
-    first. All of `train` is used: spec.max_texts is for the caller. cache_root: where tokenised texts are kept.
-    Raises UserError for a tokenizer without a mask token, texts without a maskable token, and a full disk.
+    All weights are trained, the embeddings too. A teacher without a head gets a new tied one, whose bias is the log
+    frequency of the tokens. The new head is first trained alone; its curve points have the split "warm-up". Held-out
+    loss is measured on the same masked tokens every time. "perplexity_unigram" is what token frequencies alone reach.
+
+    Args:
+        teacher: the encoder, with or without a masked-language head.
+        train: training texts; all are used.
+        heldout: texts of the held-out loss.
+        spec: settings; max_texts is left to the caller.
+        work: folder of checkpoints.
+        seed: of the order, the masks and a new head.
+        label: name of the progress bar.
+        on_point: called with the curve after every held-out evaluation but the first.
+        cache_root: folder of tokenised texts; None keeps them in memory.
+
+    Raises:
+        UserError: for a tokenizer without a mask token, texts without a maskable token, or a full disk.
+
+    References:
+        Devlin et al. (2019), section 3.1; Cruz and Aji (2025).
     """
     rows, held = (MaskedTexts(teacher, texts, spec.whole_words, cache_root) for texts in (train, heldout))
     model = MaskedModel(
@@ -277,7 +289,7 @@ def condition(
 
 
 def _masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
-    """The held-out texts in batches, masked once and for all, whatever the seed."""
+    """The held-out texts in batches. Their masks never change."""
     plan = budget_batches(texts.lengths, tokens_per_batch())
     return [(batch, texts.mask(texts.collate(batch), share, f"heldout-{n}")) for n, batch in enumerate(plan)]
 
@@ -285,7 +297,7 @@ def _masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], d
 def heldout_perplexity(
     model: MaskedModel, batches: list[tuple[list[int], dict[str, torch.Tensor]]], texts: int, bf16: bool
 ) -> dict[str, float]:
-    """Loss (nats) and perplexity over all masked tokens; low and high bound its 95% interval over texts (bootstrap)."""
+    """Loss (nats) and perplexity over all masked tokens, with a 95% bootstrap interval over texts."""
     training, device = model.training, model.encoder.device
     model.eval()
     sums = np.zeros((texts, 2))  # of each text: losses, tokens

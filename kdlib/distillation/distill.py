@@ -1,4 +1,4 @@
-"""Distillation: a `transformers.Trainer` that trains a student to have the teacher's states."""
+"""Distillation: a `transformers.Trainer` that trains a student towards the teacher's hidden states."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -34,11 +34,10 @@ FIT_TOKENS = 4096  # that a projection is started on
 
 
 class DistillTrainer(BudgetTrainer):
-    """Trains `model` (the student, watched) towards `teacher` under weighted objectives, in batches of a token budget.
+    """Trains a student under weighted objectives, in batches of a token budget.
 
-    teacher: watched too, in the student's vocabulary; used only where a batch brings no cached states, in eval mode
-    (TinyBERT's script forgot) unless spec.teacher_noise. teacher_layers: which layers are compared, 1 = first. masking:
-    where an objective needs it: then all objectives see the masked text, as in DistilBERT.
+    The teacher runs only where a batch has no cached states, in eval mode unless spec.teacher_noise is set. TinyBERT's
+    script leaves the teacher in training mode.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class DistillTrainer(BudgetTrainer):
 
     @torch.no_grad()
     def target(self, inputs: dict[str, torch.Tensor], noise: bool = False) -> ModelOutputs | None:
-        """The teacher's states for a batch, cached or live; None where no objective asks for them."""
+        """The teacher's outputs for a batch, cached or live. None where no objective needs them."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         if "layer " + str(self.teacher_layers[-1]) in inputs:
             hidden = [inputs[f"layer {layer}"] for layer in self.teacher_layers]
@@ -110,7 +109,7 @@ class DistillTrainer(BudgetTrainer):
 
 
 class Stopped(Exception):
-    """The training was asked to stop, and did, at a checkpoint. A notebook shows one line of it, and no traceback."""
+    """The training was stopped on request, at a checkpoint. A notebook shows one line and no traceback."""
 
     def __init__(self, step: int, steps: int):
         super().__init__(f"at step {step:,} of {steps:,}, with a checkpoint. Run the cell again to go on from there.")
@@ -120,7 +119,7 @@ class Stopped(Exception):
 
 
 class _History(Curve):
-    """The training loss, at LOGS steps, and the held-out one; tells whoever draws, and stops when asked."""
+    """Records the training loss at LOGS steps and the held-out loss, and stops the training on request."""
 
     def __init__(
         self,
@@ -178,17 +177,20 @@ class _History(Curve):
 
 
 def _curve(points: list[dict], spec: config.Distill) -> pd.DataFrame:
-    """The points as a table. Its columns are named: points out of a checkpoint have their keys sorted."""
+    """The points as a table. Points from a checkpoint have sorted keys, so the columns are named here."""
     objectives = [name for name, weight in spec.objectives.items() if weight]
     return pd.DataFrame(points, columns=["split", "step", "seconds", "loss", *objectives])
 
 
 @dataclass
 class Outcome:
-    """student: the distilled model.
+    """What distillation returns.
 
-    Curve: split, step, seconds, loss and each objective; facts: sizes and speeds; head: the student's
-    masked-language head, where an objective trained one.
+    Attributes:
+        student: the distilled model.
+        curve: a table of split, step, seconds, loss and each objective.
+        facts: sizes and speeds.
+        head: the student's masked-language head, where an objective trained one.
     """
 
     student: PreTrainedModel
@@ -209,17 +211,33 @@ def distill(
     on_point: Callable[[pd.DataFrame], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Outcome:
-    """Distil `teacher` (in the student's vocabulary) into `student`; goes on from the last checkpoint under `work`.
+    """Distil `teacher` into `student`. An unfinished training under `work` is resumed.
 
-    Several processes (`processes.join`) share every batch: the student is, but for rounding, the one that one makes.
+    Several processes share every batch; the student is the one of a single process, up to rounding. Cached states are
+    not used where an objective needs attention or masked text. A student of another width is compared through a
+    learned projection. The objectives kl and mlm train a head, which starts as the teacher's where shapes fit.
 
-    train, heldout: from `prepare`. Cached states are left aside where an objective needs what is not cached: attention,
-    or anything of a masked text. A student of another width is compared through a learned projection, which starts as
-    the least-squares fit of the teacher's states (spec.projection "auto") or at random, as TinyBERT's ("shared": at
-    equal width too). Objectives kl and mlm train a head with the student, which starts as the teacher's where shapes
-    fit. on_point: called with the curve so far whenever it has got a point. should_stop: asked after every step.
-    Raises UserError where student, teacher and objectives do not go together, and Stopped where it was asked to stop:
-    the next call then goes on from that step.
+    Args:
+        teacher: the encoder, in the student's vocabulary.
+        student: the model to train; it is changed.
+        train: training texts, from `prepare`.
+        heldout: held-out texts, from `prepare`.
+        spec: objectives, learning rate, batches and the rest.
+        work: folder of checkpoints.
+        seed: of the order, the masks and a new head.
+        label: name of the progress bar.
+        on_point: called with the curve whenever it has a new point.
+        should_stop: asked after every step.
+
+    Returns:
+        The student with its curve and facts.
+
+    Raises:
+        UserError: where student, teacher and objectives do not fit together.
+        Stopped: when `should_stop` returned true; the next call resumes.
+
+    References:
+        Jiao et al. (2020), TinyBERT; Sanh et al. (2019), DistilBERT; Cruz and Aji (2025).
     """
     check_objectives(spec.objectives)
     needs = RequiredOutputs.of(spec.objectives)
@@ -289,7 +307,7 @@ def distill(
 
 
 def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs) -> None:
-    """Raises UserError where the objectives cannot compare the two."""
+    """Raise UserError where the objectives cannot compare the two models."""
     if needs.masked:
         mask_id(teacher.tokenizer, teacher.name)
     mine, theirs = student.config.num_attention_heads, teacher.model.config.num_attention_heads
@@ -308,7 +326,7 @@ def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutpu
 
 
 def _usable(texts: TokenizedCorpus, needs: RequiredOutputs, spec: config.Distill, layers: list[int]) -> TokenizedCorpus:
-    """The texts with the cached states that are compared; without any where the teacher has to run live."""
+    """The texts with the cached states of the compared layers, or without any where the teacher runs live."""
     wanted = [0] * needs.embedded + layers
     if texts.cached is None or not needs.cacheable or spec.teacher_noise or not set(wanted) <= set(texts.cached.layers):
         return texts.live()
@@ -316,7 +334,7 @@ def _usable(texts: TokenizedCorpus, needs: RequiredOutputs, spec: config.Distill
 
 
 def _projection(student: PreTrainedModel, teacher: Encoder, spec: config.Distill, seed: int) -> nn.Linear | None:
-    """The projection to the teacher's width, where there is to be one; started as TinyBERT's, normal(0, 0.02)."""
+    """The projection to the teacher's width, where one is needed. It starts as TinyBERT's, normal(0, 0.02)."""
     width = student.config.hidden_size
     if width == teacher.hidden and spec.projection == "auto":
         return None
@@ -330,10 +348,9 @@ def _projection(student: PreTrainedModel, teacher: Encoder, spec: config.Distill
 
 @torch.no_grad()
 def _fit_projection(student: StateCapture, trainer: DistillTrainer, texts: TokenizedCorpus) -> None:
-    """Start the projection where it takes the student's states nearest to the teacher's.
+    """Start the projection at the least-squares fit from the student's states to the teacher's, over a few texts.
 
-    Least squares over the compared states of some texts, those of each layer divided by the teacher's variance as
-    in `hidden_loss`.
+    Each layer is divided by the teacher's variance, as in `hidden_loss`.
     """
     places = np.linspace(0, len(texts) - 1, max(1, FIT_TOKENS * len(texts) // texts.tokens)).astype(int)
     left = right = 0.0

@@ -1,9 +1,9 @@
-"""Distillation objectives: what the student is asked to have in common with the teacher.
+"""Distillation objectives: in what the student shall equal the teacher.
 
-Each objective is a function of student and teacher `States` and gives one number per batch; a profile names
-objectives and their weights, and `total_loss` adds them up. Padding never counts. Where several processes share a
-batch, the mean of their losses is the loss of the whole batch. A student that is narrower than its
-teacher is compared through a learned projection: its `States` hold what came out of it.
+An objective is a function of the student's and the teacher's `ModelOutputs` that returns one number a batch. A profile
+lists objectives with weights, and `total_loss` adds them up. Padding never counts. Where processes share a batch, the
+mean of their losses is the loss of the whole batch. A student of another width is compared through a projection: its
+outputs are those after the projection.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,12 +19,16 @@ from kdlib.models.encoder import mean_pool
 
 @dataclass
 class ModelOutputs:
-    """What one forward pass gave, as far as an objective asked for it.
+    """The outputs of one forward pass that the objectives need.
 
-    hidden: list of [batch, tokens, hidden], one per compared layer, lowest first, the last layer always among them.
-    mask: [batch, tokens], 1 at real tokens. query, key: lists of [batch, heads, tokens, head size] of the compared
-    layers. embedded: what the embeddings gave, [batch, tokens, hidden]. logits: [masked tokens, vocabulary];
-    targets: [masked tokens], the tokens that were masked.
+    Attributes:
+        hidden: [batch, tokens, hidden] of each compared layer, lowest first; the last layer is always there.
+        mask: [batch, tokens], 1 at real tokens.
+        query: [batch, heads, tokens, head size] of each compared layer.
+        key: as `query`.
+        embedded: [batch, tokens, hidden], the states after the embeddings.
+        logits: [masked tokens, vocabulary].
+        targets: [masked tokens], the tokens before masking.
     """
 
     hidden: list[torch.Tensor]
@@ -40,10 +44,12 @@ torch.export.register_dataclass(ModelOutputs)  # training by several processes h
 
 
 def hidden_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """Mean over layers of MSE(student, teacher) / Var(teacher) over real tokens.
+    """Mean over layers of MSE(student, teacher) / Var(teacher) over real tokens; 0 is a perfect copy.
 
-    TinyBERT (Jiao et al. 2020, eq. 8) without the embeddings' states; dividing by the variance of each teacher layer
-    lets layers of different scale weigh the same: 0 is a perfect copy, 1 no better than the mean.
+    The division gives layers of different scale the same weight.
+
+    References:
+        Jiao et al. (2020), eq. 8, without the embeddings' states.
     """
     keep = student.mask.bool()
     losses = []
@@ -53,17 +59,18 @@ def hidden_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
 
 
 def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """MSE over real tokens, or pairs of them: where `keep` is true, bool, with size 1 along what all have in common."""
+    """MSE over the real tokens, or pairs of tokens, where the bool `keep` is true."""
     # Padding is zeroed rather than cut out: the gradient of a cut is a slow scatter.
     difference = (mine.float() - theirs.float()).masked_fill(~keep, 0)
     return _over(difference.square().sum(), keep.sum() * (difference.numel() // keep.numel()))
 
 
 def _over(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """A sum over how many it is of.
+    """A sum divided by its count.
 
-    Processes that share a batch divide by the mean of their counts: then the mean of what they get, as of their
-    gradients, is that of the whole batch, however unequal their shares.
+    Processes that share a batch divide by the mean of their counts. Then the mean of their losses and gradients is that
+    of
+    the whole batch, also where their shares differ.
     """
     if distributed.world_size() > 1:
         count = distributed.mean(torch.as_tensor(count, dtype=torch.float32, device=total.device))
@@ -71,7 +78,7 @@ def _over(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
 
 
 def _variance(values: torch.Tensor) -> torch.Tensor:
-    """The variance over the whole batch, kept from being 0."""
+    """The variance over the whole batch, at least a small positive number."""
     if distributed.world_size() == 1:
         return values.var().clamp(min=1e-6)
     values = values.double()
@@ -82,10 +89,10 @@ def _variance(values: torch.Tensor) -> torch.Tensor:
 
 
 def tinybert_hidden_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """Sum over the embeddings' states and the compared layers of MSE(student, teacher) over real tokens.
+    """Sum over the embeddings and the compared layers of MSE(student, teacher) over real tokens.
 
-    TinyBERT's general distillation (Jiao et al. 2020, eq. 8 and 9) as its script adds it up: l + 1 terms of weight 1,
-    none divided by a variance.
+    References:
+        Jiao et al. (2020), eq. 8 and 9, with the l + 1 terms of weight 1 of their script.
     """
     keep = student.mask.bool().unsqueeze(-1)
     pairs = zip([student.embedded, *student.hidden], [teacher.embedded, *teacher.hidden], strict=True)
@@ -93,11 +100,12 @@ def tinybert_hidden_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.
 
 
 def attention_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """Mean over layers of MSE(student, teacher) / Var(teacher) of attention scores.
+    """Mean over layers of MSE(student, teacher) / Var(teacher) of attention scores before the softmax.
 
-    The scores are those before the softmax, between real tokens.
-    TinyBERT (Jiao et al. 2020, eq. 7) with scores Q K^T / sqrt(head size), on the scale of `hidden_loss`. Needs as many
-    heads in the student as in the teacher.
+    Student and teacher need the same number of heads.
+
+    References:
+        Jiao et al. (2020), eq. 7, with scores Q K^T / sqrt(head size), on the scale of `hidden_loss`.
     """
     losses = [
         _mean_square(mine, theirs, keep) / _variance(theirs[keep.expand_as(theirs)])
@@ -109,17 +117,16 @@ def attention_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor
 def tinybert_attention_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
     """Sum over layers of MSE(student, teacher) of attention scores before the softmax, between real tokens.
 
-    TinyBERT (Jiao et al. 2020, eq. 7) as its script adds it up. Needs as many heads in the student as in the teacher.
-    Of DeBERTa's scores the content's part is compared; that of relative positions is left out.
+    Student and teacher need the same number of heads. In DeBERTa only the content part of the scores is compared.
+
+    References:
+        Jiao et al. (2020), eq. 7, as their script adds it up.
     """
     return torch.stack([_mean_square(*scores) for scores in _scores(student, teacher)]).sum()
 
 
 def _scores(student: ModelOutputs, teacher: ModelOutputs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """The attention scores of each layer, of student and teacher, and where both tokens are real.
-
-    Scores are [batch, heads, tokens, tokens]; the mask is [batch, 1, tokens, tokens].
-    """
+    """Attention scores of each layer [batch, heads, tokens, tokens], and the mask of real pairs."""
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
@@ -136,7 +143,7 @@ def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def sentence_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """1 - cosine of the mean-pooled last states: what a sentence encoder is used for, asked for directly."""
+    """1 - cosine of the mean-pooled last states, mean over texts."""
     mine = mean_pool(student.hidden[-1].float(), student.mask)
     theirs = mean_pool(teacher.hidden[-1].float(), teacher.mask)
     real = student.mask.any(1)
@@ -144,15 +151,16 @@ def sentence_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
 
 
 def cosine_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """Mean over real tokens of 1 - cosine of the last states: DistilBERT's (Sanh et al. 2019) third loss."""
+    """Mean over real tokens of 1 - cosine of the last states (Sanh et al. 2019, the third loss)."""
     cosine = F.cosine_similarity(student.hidden[-1].float(), teacher.hidden[-1].float(), dim=-1)
     return _over(((1 - cosine) * student.mask).sum(), student.mask.sum())
 
 
 def kl_loss(student: ModelOutputs, teacher: ModelOutputs, temperature: float = 2.0) -> torch.Tensor:
-    """T^2 KL(teacher || student) of the logits divided by T, mean over masked tokens.
+    """T^2 KL(teacher || student) of the logits divided by T, mean over masked tokens. T^2 keeps the gradient's size.
 
-    Soft targets (Hinton et al. 2015) as DistilBERT (Sanh et al. 2019) has them; T^2 keeps the size of the gradient.
+    References:
+        Hinton et al. (2015), section 2; Sanh et al. (2019).
     """
     mine = F.log_softmax(student.logits.float() / temperature, -1)
     theirs = F.log_softmax(teacher.logits.float() / temperature, -1)
@@ -160,7 +168,7 @@ def kl_loss(student: ModelOutputs, teacher: ModelOutputs, temperature: float = 2
 
 
 def mlm_loss(student: ModelOutputs, teacher: ModelOutputs | None = None) -> torch.Tensor:
-    """Cross-entropy of the masked tokens (Devlin et al. 2019); asks nothing of the teacher."""
+    """Cross-entropy of the masked tokens (Devlin et al. 2019). It needs no teacher."""
     return _over(F.cross_entropy(student.logits.float(), student.targets, reduction="sum"), len(student.targets))
 
 
@@ -178,11 +186,15 @@ OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {
 
 @dataclass(frozen=True)
 class RequiredOutputs:
-    """What objectives ask of a forward pass.
+    """What objectives need from a forward pass.
 
-    layers: all compared layers, not the last alone; embedded: the embeddings' states; states: states that go through
-    the projection, if there is one; attention: queries and keys; masked: masked text, and logits at its masked tokens;
-    soft: the teacher's logits too.
+    Attributes:
+        layers: all compared layers, not only the last.
+        embedded: the states after the embeddings.
+        states: states that go through the projection.
+        attention: queries and keys.
+        masked: masked text, and logits at its masked tokens.
+        soft: the teacher's logits.
     """
 
     layers: bool
@@ -194,7 +206,7 @@ class RequiredOutputs:
 
     @classmethod
     def of(cls, weights: dict[str, float]) -> "RequiredOutputs":
-        """What weighted objectives require together."""
+        """What these objectives need together."""
         used = {name for name, weight in weights.items() if weight}
         attention = {"attention", "tinybert_attention"}
         return cls(
@@ -208,17 +220,17 @@ class RequiredOutputs:
 
     @property
     def teacher(self) -> bool:
-        """Whether any objective looks at a teacher: mlm alone does not."""
+        """Whether an objective needs a teacher; mlm alone does not."""
         return self.states or self.attention or self.soft
 
     @property
     def cacheable(self) -> bool:
-        """Whether cached states are all that is asked of the teacher: they are the whole text's, and states alone."""
+        """Whether cached states of the unmasked text are all that the teacher has to give."""
         return self.states and not self.attention and not self.masked
 
 
 def check_objectives(weights: dict[str, float]) -> None:
-    """Raises UserError for an unknown name, a negative weight, or nothing to optimise."""
+    """Raise UserError for an unknown name, a negative weight, or no weight above 0."""
     unknown = [name for name in weights if name not in OBJECTIVES]
     if unknown:
         raise UserError(f"unknown objective {unknown[0]!r}; there are {', '.join(OBJECTIVES)}")
@@ -229,7 +241,7 @@ def check_objectives(weights: dict[str, float]) -> None:
 def total_loss(
     weights: dict[str, float], student: ModelOutputs, teacher: ModelOutputs | None, temperature: float = 2.0
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum, and each objective's own value. temperature: of the soft targets (kl)."""
+    """The weighted sum, and each objective's own value. `temperature` is that of the soft targets (kl)."""
     settings = {"kl": {"temperature": temperature}}
     parts = {
         name: OBJECTIVES[name](student, teacher, **settings.get(name, {})) for name, weight in weights.items() if weight

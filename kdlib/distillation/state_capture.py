@@ -12,11 +12,14 @@ from kdlib.models.mlm_head import MaskedHead
 
 
 class StateCapture(nn.Module):
-    """A model whose forward pass gives `States`, as far as `needs` asks.
+    """A model whose forward pass returns `ModelOutputs`. For a student, this module is trained and checkpointed.
 
-    layers: whose states are kept, 1 = first, the last layer at the end. projection: hidden -> the teacher's hidden,
-    which all kept states go through (TinyBERT's, Jiao et al. 2020, eq. 8); head: gives the logits, from the states
-    before the projection. For a student this is what is trained and checkpointed; the model inside is what is kept.
+    Args:
+        model: the encoder.
+        needs: the outputs to capture.
+        layers: layers whose states are kept, 1 = first, with the last layer at the end.
+        projection: hidden -> the teacher's hidden, applied to all kept states (Jiao et al. 2020, eq. 8).
+        head: gives the logits, from the states before the projection.
     """
 
     def __init__(
@@ -47,7 +50,13 @@ class StateCapture(nn.Module):
         return hook
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, masked: torch.Tensor | None = None) -> ModelOutputs:
-        """ids, mask: [batch, tokens]; masked: places of the masked tokens in the flattened batch, for the logits."""
+        """Run the model.
+
+        Args:
+            ids: [batch, tokens].
+            mask: attention mask [batch, tokens].
+            masked: positions of the masked tokens in the flattened batch, for the logits.
+        """
         for caught in self.caught.values():
             caught.clear()
         found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
@@ -64,7 +73,7 @@ class StateCapture(nn.Module):
         return ModelOutputs(kept, mask, query, key, embedded, logits)
 
     def release(self) -> PreTrainedModel:
-        """The model, with nothing watching it any more."""
+        """Remove all hooks and return the model."""
         for hook in self.hooks:
             hook.remove()
         return self.model

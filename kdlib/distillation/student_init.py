@@ -1,4 +1,4 @@
-"""Student building: a smaller encoder of the teacher's kind, started from the teacher's weights."""
+"""Student building: a smaller encoder of the teacher's family, initialised from the teacher's weights."""
 
 import copy
 import re
@@ -19,11 +19,16 @@ SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
 
 
 def layer_map(init: str | list[int], student_layers: int, teacher_layers: int) -> list[int]:
-    """Which teacher layer (1 = first) each student layer is copied from and compared with.
+    """The teacher layer (1 = first) that each student layer is copied from and compared with.
 
-    init: "alternate" (every n-th, the last among them), "first", "last", or the layers themselves. A random start
-    has no source layers; it is compared with the alternate ones. Cruz and Aji's student layer i is compared with
-    teacher layer i * L / l, which is "alternate".
+    Args:
+        init: "alternate" (every n-th, with the last), "first", "last", a list of layers, or "random", which is compared
+            with the alternate layers.
+        student_layers: l.
+        teacher_layers: L.
+
+    References:
+        Cruz and Aji (2025): student layer i is compared with teacher layer i * L / l, which is "alternate".
     """
     if isinstance(init, list):
         if len(init) != student_layers:
@@ -50,21 +55,30 @@ def count_layers(model: PreTrainedModel) -> int:
 def build_student(
     teacher: PreTrainedModel, spec: config.Student, seed: int = 0, sample: Sequence[Sequence[int]] | None = None
 ) -> PreTrainedModel:
-    """A student of the teacher's family with the sizes of `spec`; sizes that are None are the teacher's.
+    """Build a student of the teacher's family with the sizes of `spec`; sizes that are None are the teacher's.
 
-    spec.init: "alternate", "first", "last" or a list of teacher layers (1 = first) copies those layers and everything
-    outside the layers (embeddings, pooler), exactly where no other size changes; "random" draws all weights anew with
-    `seed` (a "blank" student). spec.narrow says what becomes of the copies where width, feed-forward width or heads
-    are smaller than the teacher's; only the weights whose sizes change are touched:
+    Copied layers are exact where only the number of layers changes. Otherwise only the weights whose sizes change are
+    touched, as spec.narrow says. "random": they are drawn. "truncate": the first dimensions stay, of each head too, and
+    the feed-forward neurons with the largest product of norms. "pca": see `_narrow`.
 
-    - "random": they are drawn anew, which for a smaller width means all.
-    - "truncate": the first dimensions stay, of each head too; of the feed-forward neurons those with the largest
-      product of the norms of what they read and write. Fewer heads: neighbours are joined.
-    - "pca": as `_narrow` describes, fitted on `sample`, token ids of texts (of which about 8,000 tokens are used);
-      without it, on random rows of the vocabulary.
+    Args:
+        teacher: the model to copy from.
+        spec: sizes; spec.init lists the layers to copy, or is "random" for a random start (a "blank" student).
+        seed: of random weights.
+        sample: token ids of texts that "pca" is fitted on (about 8,000 tokens); None: random rows of the vocabulary.
 
-    Raises UserError for sizes that do not fit, and for a student deeper, wider or with more heads than its teacher
-    unless spec.init is "random".
+    Raises:
+        UserError: for sizes that do not fit together, or for a student with more layers, width or heads than its
+            teacher, unless spec.init is "random".
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> import kdlib
+        >>> from kdlib.config import Student
+        >>> sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+        >>> teacher = BertModel(BertConfig(num_hidden_layers=4, **sizes))
+        >>> kdlib.build_student(teacher, Student(layers=2)).config.num_hidden_layers
+        2
     """
     sizes = _student_config(teacher, spec)
     if spec.init == "random":
@@ -84,7 +98,7 @@ def _sizes(settings: PretrainedConfig) -> tuple[int, int, int]:
 
 
 def _ffn_key(settings: PretrainedConfig) -> str:
-    """The config's key for the feed-forward width, also of a family that only starts at random."""
+    """The config's key for the feed-forward width, also of a family that has no row in the table."""
     family = FAMILIES.get(settings.model_type)
     return family.ffn if family else "intermediate_size"
 
@@ -152,14 +166,13 @@ def _narrow(
 ) -> PreTrainedModel:
     """Fill `start`, which has the student's sizes, from `wide`, a copy of the teacher's layers `source`.
 
-    Width: the residual stream is carried over by a basis, [width, new width] with orthonormal columns: the first axes
-    ("truncate"), or the principal directions of the teacher's states ("pca"), as SliceGPT (Ashkboos et al. 2024) and
-    BiStil (Ansell et al. 2023) slice models. What reads the stream is multiplied by the basis, what writes to it by its
-    transpose. A LayerNorm's bias is projected likewise; its gain g becomes the diagonal of basis^T diag(g) basis. The
-    student's states are the teacher's projected, about sqrt(new width / width) as long: a learned projection takes that
-    up.
-    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights in
-    and out stay.
+    Width: the residual stream is projected by a basis [width, new width] with orthonormal columns: the first axes
+    ("truncate") or the principal directions of the teacher's states ("pca"), as in SliceGPT (Ashkboos et al. 2024) and
+    BiStil (Ansell et al. 2023). Weights that read the stream are multiplied by the basis, weights that write it by its
+    transpose. A LayerNorm's bias is projected too; its gain g becomes the diagonal of basis^T diag(g) basis. The states
+    are
+    then the teacher's projected, about sqrt(new width / width) as long; a learned projection corrects the length.
+    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights.
     """
     names = family_of(teacher.config.model_type)
     (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
@@ -200,8 +213,8 @@ def _principal(
 ) -> torch.Tensor:
     """Principal directions, about the origin, of the teacher's states on a sample, strongest first.
 
-    The states are those of the embeddings, of the layers `source` and, halfway, of their attention. All weigh the same,
-    and so do DeBERTa's relative positions, which the layers read too. Returns float [width, size], orthonormal columns.
+    The states after the embeddings, after the layers `source` and after their attention have equal weight, as have
+    DeBERTa's relative positions. Returns float [width, size] with orthonormal columns.
     """
     names = family_of(teacher.config.model_type)
     if sample is None:
@@ -244,12 +257,13 @@ def _narrow_heads(
     basis: torch.Tensor,
     reduce: bool,
 ) -> None:
-    """Map the heads of one layer onto fewer or smaller ones, in place; the residual stream keeps its width.
+    """Map the heads of one layer onto fewer or smaller ones, in place.
 
-    Of fewer heads each takes the place of neighbours: it looks where they look on average (the mean of their scores)
-    and carries what all of them carry; exactly so where its size has room for theirs side by side. Where it has not,
-    products of queries and keys, and of values and output, are kept as well as its rank allows by SVD (reduce), or its
-    first dimensions stay.
+    A new head replaces neighbouring heads: it uses the mean of their scores and carries the values of all of them,
+    exactly
+    where it is large enough for them side by side. Otherwise the products of queries and keys, and of values and
+    output,
+    are approximated by SVD (reduce), or the first dimensions stay.
     """
     width, new_width = basis.shape
     size, new_size = width // heads, new_width // new_heads
@@ -281,13 +295,11 @@ def _narrow_heads(
 
 
 def _inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maps from an inner space of n dimensions to one of `size`, both [size, n], for what is multiplied there.
+    """Maps from an inner space of n dimensions to one of `size`, both [size, n].
 
-    With left [n, a] and right [n, b], (map left)^T (map right) is near left^T right.
-
-    reduce: as near as rank `size` allows (Eckart and Young 1936), balanced between the two as in balanced truncation;
-    else the first dimensions. Room to spare repeats dimensions on the left against zeros on the right: the product
-    stays, and can be learned from.
+    With left [n, a] and right [n, b], (map left)^T (map right) approximates left^T right. With `reduce` it is the best
+    approximation of rank `size` (Eckart and Young 1936), balanced between the two; else the first dimensions stay.
+    Additional dimensions repeat on the left and are 0 on the right, so the product stays the same and can be learned.
     """
     n = len(left)
     if n <= size or not reduce:
@@ -301,7 +313,7 @@ def _inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool
 
 
 def _root(matrix: torch.Tensor) -> torch.Tensor:
-    """The symmetric root of matrix @ matrix.T, double, kept from being singular."""
+    """The symmetric root of matrix @ matrix.T in double precision, never singular."""
     square = matrix.double() @ matrix.double().T
     square.diagonal().add_(1e-9 * square.diagonal().mean())
     values, vectors = torch.linalg.eigh(square)

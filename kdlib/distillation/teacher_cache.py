@@ -1,7 +1,7 @@
-"""The teacher's hidden states on disk: computed once, read by every epoch, every ablation arm and every later run.
+"""The teacher's hidden states on disk: computed once, and read by every epoch, ablation arm and later run.
 
-A folder holds the states of one list of texts under one teacher, a file per layer, so that students of other depths
-find the layers they share: `layer-03.f16`, and beside it `layer-03.json` with its size and checksum.
+A folder holds the states of one list of texts under one teacher. Each layer is a file, so that students of other depths
+share layers: `layer-03.f16`, with its size and checksum in `layer-03.json`.
 """
 
 import contextlib
@@ -33,8 +33,9 @@ SPARE = 0.9  # share of the free disk that a cache may take
 class TeacherStates:
     """Half-precision states of texts, memory-mapped.
 
-    layers: layer (0 = embeddings, n = after layer n) -> float16 [tokens of all texts, hidden]; starts: int [texts], at
-    which token each text begins.
+    Attributes:
+        layers: layer (0 = embeddings, n = after layer n) -> float16 [tokens of all texts, hidden].
+        starts: int [texts], the first token of each text.
     """
 
     layers: dict[int, np.ndarray]
@@ -61,10 +62,11 @@ def gigabytes(tokens: int, layers: int, hidden: int) -> float:
 def teacher_states(
     root: Path, teacher: Encoder, ids: Sequence[np.ndarray], layers: Sequence[int], budget: float
 ) -> TeacherStates | None:
-    """The teacher's states for tokenised texts, from the cache under `root` or computed into it.
+    """The teacher's states for tokenised texts, from the cache in `root` or computed into it.
 
-    The folder is named after the teacher's weights and the ids, so nothing stale is ever read. Layers that are there
-    are used; the others are computed in one pass. A torn or corrupted file is named in a warning and computed again.
+    The folder is named by the teacher's weights and the ids, so stale states are never read. Missing layers are
+    computed in
+    one pass. A damaged file is named in a warning and computed again.
 
     Args:
         root: the run's cache folder.
@@ -74,8 +76,7 @@ def teacher_states(
         budget: gigabytes that the folder may take.
 
     Returns:
-        The states; None, with a warning, where they need more room than the budget or the disk has. Then the teacher
-        runs live.
+        The states. None, with a warning, where the budget or the disk is too small; then the teacher runs live.
 
     Raises:
         UserError: where `root` cannot be written.
@@ -94,7 +95,7 @@ def teacher_states(
 
 
 def _key(teacher: Encoder, ids: Sequence[np.ndarray], lengths: np.ndarray) -> str:
-    """What the states depend on, as a SHA-256 over the bytes of weights, settings and ids."""
+    """A SHA-256 of all that the states depend on: weights, settings and ids."""
     settings = teacher.model.config.to_dict()
     for name in ("_name_or_path", "transformers_version", "architectures", "dtype"):  # of the folder, not of the model
         settings.pop(name, None)
@@ -109,7 +110,7 @@ def _key(teacher: Encoder, ids: Sequence[np.ndarray], lengths: np.ndarray) -> st
 
 
 def _whole(file: Path, size: int) -> bool:
-    """Whether a layer's file is there and has the size and the checksum it was written with; if not, that is said."""
+    """Whether a layer's file has the size and checksum it was written with; a damaged one gives a warning."""
     if not file.is_file():
         return False
     try:
@@ -123,7 +124,7 @@ def _whole(file: Path, size: int) -> bool:
 
 
 def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget: float) -> bool:
-    """Whether the missing layers keep the folder within its budget and leave room on the disk; says if not."""
+    """Whether the missing layers fit the budget and the disk; if not, a warning says so."""
     new = gigabytes(shape[0], len(missing), shape[1])
     others = set(folder.glob("layer-*.f16")) - set(missing.values())
     total = new + sum(file.stat().st_size for file in others) / 1e9
@@ -151,7 +152,7 @@ def _tell_full(root: Path, size: float) -> None:
 
 
 def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> bool:
-    """Compute layers in one pass and put their files in place; False where the disk filled up meanwhile."""
+    """Compute layers in one pass and write their files. False where the disk was full."""
     try:
         with contextlib.ExitStack() as stack:
             work = {layer: stack.enter_context(new_file(file)) for layer, file in files.items()}

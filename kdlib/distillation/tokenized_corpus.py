@@ -1,4 +1,4 @@
-"""What a student is distilled on: tokens, masks, and the teacher's cached states."""
+"""The data a student is distilled on: tokens, masks, and the teacher's cached states."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -22,10 +22,11 @@ from kdlib.models.token_store import Ragged
 
 @dataclass
 class TokenizedCorpus:
-    """Tokenised texts and, where cached, the teacher's states for them. A torch data set of places in itself.
+    """A torch data set of tokenised texts and, where cached, the teacher's states for them.
 
-    ids: int32 [tokens] of each text; maskable: bool [tokens] of each, where masked-language objectives may mask, unless
-    none is to.
+    Attributes:
+        ids: int32 [tokens] of each text.
+        maskable: bool [tokens] of each text, which tokens masked-language objectives may mask; None without such.
     """
 
     ids: Ragged
@@ -41,7 +42,7 @@ class TokenizedCorpus:
 
     @property
     def tokens(self) -> int:
-        """How many tokens all texts have."""
+        """Number of tokens of all texts."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
@@ -59,9 +60,10 @@ class TokenizedCorpus:
         return replace(self, cached=None)
 
     def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask, int64 [batch, tokens].
+        """Pad texts.
 
-        If cached, for each layer its states, named "layer 3": float16 [batch, tokens, hidden].
+        Returns:
+            input_ids and attention_mask, int64 [batch, tokens], and cached states of each layer, named "layer 3".
         """
         rows = [self.ids[i] for i in batch]
         ids, mask = pad(rows, self.pad_id)
@@ -75,10 +77,7 @@ class TokenizedCorpus:
 
 @dataclass
 class Masking:
-    """Masks the tokens of batches, the same tokens for the same texts in the same epoch.
-
-    So a resumed run sees what it would have seen. mask_id, rows, share: as `masking.mask_tokens` has them.
-    """
+    """Masks the tokens of batches. A text has the same masks whenever an epoch is repeated, so a run can resume."""
 
     mask_id: int
     rows: int
@@ -88,10 +87,12 @@ class Masking:
     def collate(
         self, texts: TokenizedCorpus, sampler: BudgetSampler, batch: Sequence[int], rows: slice = slice(None)
     ) -> dict[str, torch.Tensor]:
-        """As `Texts.collate`, with masked input_ids.
+        """Pad and mask texts.
 
-        And masked, int64 [masked tokens], their places in the flattened batch, and targets, the tokens that
-        were there. rows: of the masked batch, those that are wanted.
+        Returns:
+            As `TokenizedCorpus.collate`, with masked input_ids; masked, int64 [masked tokens], their positions in the
+                flattened
+            batch; and targets, the tokens before masking. `rows` selects rows of the masked batch.
         """
         features = texts.collate(batch)
         ids = features["input_ids"]
@@ -107,17 +108,17 @@ class Masking:
 
 @dataclass
 class RankCollator:
-    """Gives each of several processes its rows of every batch, every n-th of them."""
+    """Gives each of several processes every n-th row of a batch."""
 
     texts: TokenizedCorpus
     sampler: BudgetSampler
     masking: Masking | None
 
     def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """As `Texts.collate` or `Masking.collate`.
+        """As `TokenizedCorpus.collate` or `Masking.collate`.
 
-        A process for which a batch has no row gets one that counts for nothing: counted, int64 [1, tokens], is
-        the mask that losses then go by, all 0.
+        A process without a row gets one that does not count: then `counted`, int64 [1, tokens], is the mask of the
+        losses, all 0.
         """
         rows = slice(distributed.rank(), None, distributed.world_size())
         spare = not batch[rows]
@@ -136,10 +137,7 @@ class RankCollator:
 def tokenise(
     encoder: Encoder, texts: Iterable[str], masks: bool = False, cache_root: Path | None = None
 ) -> TokenizedCorpus:
-    """Token ids of every text, with the prefix, without the teacher's states; from the cache, where there is one.
-
-    masks: also where they may be masked, which takes as long again.
-    """
+    """Tokenise every text with the prefix, from the cache where there is one. `masks`: also what may be masked."""
     found = token_store.tokenise(encoder, texts, ["maskable"] * masks, cache_root)
     return TokenizedCorpus(found["ids"], encoder.tokenizer.pad_token_id, found.get("maskable"))
 
@@ -149,8 +147,7 @@ def prepare(
 ) -> TokenizedCorpus:
     """Tokenise `texts` and get the teacher's states that a student of `depth` layers is compared with, from the cache.
 
-    The teacher runs live, at every step, where the profile or its size budget forbids a cache, or where an objective
-    needs what is not cached.
+    The teacher runs live where the profile or its size limit forbids a cache, or an objective needs uncached outputs.
     """
     tokenised = tokenise(encoder, texts, RequiredOutputs.of(spec.objectives).masked, cache_root)
     if not len(tokenised):
@@ -161,7 +158,7 @@ def prepare(
 def with_states(
     texts: TokenizedCorpus, encoder: Encoder, spec: config.Distill, cache_root: Path | None, depth: int
 ) -> TokenizedCorpus:
-    """The same texts with the states that `spec` asks for; see `prepare`. Layers already cached are not made again."""
+    """The same texts with the states that `spec` needs; see `prepare`. Cached layers are reused."""
     needs = RequiredOutputs.of(spec.objectives)
     if not spec.cache or cache_root is None or spec.teacher_noise or not needs.cacheable:
         return texts.live()
@@ -176,10 +173,11 @@ def training_size(train: TokenizedCorpus, spec: config.Distill, seed: int = 0) -
 
 
 def compared_layers(needs: RequiredOutputs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
-    """Which layers of student and teacher are compared.
+    """The layers of student and teacher that are compared.
 
-    All as TinyBERT does, student layer i with teacher layer i * L / l; the last ones alone where no objective asks
-    for more.
+    Student layer i is compared with teacher layer i * L / l, as in TinyBERT; only the last ones where no objective
+    needs
+    more.
     """
     if not needs.layers:
         return [depth], [teacher_depth]

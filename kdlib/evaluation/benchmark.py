@@ -142,7 +142,7 @@ def _content(task: Task) -> str:
 
 
 def save_metrics(file: Path, metrics: Sequence[Metric], about: dict) -> None:
-    """Keep the metrics of a trial with their items, and `about`, which tells people what the file is."""
+    """Write the metrics of a trial with their items, and `about`, which tells a reader what the file is."""
     with new_file(file) as path:
         items: dict[str, Any] = {metric.name: metric.items for metric in metrics}
         np.savez_compressed(path, about=np.array(json.dumps(about)), **items)

@@ -1,4 +1,4 @@
-"""Fine-tuning: an encoder with a fresh task head, trained end to end by the Trainer, scored on the task's test rows."""
+"""Fine-tuning: an encoder and a new task head are trained together and scored on the task's test rows."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ TEXTS_AT_ONCE = 4096  # texts tokenised in one call: the tokenizer's own records
 
 
 class TaskModel(nn.Module):
-    """An encoder under a linear head: on the mean-pooled state of a text, or on every token (kind tokens)."""
+    """An encoder with a linear head: on the mean-pooled state of a text, or on every token (kind tokens)."""
 
     def __init__(self, encoder: nn.Module, kind: str, labels: int):
         super().__init__()
@@ -48,7 +48,7 @@ class TaskModel(nn.Module):
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, mean over texts or words; of each label by itself for kind multilabel."""
+        """Cross-entropy, mean over texts or words; for kind multilabel of each label."""
         if self.kind == "multilabel":
             return nn.functional.binary_cross_entropy_with_logits(logits, labels)
         return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
@@ -56,10 +56,7 @@ class TaskModel(nn.Module):
 
 @dataclass
 class _Tokenised:
-    """ids, types (token types, for models that know them).
-
-    Int32 [tokens]; firsts: (word, token) of each word's first token, for word lists.
-    """
+    """A text as token ids and token types (int32 [tokens]), and the (word, token) of each word's first token."""
 
     ids: np.ndarray
     types: np.ndarray | None
@@ -67,9 +64,11 @@ class _Tokenised:
 
 
 class Tokens:
-    """Texts as one encoder tokenises them: each text once, however many runs draw it.
+    """Texts as an encoder tokenises them. Each text is tokenised once, in however many runs it is drawn.
 
-    max_length: tokens per text instead of the encoder's own limit, as far as the model has positions.
+    Args:
+        encoder: its tokenizer is used.
+        max_length: tokens per text instead of the encoder's limit, up to the model's positions.
     """
 
     def __init__(self, encoder: Encoder, max_length: int | None = None):
@@ -78,7 +77,7 @@ class Tokens:
         self._known: dict[str | tuple[str, ...], _Tokenised] = {}
 
     def of(self, texts: Sequence) -> list[_Tokenised]:
-        """The texts tokenised: str, (str, str), or lists of words."""
+        """Tokenise texts: str, (str, str), or lists of words."""
         keys = [tuple(text) if isinstance(text, list) else text for text in texts]
         new = list({key: text for key, text in zip(keys, texts) if key not in self._known}.items())
         skip = len(self.encoder.prefix.split())
@@ -94,7 +93,7 @@ class Tokens:
 
 
 class _Rows:
-    """A split as tokenised rows with targets; words keep the place of their first token."""
+    """A split as tokenised rows with targets."""
 
     def __init__(self, tokens: Tokens, kind: str, split: Split):
         self.kind, self.pad_id, self.targets = kind, tokens.encoder.tokenizer.pad_token_id, split.targets
@@ -108,7 +107,7 @@ class _Rows:
         return i
 
     def sampler(self, texts: int, seed: int) -> BudgetSampler:
-        """Batches of texts of like length, each of as many tokens as `texts` texts of mean length have."""
+        """Batches of texts of similar length, each of as many tokens as `texts` texts of mean length have."""
         budget = max(max(self.lengths), round(texts * sum(self.lengths) / len(self)))
         return BudgetSampler(self.lengths, budget, seed)
 
@@ -139,13 +138,19 @@ def finetune(
     min_steps: int = 0,
     work: Path | None = None,
 ) -> list[Metric]:
-    """Train a copy of the encoder and a new head on the task's training rows; its metrics on the test rows.
+    """Train a copy of the encoder and a new head on the task's training rows. Returns metrics on its test rows.
 
-    Settings: Cruz and Aji 2025 (a random head, learning rate 2e-5, 3 epochs, 32 texts a step) unless the profile says
-    otherwise.
-    seed: draws the head, dropout and the order of the rows. tokens: keeps tokenised texts for the next run of the same
-    encoder. min_steps: more epochs where those of the profile come to fewer steps. work: a folder for checkpoints,
-    which a training of minutes writes and goes on from; whoever names it removes it.
+    Args:
+        encoder: it is not changed.
+        task: what is trained and tested on.
+        spec: settings.
+        seed: of the head, dropout and the order of the rows.
+        tokens: tokenised texts, to be shared by runs of the same encoder.
+        min_steps: more epochs where those of the profile are fewer steps.
+        work: folder of checkpoints, from which a stopped training resumes; the caller removes it.
+
+    References:
+        Cruz and Aji (2025): a random head, learning rate 2e-5, 3 epochs, 32 texts a step, unless the profile differs.
     """
     set_seed(seed)
     tokens = tokens or Tokens(encoder, spec.finetune_max_length)
@@ -174,11 +179,14 @@ def finetune(
 
 
 def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
-    """Start the head as the linear probe of the encoder as it is, on the task's training rows (Kumar et al. 2022).
+    """Set the head to the linear probe of the untrained encoder on the task's training rows.
 
-    From there on, fine-tuning moves the encoder to what the head asks for, and not to what noise asked for. A logistic
-    regression on standardised states with the penalty of `probe.linear_probe`, by L-BFGS. encoder: which the model is a
-    copy of; what it remembers it does not read again.
+    A random head would disturb the encoder. The probe is a logistic regression on standardised states, with the penalty
+    of
+    `probing.linear_probe`, fitted by L-BFGS.
+
+    References:
+        Kumar et al. (2022), *Fine-Tuning can Distort Pretrained Features*.
     """
     texts, device = task.train.texts, model.head.weight.device
     if task.kind == "tokens":
@@ -212,10 +220,7 @@ def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
 
 @torch.inference_mode()
 def predict(model: TaskModel, rows: _Rows, task: Task, bf16: bool) -> list | np.ndarray:
-    """Predictions for the test rows, in the form `metrics.score` takes.
-
-    A word that was cut off counts as the first label.
-    """
+    """Predictions for the test rows, in the form that `metrics.score` takes. A truncated word gets the first label."""
     device = model.head.weight.device
     out: list = [None] * len(rows)
     for batch in budget_batches(rows.lengths, tokens_per_batch()):

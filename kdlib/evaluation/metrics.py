@@ -1,4 +1,4 @@
-"""Scores with intervals: which metrics a task has, how each is made of counts, and how counts are resampled."""
+"""Scores with intervals: the metrics of a task, the counts they are made of, and the resampling of counts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

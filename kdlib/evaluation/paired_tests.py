@@ -1,7 +1,7 @@
-"""Paired tests between two encoders: is one better, or are they on par within a margin?
+"""Paired tests between two encoders: is one better, or are they equivalent within a margin?
 
-The trials of two encoders share seeds and test items, so only their differences count. These vary for two reasons, the
-test items that were drawn and the seeds; a claim must hold against both.
+The trials of two encoders share seeds and test items, so only their differences count. Differences vary with the drawn
+test items and with the seeds; a claim must hold for both.
 """
 
 import itertools

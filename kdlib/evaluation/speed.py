@@ -27,7 +27,7 @@ def export_rows(
     lengths: Sequence[int] = LENGTHS,
     kinds: Sequence[str] = tuple(FILES),
 ) -> list[dict]:
-    """What an exported student keeps and costs beside the student in torch.
+    """Compare an exported student with the student in torch.
 
     Args:
         encoder: the student in torch.
@@ -39,9 +39,10 @@ def export_rows(
         kinds: the files to compare, "onnx fp32" and "onnx int8".
 
     Returns:
-        Rows whose method is "torch fp32" or one of `kinds`: the metrics of a linear probe with their 95% intervals
-        over test items; similarity, the mean cosine of the vectors of `texts` with torch's, centred; megabytes of the
-        weights; latency_ms and sentences_per_second of real texts (`speed_rows`) and by length (`length_rows`).
+        Rows whose method is "torch fp32" or one of `kinds`: the metrics of a linear probe with 95% intervals over test
+            items;
+        similarity, the mean cosine with torch's vectors, centred; megabytes of the weights; latency_ms and
+        sentences_per_second of real texts (`speed_rows`) and by length (`length_rows`).
     """
     encoders = {"torch fp32": encoder} | {kind: load_exported(folder, kind) for kind in kinds}
     texts = list(texts)

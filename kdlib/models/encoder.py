@@ -1,4 +1,4 @@
-"""An encoder: a model and its tokenizer, and the vectors that they give texts and words."""
+"""An encoder: a model and its tokenizer, and the vectors they give to texts and words."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,14 @@ from kdlib.progress import track
 
 @dataclass
 class Encoder:
-    """model: a base model (AutoModel) in eval mode.
+    """A model with its tokenizer.
 
-    Prefix: put before every text; max_length: in tokens; head: the trained masked-language head, where the model
-    has one; vector_cache: of the texts it has read, where that is kept.
+    Attributes:
+        model: a base model (AutoModel) in eval mode.
+        prefix: text before every text.
+        max_length: tokens per text; longer texts are truncated.
+        head: the trained masked-language head, where there is one.
+        vector_cache: the vectors of texts already read, where they are kept.
     """
 
     model: PreTrainedModel
@@ -38,30 +42,30 @@ class Encoder:
 
     @property
     def layers(self) -> int:
-        """How many layers the model has."""
+        """Number of layers."""
         return self.model.config.num_hidden_layers
 
     @property
     def hidden(self) -> int:
-        """The width of the hidden states."""
+        """Width of the hidden states."""
         return self.model.config.hidden_size
 
     @property
     def parameters(self) -> int:
-        """How many parameters the model has."""
+        """Number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
     def token_types(self) -> bool:
-        """Whether the model tells the texts of a pair apart by token types, as BERT does.
+        """Whether the model distinguishes the texts of a pair by token types, as BERT does.
 
-        Having rows for two types is not enough: XLM-R's tokenizer goes with some such models, trained on one type.
+        Two rows of token types are not enough: some such models were trained with XLM-R's tokenizer, on one type.
         """
         rows = getattr(self.model.config, "type_vocab_size", 0)
         return rows > 1 and "token_type_ids" in self.tokenizer.model_input_names
 
     def tokenize(self, texts: Sequence) -> list[Encoding]:
-        """Encodings of texts (str), pairs (str, str) or word lists, with the prefix, cut at max_length."""
+        """Tokenise texts (str), pairs (str, str) or word lists, with the prefix, truncated at max_length."""
         if not texts:
             return []
         if isinstance(texts[0], tuple):
@@ -81,7 +85,7 @@ class Encoder:
         return self
 
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face folder that transformers 5 and 4.4x load alike, and beside it the head, if any."""
+        """Write a Hugging Face folder that transformers 5 and 4.4x load, and the head, if any, beside it."""
         self.model.save_pretrained(folder)
         save_tokenizer(self.tokenizer, folder)
         if self.head is not None:
@@ -90,10 +94,9 @@ class Encoder:
 
 @contextlib.contextmanager
 def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
-    """Lists of words as the model knows them.
+    """Tokenise word lists as the model expects them.
 
-    Byte-level BPE spells a word's start as the space before it, which words in a list lack unless add_prefix_space
-    is on.
+    In byte-level BPE a word begins with the space before it; words of a list have none unless add_prefix_space is on.
     """
     step = tokenizer.backend_tokenizer.pre_tokenizer
     steps = list(step) if isinstance(step, pre_tokenizers.Sequence) else [step]
@@ -108,16 +111,23 @@ def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the states over real tokens: [batch, tokens, hidden], [batch, tokens] -> [batch, hidden]."""
+    """Mean of the states over real tokens: [batch, tokens, hidden], mask [batch, tokens] -> [batch, hidden]."""
     weights = mask.unsqueeze(1).to(states.dtype)  # the sum as a product, which keeps no weighted copy of the states
     return (weights @ states).squeeze(1) / weights.sum(2).clamp(min=1)
 
 
 @torch.inference_mode()
 def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None = None, label: str = "") -> np.ndarray:
-    """Mean-pooled hidden states: float32 [texts, layers, hidden].
+    """Mean-pooled hidden states of texts.
 
-    layers: which (0 = embeddings, n = after layer n); default the last only.
+    Args:
+        encoder: the model.
+        texts: texts, pairs or word lists.
+        layers: 0 = embeddings, n = after layer n; default the last one.
+        label: name of the progress bar; "" shows none.
+
+    Returns:
+        float32 [texts, layers, hidden].
     """
     layers = [encoder.layers] if layers is None else list(layers)
     encodings = encoder.tokenize(list(texts))
@@ -141,8 +151,16 @@ def word_vectors(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The state of every word's first token.
 
-    Returns vectors float32 [words, layers, hidden] and places int [words, 2]: which text, which word of it. Words cut
-    off by max_length are left out.
+    Args:
+        encoder: the model.
+        texts: lists of words.
+        layers: 0 = embeddings, n = after layer n; default the last one.
+        label: name of the progress bar; "" shows none.
+
+    Returns:
+        Vectors float32 [words, layers, hidden], and int [words, 2]: text number and word number. Truncated words are
+            left
+        out.
     """
     layers = [encoder.layers] if layers is None else list(layers)
     encodings = encoder.tokenize(list(texts))
@@ -172,7 +190,7 @@ def word_vectors(
 
 
 def first_tokens(word_ids: Sequence[int | None], skip: int) -> list[tuple[int, int]]:
-    """(word, token) of the first token of every word, words counted without the first `skip` (the prefix)."""
+    """(word, token) of the first token of every word. The first `skip` words, those of the prefix, do not count."""
     seen: dict[int, int] = {}
     for at, word in enumerate(word_ids):
         if word is not None and word >= skip:
@@ -181,7 +199,7 @@ def first_tokens(word_ids: Sequence[int | None], skip: int) -> list[tuple[int, i
 
 
 def _run(encoder: Encoder, encodings: list[Encoding], label: str):
-    """Forward passes over length-sorted batches: yields indices, hidden states of all layers, attention mask."""
+    """Forward passes over length-sorted batches: yields indices, all states and attention mask."""
     device = next(encoder.model.parameters()).device
     ids = [e.ids for e in encodings]
     types = [e.type_ids for e in encodings] if encoder.token_types else None

@@ -1,6 +1,6 @@
-"""Families of models: all that the kit knows of a family is its row here.
+"""Families of models. All that kdlib knows of a family is its row here.
 
-Neither torch nor transformers is imported: pruning of files works without them.
+Neither torch nor transformers is imported, so that files can be pruned without them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Head:
-    """How checkpoints name a masked-language head: dense layer, norm, owner of the bias, output matrix."""
+    """The names of a masked-language head in checkpoints: dense layer, norm, owner of the bias, output matrix."""
 
     dense: str
     norm: str
@@ -25,7 +25,7 @@ class Head:
 
     @property
     def output(self) -> str:
-        """The output matrix, a row for every token."""
+        """The output matrix, with a row for every token."""
         return self.decoder or f"{self.owner}.decoder.weight"
 
 
@@ -34,11 +34,11 @@ class Family:
     """A family of models, named by transformers' `model_type`.
 
     Args:
-        special_ids: the special ids that a config means where it names none.
-        head: of a masked model; `newer_head`: of one whose config says `legacy: false`.
+        special_ids: the special ids of a config that names none.
+        head: the head of a masked model; `newer_head`: that of a config with `legacy: false`.
         activation: the config's key for the head's activation; "": GELU.
-        layers: the list of layers; the names that follow are relative to a layer.
-        query: the projections into the space where an attention head compares; so is `key`. The first is the text's.
+        layers: the list of layers; the following names are relative to a layer.
+        query: the projections of the queries; the first is the text's. `key`: those of the keys.
         value, out: the other two attention projections.
         up, down: the feed-forward projections.
         ffn: the config's key for the feed-forward width.
@@ -100,13 +100,13 @@ FAMILIES = {
 
 
 def family_of(kind: str, where: str = "this model") -> Family:
-    """The row of a `model_type`. Raises UserError, naming the families that work, for one that has none."""
+    """The row of a `model_type`. Raises UserError with the known families for an unknown one."""
     if kind not in FAMILIES:
         raise UserError(f"{where}: a model of kind {kind!r}; known are {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 
 def positions(config: PreTrainedConfig) -> int:
-    """The most tokens that a text may have."""
+    """The number of tokens a text may have."""
     shift = config.pad_token_id + 1 if family_of(config.model_type).positions_from_pad else 0
     return config.max_position_embeddings - shift

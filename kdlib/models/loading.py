@@ -1,4 +1,4 @@
-"""Teachers: the embedded one, a hub id, or a local folder; always in eval mode."""
+"""Load teachers and other encoders: the embedded one, a hub id, or a local folder. All are in eval mode."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ def load_teacher(
 
 
 def prefix_of(spec: config.Teacher) -> str:
-    """What goes before every text: as the profile says, else what the teacher was trained with, if that is known."""
+    """The prefix of every text: the profile's, else the one the teacher was trained with, if known."""
     if spec.prefix is not None:
         return spec.prefix
     return embedded_teacher.PREFIX if spec.source == "embedded" else ""
@@ -169,10 +169,7 @@ def load_encoder(
 
 
 def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
-    """Check that a folder's config.json and its weights agree on sizes, before memory is taken for them.
-
-    Raises UserError, naming the weight.
-    """
+    """Check that config.json and the weights agree on sizes before memory is used. Raises UserError with the weight."""
     folder = weights_folder(source)
     if folder is None:
         return
@@ -187,10 +184,7 @@ def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
 
 
 def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
-    """Check that the weights are there and finite, and that the tokenizer belongs to this model.
-
-    Missing weights would be random. Raises UserError.
-    """
+    """Raise UserError for missing weights (they would be random), infinite ones, or the tokenizer of another model."""
     missing = sorted(name for name in missing if not name.startswith("pooler."))  # no use is made of the pooler
     if missing:
         raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
@@ -213,7 +207,7 @@ def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
 
 
 def _refuse_pickles(source: str | Path, files: list[str]) -> None:
-    """Raises UserError when there are pickled weights alone: reading them runs whatever code they hold."""
+    """Raise UserError where there are only pickled weights: reading them runs the code they contain."""
     pickles = [name for name in files if name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
     if pickles and not any(name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) for name in files):
         raise UserError(
@@ -225,7 +219,7 @@ def _refuse_pickles(source: str | Path, files: list[str]) -> None:
 def _checkpoint_head(
     source: str | Path, model: PreTrainedModel, beside: set[str], allow_pickle: bool, options: dict[str, Any]
 ) -> MaskedHead | None:
-    """The head among the checkpoint's weights that the base model has no place for; None without a usable one."""
+    """The head among the checkpoint's weights that the base model does not use. None without a usable one."""
     family = family_of(model.config.model_type)
     newer = family.newer_head if not getattr(model.config, "legacy", True) else None
     names = newer or family.head
@@ -260,16 +254,16 @@ def _checkpoint_head(
 
 
 def _modern(name: str) -> str:
-    """A weight's name as it is today; the oldest checkpoints say gamma and beta."""
+    """The current name of a weight; the oldest checkpoints say gamma and beta."""
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
 
 
 def _read_tensors(
     source: str | Path, names: set[str], part_of: str, allow_pickle: bool, options: dict[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Those of `names` that the checkpoint's files hold, by modern name; of `part_of` only the first rows.
+    """The tensors `names` in the checkpoint's files, by their current names. Of `part_of` only the first rows.
 
-    The files are the ones that loading the model has brought here.
+    Loading the model has downloaded these files already.
     """
     pickles = (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if allow_pickle else ()
     for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, *pickles):

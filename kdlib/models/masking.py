@@ -1,4 +1,4 @@
-"""Masking: which tokens masked language modelling hides."""
+"""Masking: the tokens that masked language modelling hides."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from kdlib.errors import UserError
 
 
 def mask_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
-    """The id of the tokenizer's mask. Raises UserError, naming the model, where it has none."""
+    """The id of the mask token. Raises UserError with the model's name where the tokenizer has none."""
     if tokenizer.mask_token_id is None:
         raise UserError(f"{name}: its tokenizer has no mask token, which masked-language modelling needs")
     return tokenizer.mask_token_id
 
 
 def maskable_tokens(tokenizer: PreTrainedTokenizerFast, encodings: Sequence, prefix: str = "") -> list[np.ndarray]:
-    """Which tokens of single texts may be masked: bool [tokens] for each encoding of `Encoder.tokenize`.
+    """The tokens of single texts that may be masked: bool [tokens] for each encoding of `Encoder.tokenize`.
 
-    Never special tokens (the unknown token among them: there is nothing to guess), never those of the prefix.
+    Special tokens, the unknown token and the tokens of the prefix are never masked.
     """
     special = np.array(tokenizer.all_special_ids)
     out = []
@@ -30,7 +30,7 @@ def maskable_tokens(tokenizer: PreTrainedTokenizerFast, encodings: Sequence, pre
 
 
 def word_numbers(encodings: Sequence) -> list[np.ndarray]:
-    """Which word of its text each token belongs to, as the tokenizer cuts words: int [tokens] each, -1 for none."""
+    """The word of its text that each token belongs to: int [tokens] for each encoding, -1 for none."""
     return [np.array([-1 if word is None else word for word in e.word_ids], int) for e in encodings]
 
 
@@ -43,13 +43,24 @@ def mask_tokens(
     words: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's masking (Devlin et al. 2019): of the chosen tokens 80% become the mask, 10% a random token, 10% stay.
+    """BERT's masking: of the chosen tokens 80% become the mask, 10% a random token, 10% stay.
 
-    ids: [batch, tokens]; maskable: bool of that shape, False at special tokens and padding; rows: of the vocabulary,
-    which the random tokens are drawn from; share: chance that a token is chosen; words: int [batch, tokens], which word
-    a token belongs to (-1: none): then whole words are chosen, and each of their tokens has its own fate.
-    Returns the masked ids and where the targets are (bool); a batch without a chosen token gets one, or one word.
-    Draws are made on the CPU: the same generator gives the same masks on every device.
+    Draws are made on the CPU, so that a generator gives the same masks on every device.
+
+    Args:
+        ids: [batch, tokens].
+        maskable: bool [batch, tokens], False at special tokens and padding.
+        mask_id: id of the mask token.
+        rows: rows of the vocabulary, from which random tokens are drawn.
+        share: chance that a token is chosen.
+        words: int [batch, tokens], the word of each token (-1: none); then whole words are chosen.
+        generator: of the draws.
+
+    Returns:
+        The masked ids and a bool mask of the targets. A batch without a chosen token gets one, or one word.
+
+    References:
+        Devlin et al. (2019), section 3.1.
     """
 
     def draw(shape: Sequence[int]) -> torch.Tensor:

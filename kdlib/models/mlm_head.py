@@ -1,4 +1,4 @@
-"""Masked language modelling: the head that turns states into logits over the vocabulary, and masking."""
+"""The masked-language head, which turns states into logits over the vocabulary."""
 
 import copy
 import json
@@ -20,11 +20,11 @@ IGNORE = -100
 
 
 class MaskedHead(nn.Module):
-    """dense, activation, LayerNorm, then the product with the input embeddings plus a bias.
+    """Dense layer, activation, LayerNorm, and the product with the input embeddings plus a bias.
 
-    The head that BERT, RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share under different names.
-
-    The embedding matrix is not part of the head (it is tied): whoever calls brings it.
+    BERT, RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share this head under different names. The embedding matrix is tied,
+    so
+    it is not part of the head; the caller passes it.
     """
 
     def __init__(self, hidden: int, embedding: int, rows: int, eps: float = 1e-12, activation: str = "gelu"):
@@ -40,10 +40,14 @@ class MaskedHead(nn.Module):
 
 
 def new_head(model: PreTrainedModel, frequencies: np.ndarray | None = None, seed: int = 0) -> MaskedHead:
-    """An untrained head for `model`, started as BERT's (weights normal(0, initializer_range), biases 0).
+    """An untrained head, initialised as BERT's: weights normal(0, initializer_range), biases 0.
 
-    frequencies: of each embedding row in some text, positive, summing to 1; their logarithms are the output bias then.
-    So it starts near what is known without context, which a short training would else be spent on.
+    Args:
+        model: the encoder.
+        frequencies: share of each embedding row in some text, all above 0, with sum 1. Their logarithms become the
+            output
+            bias, so that training does not start below what is known without context.
+        seed: of the weights.
     """
     rows, width = model.get_input_embeddings().weight.shape
     with torch.random.fork_rng():
@@ -57,14 +61,15 @@ def new_head(model: PreTrainedModel, frequencies: np.ndarray | None = None, seed
 
 
 def head_eps(model: PreTrainedModel) -> float:
-    """The epsilon of the head's LayerNorm; DistilBERT's is no part of its config."""
+    """The epsilon of the head's LayerNorm; DistilBERT's config lacks it."""
     return getattr(model.config, "layer_norm_eps", 1e-12)
 
 
 def prune_head(head: MaskedHead, ids: Sequence[int]) -> MaskedHead:
-    """The head for the embedding rows `ids` alone: its logits are the full head's at those ids.
+    """The head for the embedding rows `ids` alone, ascending. Its logits are the full head's at those ids.
 
-    Rows are taken in ascending order, as `vocabulary.prune_model` takes them. Raises UserError for an id that is none.
+    Raises:
+        UserError: for an id outside the vocabulary.
     """
     rows = torch.tensor(sorted(int(i) for i in ids), device=head.bias.device)
     if int(rows[-1]) >= len(head.bias):
@@ -75,14 +80,14 @@ def prune_head(head: MaskedHead, ids: Sequence[int]) -> MaskedHead:
 
 
 def save_head(head: MaskedHead, file: Path) -> None:
-    """Write a head as safetensors; what is no weight stands in the file's metadata."""
+    """Write a head as safetensors; its settings are in the file's metadata."""
     state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     settings = {"eps": head.norm.eps, "activation": head.activation}
     save_file(state, file, {"format": "pt", "head": json.dumps(settings)})
 
 
 def load_head(file: Path, model: PreTrainedModel) -> MaskedHead:
-    """A head that `save_head` wrote. Raises UserError if it is not one, or not of this model's sizes."""
+    """Read a head written by `save_head`. Raises UserError if the file is none or its sizes differ from the model's."""
     try:
         with safe_open(file, "pt") as stored:
             settings = json.loads(stored.metadata()["head"])
@@ -97,7 +102,7 @@ def load_head(file: Path, model: PreTrainedModel) -> MaskedHead:
 def build_head(
     state: dict[str, torch.Tensor], model: PreTrainedModel, eps: float, activation: str, origin: str
 ) -> MaskedHead:
-    """A head in eval mode holding the weights `state`, for `model`. Raises UserError where they do not fit it."""
+    """A head for `model` in eval mode with the weights `state`. Raises UserError where they do not fit."""
     rows, width = model.get_input_embeddings().weight.shape
     head = MaskedHead(model.config.hidden_size, width, rows, eps, activation)
     wanted = {name: tuple(value.shape) for name, value in head.state_dict().items()}
@@ -109,9 +114,11 @@ def build_head(
 
 
 def perplexity(sums: np.ndarray, resamples: int = 1000) -> dict[str, float]:
-    """Exp of the mean loss of all tokens (or words): value, and low and high of its 95% interval.
+    """Exp of the mean loss: value, low and high of its 95% interval (bootstrap over texts).
 
-    sums: [texts, 2], each text's losses (nats) and how many they are. The interval is a bootstrap over texts.
+    Args:
+        sums: [texts, 2], the sum of each text's losses (nats), and their number.
+        resamples: of the bootstrap.
     """
     drawn = np.random.default_rng(0).multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=resamples) @ sums
     drawn = drawn[drawn[:, 1] > 0]

@@ -1,6 +1,6 @@
-"""Fast students: a student as ONNX files, in fp32 and with 8-bit weights, and what each of them costs and keeps.
+"""ONNX: a student as files in fp32 and with 8-bit weights, which ONNX Runtime runs on a CPU without torch.
 
-ONNX Runtime runs them on a CPU without torch. The optional packages come with `pip install 'kdlib[onnx]'`.
+The optional packages are installed by `pip install 'kdlib[onnx]'`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ LARGEST = 2 * 10**9  # bytes that one ONNX file can hold
 
 
 class _Outputs(nn.Module):
-    """The model with what an ONNX file of it gives: the last states, and their mean over real tokens."""
+    """The model with the outputs of an ONNX file: the last states, and their mean over real tokens."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -44,17 +44,22 @@ class _Outputs(nn.Module):
 
 
 def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> None:
-    """Write a student's ONNX files into `folder`/onnx.
+    """Write a student's ONNX files, config and tokenizer into `folder`/onnx, which is whole or absent.
 
-    Model.onnx and, with `int8`, model_int8.onnx, and beside them config and tokenizer, so that this folder is all
-    that running them needs. It is whole or absent; an older one goes.
+    Inputs: input_ids, attention_mask and, for a model with token types, token_type_ids, each int64 [batch, tokens].
+    Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding [batch, hidden], its mean over real
+    tokens.
+    Prefix and max_length are in the files' metadata.
 
-    Inputs: input_ids, attention_mask and, for a model that tells pairs by token types, token_type_ids, each int64
-    [batch, tokens], both free. Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding, its mean over
-    real tokens, [batch, hidden]. The prefix and max_length stand in the files' metadata.
-    int8: embeddings and weights become 8-bit integers with a scale for each channel, activations as they come. They use
-    7 of the 8 bits, or sums would overflow on processors without VNNI (ONNX Runtime, "Quantize ONNX models").
-    Raises UserError without the optional packages, or for a model that is too large or that ONNX has no operations for.
+    Args:
+        encoder: the student.
+        folder: the folder in which onnx/ is written.
+        int8: also write model_int8.onnx: 8-bit weights with a scale for each channel, and dynamic activations. 7 of the
+            8
+            bits are used, since sums overflow on processors without VNNI (ONNX Runtime, "Quantize ONNX models").
+
+    Raises:
+        UserError: without the optional packages, or for a model too large or without ONNX operations.
     """
     onnx = _packages()[0]
     if encoder.parameters * 4 > LARGEST:
@@ -72,7 +77,7 @@ def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> N
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:
-    """Onnx and onnxruntime, with onnxscript there for torch to use."""
+    """The modules onnx and onnxruntime; torch also needs onnxscript."""
     try:
         import onnx
         import onnxruntime
@@ -112,7 +117,7 @@ def _quantise(file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporter and quantiser tell their developers."""
+    """Silence messages of exporter and quantiser that are meant for developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -124,9 +129,11 @@ def _quiet() -> Iterator[None]:
 
 
 class OnnxModel(nn.Module):
-    """An ONNX file that is called, and answers, as the model it was made of; of the hidden states it has the last.
+    """An ONNX file that is called like the model it was made from. Of the hidden states it has the last one.
 
-    threads: how many processors to use, as torch does by default.
+    Args:
+        file: the ONNX file.
+        threads: number of threads; default as torch.
     """
 
     def __init__(self, file: Path, settings: PreTrainedConfig, threads: int | None = None):
@@ -155,7 +162,7 @@ class OnnxModel(nn.Module):
 
 @dataclass
 class OnnxEncoder(Encoder):
-    """An encoder that ONNX Runtime runs on the CPU: it probes, encodes and is timed as any other, in its last layer."""
+    """An encoder that ONNX Runtime runs on the CPU. It is probed and timed like any other, at its last layer."""
 
     def vectors(self, texts: Sequence) -> np.ndarray:
         """Sentence vectors: float32 [texts, hidden]."""
@@ -169,9 +176,15 @@ class OnnxEncoder(Encoder):
 
 
 def load_exported(folder: str | Path, kind: str = "onnx int8", threads: int | None = None) -> OnnxEncoder:
-    """What `export_student` wrote into `folder`. kind: "onnx int8" or "onnx fp32".
+    """Load what `export_student` wrote into `folder`.
 
-    Raises UserError without the optional packages, or for a folder or file that is no such export.
+    Args:
+        folder: the folder that holds onnx/.
+        kind: "onnx int8" or "onnx fp32".
+        threads: number of threads; default as torch.
+
+    Raises:
+        UserError: without the optional packages, or where there is no such export.
     """
     _packages()
     folder = Path(folder) / FOLDER

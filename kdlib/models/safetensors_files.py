@@ -1,4 +1,4 @@
-"""Model files without a model: which tensors a folder's safetensors files hold, and copies of some of their rows."""
+"""Model files without a model: the tensors in a folder's safetensors files, and copies of some of their rows."""
 
 import contextlib
 import hashlib
@@ -23,7 +23,7 @@ SAMPLES, BLOCK = 64, 4096  # blocks of a file, and bytes of a block, that `weigh
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: its file, the first byte and the number of bytes there; dtype as safetensors names it."""
+    """The position of a tensor: its file, first byte and number of bytes; dtype as safetensors names it."""
 
     file: Path
     start: int
@@ -38,7 +38,7 @@ class Stored:
 
 
 def weights_folder(source: str | Path, revision: str | None = None) -> Path | None:
-    """The local folder of safetensors files behind a folder or a hub id that was loaded before; None without any."""
+    """The local folder of safetensors files of a folder or a downloaded hub id. None without any."""
     for name in NAMES:
         file: object = Path(source) / name
         if not Path(source).is_dir():
@@ -52,9 +52,10 @@ def weights_folder(source: str | Path, revision: str | None = None) -> Path | No
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a model folder by name, from one file or from shards with an index; their data are not read.
+    """The tensors of a model folder by name, from one file or from shards with an index, without reading data.
 
-    Raises UserError where a file is missing or not whole.
+    Raises:
+        UserError: where a file is missing or incomplete.
     """
     single, index = (Path(folder) / name for name in NAMES)
     if single.is_file() or not index.is_file():
@@ -70,10 +71,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 
 def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors of one safetensors file by name, and its metadata. Raises UserError for a file that is not whole.
+    """The tensors of one safetensors file by name, and its metadata. Raises UserError for an incomplete file.
 
-    The file begins with the header's length (8 bytes, little-endian) and the header (JSON); data follow, counted from 0
-    (https://huggingface.co/docs/safetensors, "Format").
+    References:
+        https://huggingface.co/docs/safetensors, "Format": the header's length (8 bytes, little-endian), the header
+            (JSON),
+        and data, counted from 0.
     """
     try:
         with safe_open(file, "np"):  # checks the header, and it against the file's length
@@ -105,9 +108,9 @@ def copy_tensors(
     rows: Mapping[str, Sequence[tuple[int, int]]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file of `tensors`, bytes as they are: those that `rows` names with only these ranges of rows.
+    """Write a safetensors file of `tensors`, byte for byte; of those in `rows` only these ranges of rows.
 
-    Read and written through a small buffer: through a map of the file, every page touched would count as memory.
+    A small buffer is used: with a memory map, every touched page counts as memory.
     """
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     pieces: list[tuple[Path, list[tuple[int, int]]]] = []  # file, and (first byte, number of bytes) in it

@@ -1,4 +1,4 @@
-"""Tokenised texts, memory-mapped: tokenised once, read by every stage, every ablation arm and every later run."""
+"""Tokenised texts, memory-mapped: tokenised once, and read by every stage, ablation arm and later run."""
 
 import contextlib
 import hashlib
@@ -22,7 +22,10 @@ KINDS = {"lengths": np.int32, "starts": np.int64, "ids": np.int32, "maskable": n
 class Ragged(Sequence):
     """Rows of different lengths in one flat array, which may be a file: row i is values[starts[i] :][: lengths[i]].
 
-    starts: int64 [rows], lengths: int32 [rows].
+    Attributes:
+        values: the numbers.
+        starts: int64 [rows].
+        lengths: int32 [rows].
     """
 
     values: np.ndarray
@@ -37,7 +40,7 @@ class Ragged(Sequence):
         return self.values[start : start + self.lengths[i]]
 
     def part(self, places: Sequence[int]) -> "Ragged":
-        """Some of the rows, of the same values."""
+        """Some of the rows, with the same values."""
         places = np.asarray(places, int)
         return Ragged(self.values, self.starts[places], self.lengths[places])
 
@@ -45,12 +48,21 @@ class Ragged(Sequence):
 def tokenise(
     encoder: Encoder, texts: Iterable[str], fields: Sequence[str] = (), root: Path | None = None
 ) -> dict[str, Ragged]:
-    """Token ids of every text, with the encoder's prefix, cut at its max_length; and by the same call other `fields`.
+    """Tokenise texts with the encoder's prefix, truncated at its max_length.
 
-    "ids": int32, always; "maskable": bool, which tokens masked-language objectives may mask; "words": int32, which word
-    of its text a token belongs to, -1 for none. texts: gone through at most twice, and never held as a whole.
-    root: a cache folder; the arrays are then files under it, named by all they depend on, and made only where they are
-    not there. Without one they are in memory. Raises UserError where `root` cannot be written.
+    Args:
+        encoder: its tokenizer is used.
+        texts: read at most twice, and never held in memory as a whole.
+        fields: more arrays: "maskable" (bool, the tokens that may be masked), "words" (int32, the word of each token,
+            -1
+            for none).
+        root: a cache folder for the arrays, named by all they depend on; None keeps them in memory.
+
+    Returns:
+        "ids" (int32) and the other fields.
+
+    Raises:
+        UserError: where `root` cannot be written.
     """
     fields = ["ids", *fields]
     names = ["starts", "lengths", *fields]
@@ -70,7 +82,7 @@ def tokenise(
 
 
 def _encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
-    """Flat arrays of some thousand texts at a time, and where each text starts in all of them."""
+    """Flat arrays of some thousand texts at a time."""
     done = 0
     for some in parts(texts):
         encodings = encoder.tokenize(some)  # by as many threads as the machine has cores
@@ -87,7 +99,7 @@ def _encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> I
 
 
 def _key(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> str:
-    """What tokens depend on: the texts, the tokenizer, the prefix and where texts are cut."""
+    """A hash of the texts, the tokenizer, the prefix and max_length."""
     backend = encoder.tokenizer.backend_tokenizer
     backend.no_truncation()  # calls leave theirs on
     backend.no_padding()
@@ -106,7 +118,7 @@ def _write(folder: Path, found: Iterable[dict[str, np.ndarray]], names: Sequence
 
 
 def _whole(folder: Path) -> bool:
-    """Whether the files are there as they were written; what is wrong is said in a line."""
+    """Whether the files are as they were written; a damaged one gives a warning."""
     if not folder.is_dir():
         return False
     wrong = flaw(folder)
@@ -116,10 +128,7 @@ def _whole(folder: Path) -> bool:
 
 
 def _mapped(file: Path, kind: type) -> np.ndarray:
-    """A file's values, read as they are asked for; never written to.
-
-    A plain array, since slicing a memmap costs several times as much.
-    """
+    """A file's values, read when needed. A plain array, since slicing a memmap is several times slower."""
     if not file.stat().st_size:  # which cannot be mapped
         return np.zeros(0, kind)
     return np.asarray(np.memmap(file, kind, "c"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a tokenizer without the truncation that calls left on, under a class name that transformers 4 knows too."""
+    """Write a tokenizer without the truncation left by calls, under a class name that transformers 4 knows."""
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(folder)
@@ -25,7 +25,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def token_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The tokenizer's pieces by id."""
+    """The tokenizer's tokens by id."""
     vocabulary = tokenizer.get_vocab()
     pieces = [""] * (max(vocabulary.values()) + 1)
     for piece, index in vocabulary.items():
@@ -34,7 +34,7 @@ def token_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> Iterator[list[int]]:
-    """The token ids of each text, special tokens not added; texts are taken `batch` at a time as they are needed."""
+    """The token ids of each text, without special tokens; `batch` texts are read at a time."""
     backend = tokenizer.backend_tokenizer
     for part in parts(texts, batch):
         backend.no_padding()  # an earlier call may have left it on
@@ -44,7 +44,7 @@ def token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: i
 
 
 def full_tokenizer(source: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder, as transformers builds it. Raises UserError where there is none that can be read."""
+    """The tokenizer of a folder, as transformers builds it. Raises UserError where none can be read."""
     from transformers import AutoTokenizer
 
     try:
@@ -54,9 +54,9 @@ def full_tokenizer(source: Path) -> PreTrainedTokenizerFast:
 
 
 def portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json's contents, as transformers 4 can read them too.
+    """The contents of a tokenizer_config.json in a form that transformers 4 can read.
 
-    The class name is one that version 4 knows, and how the tokenizer was loaded here is left out.
+    The class name is one that version 4 knows. How the tokenizer was loaded is left out.
     """
     unknown = settings.get("tokenizer_class") == "TokenizersBackend"
     settings = settings | ({"tokenizer_class": "PreTrainedTokenizerFast"} if unknown else {})

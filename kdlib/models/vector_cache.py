@@ -1,4 +1,4 @@
-"""What an encoder has read: kept for the run, so that the teacher reads no text twice."""
+"""Vectors of the texts that an encoder has read, kept for the run, so that no text is read twice."""
 
 import hashlib
 import logging
@@ -15,14 +15,15 @@ ROOM = 2**29  # bytes that are kept of one encoder; texts beyond that are read e
 
 
 class VectorCache:
-    """What an encoder made of the texts it read, by the ids of their tokens, float32, in files.
+    """Vectors by token ids, float32, in files.
 
-    The mean-pooled states of all layers of a text [layers + 1, hidden]; of a list of words their states in the last
-    one [words, hidden].
+    Of a text: the mean-pooled states of all layers [layers + 1, hidden]. Of a list of words: their states in the last
+    layer [words, hidden].
 
-    folder: for one encoder alone. ids: of an encoder with a pruned vocabulary, the whole vocabulary's id of each of its
-    own; so it remembers what the whole encoder has read, and the other way round, since both compute the same from the
-    same pieces (`vocabulary.prove`).
+    Args:
+        folder: a folder for one encoder.
+        ids: for a pruned encoder, the full vocabulary's id of each token. It then shares vectors with the full encoder,
+            since both compute the same from the same tokens (`pruning.verify`).
     """
 
     def __init__(self, folder: Path, ids: np.ndarray | None = None):
@@ -37,11 +38,18 @@ class VectorCache:
         shape: tuple[int, int],
         make: Callable[[Sequence[int], Sequence[int]], np.ndarray],
     ) -> np.ndarray:
-        """Vectors of tokenised texts: float32 [texts, layers, hidden].
+        """Vectors of tokenised texts.
 
-        layers: which are asked for, 0 = embeddings. shape: (all layers, embeddings among them; hidden). make: gives the
-        vectors of the texts at some places, of some layers; called for what is not known yet, and for all layers then
-        where there is room to keep them.
+        Args:
+            rows: token ids of each text.
+            layers: the wanted layers, 0 = embeddings.
+            shape: (number of layers with the embeddings, hidden).
+            make: computes the vectors of some texts (their numbers) at some layers. It is called for unknown texts, and
+                for all
+                layers where there is room to keep them.
+
+        Returns:
+            float32 [texts, layers, hidden].
         """
         names = [self._name(row) for row in rows]
         new = self._new(names)
@@ -57,10 +65,15 @@ class VectorCache:
         starts: Sequence[Sequence[int]],
         make: Callable[[Sequence[int]], np.ndarray],
     ) -> np.ndarray:
-        """Last states of the words of tokenised texts: float32 [words of all texts, hidden].
+        """Last states of the words of tokenised texts.
 
-        starts: at which token of its text each word begins. make: gives the states of the words of the texts at some
-        places; called for what is not known yet.
+        Args:
+            rows: token ids of each text.
+            starts: the first token of each word, for each text.
+            make: computes the states of the words of some texts (their numbers); called for unknown texts.
+
+        Returns:
+            float32 [words of all texts, hidden].
         """
         if not rows:
             return make([])
@@ -72,7 +85,7 @@ class VectorCache:
     def keep_words(
         self, rows: Sequence[Sequence[int]], starts: Sequence[Sequence[int]], states: np.ndarray
     ) -> dict[bytes, np.ndarray]:
-        """Remember the words' last states [words of all texts, hidden], where there is room; gives them by name."""
+        """Keep the words' last states [words of all texts, hidden] where there is room. Returns them by name."""
         names = [self._name(row, places) for row, places in zip(rows, starts, strict=True)]
         parts = np.split(np.ascontiguousarray(states), np.cumsum([len(places) for places in starts])[:-1])
         made = dict(zip(names, parts))
@@ -82,12 +95,12 @@ class VectorCache:
         return made
 
     def _new(self, names: Sequence[bytes]) -> dict[bytes, int]:
-        """What is not known yet, and where in `names` it is."""
+        """The unknown names, and their positions in `names`."""
         self._look()
         return {name: i for i, name in enumerate(names) if name not in self.known}
 
     def _room(self, values: int) -> bool:
-        """Whether so many more can be kept."""
+        """Whether there is room for so many more numbers."""
         return sum(kept.nbytes for kept in self.known.values()) + 4 * values <= ROOM
 
     def _name(self, row: Sequence[int], starts: Sequence[int] | None = None) -> bytes:
@@ -98,7 +111,7 @@ class VectorCache:
         return digest.digest()
 
     def _look(self) -> None:
-        """Take up what others have added to the folder since."""
+        """Read the files that other processes added to the folder."""
         for file in sorted(set(self.folder.glob("*.npz")) - self.read):
             self.read.add(file)
             try:
@@ -118,9 +131,9 @@ class VectorCache:
 
 
 def body_key(model: nn.Module, *about: object) -> str:
-    """A fingerprint of an encoder's weights but for its word embeddings, so that pruning them leaves it as it is.
+    """A fingerprint of an encoder's weights without its word embeddings, and of `about`.
 
-    And of `about`, all else that its vectors depend on.
+    Pruning the vocabulary does not change it.
     """
     words = model.get_input_embeddings().weight
     digest = hashlib.sha256()

@@ -1,7 +1,6 @@
-"""Pruning a model's folder as files: nothing is loaded, and neither torch nor transformers is needed for it.
+"""Prune a model's folder as files, without loading the model. Needs neither torch nor transformers.
 
-The embedding rows of kept pieces are copied out of the safetensors files, and the tokenizer is renumbered as the JSON
-that it is. Which pieces to keep, pruning in memory, and the proof that nothing changed: `vocabulary`.
+The embedding rows of kept tokens are copied out of the safetensors files. The tokenizer is renumbered as JSON.
 """
 
 import json
@@ -24,12 +23,20 @@ if TYPE_CHECKING:
 def prune_files(
     source: str | Path, target: str | Path, ids: Sequence[int], tokenizer: "PreTrainedTokenizerFast | None" = None
 ) -> None:
-    """Write to `target` what `prune_model` and `prune_tokenizer` make of the model folder `source`; no model is built.
+    """Write the folder that `prune_model` and `prune_tokenizer` would give, without building a model.
 
-    Of tensors by vocabulary the rows `ids` are read from the safetensors files (one, or shards with an index), all
-    other tensors are copied byte for byte: each keeps its name and data type, and memory is what a buffer takes.
-    tokenizer: the full one, if it is at hand; else it is read from `source`. `target` is whole or absent; an older
-    folder there is replaced. Raises UserError for a source that is no such folder or of no known kind.
+    Rows are read from the safetensors files (one, or shards with an index) through a small buffer. All other tensors
+    are
+    copied byte for byte.
+
+    Args:
+        source: the model folder.
+        target: the folder to write; it is whole or absent, and an older one is replaced.
+        ids: token ids to keep, ascending.
+        tokenizer: the full tokenizer, if it is loaded already.
+
+    Raises:
+        UserError: for a source that is no such folder or of an unknown kind.
     """
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
@@ -66,7 +73,7 @@ def prune_files(
 
 
 def _config(source: Path) -> dict[str, Any]:
-    """What the folder's config.json says, with the special ids that it leaves to its family."""
+    """The folder's config.json, with the special ids that it leaves to its family's defaults."""
     try:
         settings = read_object((source / "config.json").read_bytes())
         kind = str(settings["model_type"])
@@ -81,22 +88,19 @@ def _config(source: Path) -> dict[str, Any]:
 
 
 def check_rows(new: dict[int, int], rows: int) -> None:
-    """Raises UserError where a kept id has no embedding row."""
+    """Raise UserError where a kept id has no embedding row."""
     if max(new) >= rows:
         raise UserError(f"the tokenizer has ids up to {max(new)}, the model only {rows} embedding rows")
 
 
 def renumbered(settings: dict[str, Any], new: dict[int, int]) -> dict[str, Any]:
-    """What changes in a config: the vocabulary's size and the special ids."""
+    """The fields of a config that pruning changes: vocabulary size and special ids."""
     special = {k: v for k, v in settings.items() if re.fullmatch(r"\w+_token_id", k) and isinstance(v, int)}
     return {"vocab_size": len(new)} | {key: new.get(value) for key, value in special.items()}
 
 
 def _prune_stored_tokenizer(source: Path, target: Path, new: dict[int, int]) -> bool:
-    """Write the pruned tokenizer of a folder from its tokenizer.json.
-
-    False, with nothing written, where that file is absent or does not say all.
-    """
+    """Prune the tokenizer.json of a folder. False, with nothing written, where the file is absent or incomplete."""
     if any((source / name).exists() for name in ("added_tokens.json", "chat_template.jinja")):
         return False
     try:

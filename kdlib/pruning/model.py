@@ -21,10 +21,15 @@ from kdlib.pruning.tokenizer_json import new_ids
 
 
 def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedModel:
-    """The same model with only the embedding rows `ids`; decoder rows and bias go with them, ties stay tied.
+    """A copy of the model with only the embedding rows `ids`.
 
-    `tokenizer` is the full one: it says which special ids of the config to renumber. Hidden states of the
-    pruned model on pruned ids equal the full model's bit for bit.
+    Decoder rows and bias are pruned too, and ties stay tied. Hidden states on pruned ids equal the full model's bit for
+    bit.
+
+    Args:
+        model: the full model.
+        tokenizer: the full tokenizer; it names the special ids of the config to renumber.
+        ids: token ids to keep, ascending.
     """
     new, family = new_ids(ids), family_of(model.config.model_type)
     rows = torch.tensor(list(new))
@@ -50,11 +55,15 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
 
 
 def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, source: Path | None = None) -> None:
-    """Write the encoder with only the pieces `ids` as a Hugging Face folder at `target`, all of it or nothing.
+    """Write the encoder with only the tokens `ids` as a Hugging Face folder. Its head is pruned with it.
 
-    source: the folder that the encoder was loaded from (see `weights.weights_folder`). Where its files hold the model's
-    weights, all and unchanged, these are taken from there (`prune_files`), else from memory (`prune_model`). The
-    encoder's head, if any, is pruned with it.
+    Args:
+        encoder: the full encoder.
+        ids: token ids to keep, ascending.
+        target: the folder to write; it is whole or absent.
+        source: the folder that the encoder was loaded from. Where its files hold the model's unchanged weights, they
+            are
+            copied from there (`prune_files`); else the weights in memory are pruned (`prune_model`).
     """
     with new_folder(target) as folder:
         if source is not None and _holds(source, encoder.model):
@@ -67,7 +76,7 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
 
 
 def _holds(source: Path, model: PreTrainedModel) -> bool:
-    """Whether a folder's files hold every weight of the model: none drawn anew, nor trained since, as biases tell."""
+    """Whether the files of a folder hold every weight of the model, unchanged. Biases show whether it was trained."""
     modern = {".gamma": ".weight", ".beta": ".bias"}  # LayerNorm's weights in old files
     tensors = stored_tensors(source)
     stored = {re.sub(r"\.(gamma|beta)$", lambda end: modern[end[0]], name): name for name in tensors}

@@ -1,8 +1,7 @@
-"""Vocabulary pruning: fewer embedding rows, the same token sequences and the same hidden states.
+"""Vocabulary pruning: choose the embedding rows to keep.
 
-A multilingual vocabulary holds the words of a hundred languages; one language uses a small part of it. The
-pieces that a corpus and a word list use are kept, with every special token and the single characters that
-any unseen word can be spelled with; tokenizer and embeddings are renumbered together.
+A multilingual vocabulary holds the words of a hundred languages; one language uses a small part of it. We keep the
+tokens that a corpus and a word list use, every special token, and the single characters that spell unseen words.
 """
 
 import functools
@@ -26,13 +25,15 @@ BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # pieces that spell unknown characters by
 
 @dataclass
 class Selection:
-    """Which pieces stay, and why.
+    """The tokens to keep, with the reason for each.
 
-    ids: kept token ids of the full tokenizer, ascending; a piece's place in this list is its new id.
-    reason: for each kept id "special", "corpus", "character", "wordlist", "merge" (a BPE piece that others are
-        built of) or "unused" (where nothing is pruned).
-    counts: int64 [vocabulary], how often the corpus uses each piece of the full vocabulary.
-    dropped: how many pieces the corpus uses that `max_rows` left no room for; 0 means exact on every corpus text.
+    Attributes:
+        ids: kept ids of the full tokenizer, ascending; the position in this list is the new id.
+        reason: for each kept id "special", "corpus", "character", "wordlist", "merge" (other BPE tokens are built of
+            it)
+            or "unused" (where nothing is pruned).
+        counts: int64 [vocabulary], how often the corpus uses each token of the full vocabulary.
+        dropped: tokens of the corpus left out because of `max_rows`; 0 means exact on every corpus text.
     """
 
     ids: list[int]
@@ -42,7 +43,7 @@ class Selection:
 
 
 def keep_all(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Selection:
-    """Every piece kept, for a student with the teacher's whole vocabulary; those `texts` never use are "unused"."""
+    """Keep every token, for a student with the teacher's whole vocabulary. Tokens absent from `texts` are "unused"."""
     counts, special = count_tokens(tokenizer, texts), set(tokenizer.all_special_ids)
     ids = list(range(len(counts)))
     reason = {i: "special" if i in special else "corpus" if counts[i] else "unused" for i in ids}
@@ -50,7 +51,7 @@ def keep_all(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Select
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> np.ndarray:
-    """How often each piece occurs in `texts`: int64 [vocabulary]; special tokens are not added."""
+    """How often each token occurs in `texts`: int64 [vocabulary]. Special tokens are not added."""
     return _count(tokenizer, texts, len(token_list(tokenizer)), batch)
 
 
@@ -65,7 +66,7 @@ _script = functools.cache(unicode_scripts.script)
 
 
 def script_of(piece: str) -> set[str]:
-    """Unicode scripts (ISO 15924 codes) of a piece, without digits, punctuation, symbols and combining marks."""
+    """Unicode scripts (ISO 15924 codes) of a token, without digits, punctuation, symbols and combining marks."""
     return {_script(char) for char in _bare(piece)} - NEUTRAL_SCRIPTS
 
 
@@ -79,11 +80,17 @@ def _bare(piece: str) -> str:
 
 
 def word_list(language: str, size: int | None = None) -> list[str]:
-    """Wordfreq's words for a language, most frequent first, each followed by its capitalised form.
+    """The words of wordfreq for a language, most frequent first, each followed by its capitalised form.
 
-    `language`: any ISO 639 code ("tgl", "ceb", "id"); `size`: at most so many words, default all. A language
-    that wordfreq does not have gives an empty list: then the corpus alone decides. Raises UserError for what is no
-    code.
+    Args:
+        language: an ISO 639 code, such as "tgl", "ceb" or "id".
+        size: number of words at most; default all.
+
+    Returns:
+        The words; none for a language that wordfreq lacks.
+
+    Raises:
+        UserError: for an invalid code.
     """
     import langcodes
     import wordfreq
@@ -106,17 +113,24 @@ def select_tokens(
     characters: str = "scripts",
     max_rows: int | None = None,
 ) -> Selection:
-    """Choose the pieces to keep.
+    """Choose the tokens to keep.
 
-    Order of claim: special tokens; single characters (so that no word in their scripts falls to the unknown token
-    more often than before); the pieces of `extra` (prefixes) and of `texts`; then the words of `words`, in their
-    order, until `max_rows` is reached. Only if the first three exceed `max_rows` are corpus pieces left out, rarest
-    first.
+    Tokens are claimed in this order: special tokens; single characters, so that words in their scripts do not become
+    unknown; tokens of `extra` and `texts`; tokens of `words`, until `max_rows` is reached. Corpus tokens are left out,
+    rarest first, only where the earlier groups alone exceed `max_rows`.
 
-    characters: "scripts" keeps single characters of every script that `texts` use and all script-neutral ones
-    (digits, punctuation, symbols, emoji); "all" keeps those of every script (13,828 in XLM-R, most of them Chinese).
+    Args:
+        tokenizer: the full tokenizer.
+        texts: the corpus.
+        words: a word list, most important first.
+        extra: further texts to keep exact, such as prefixes.
+        characters: "scripts" keeps characters of the scripts in `texts` and neutral ones (digits, punctuation,
+            symbols);
+            "all" keeps those of every script.
+        max_rows: embedding rows at most; None: no limit.
 
-    Raises UserError if `texts` is empty or `max_rows` has no room for the special tokens and characters.
+    Raises:
+        UserError: where `texts` is empty, or `max_rows` leaves no room for special tokens and characters.
     """
     model = tokenizer_model(tokenizer)
     kind = model["type"]
@@ -165,7 +179,7 @@ def select_tokens(
 
 
 def _specials(tokenizer: PreTrainedTokenizerFast, model: dict) -> set[int]:
-    """Special tokens, declared or not: also the model's unknown token and what the post-processor puts around texts."""
+    """Special tokens, also undeclared ones: the model's unknown token and those the post-processor adds."""
     unknown = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     around = tokenizer("").input_ids + tokenizer("", "").input_ids
@@ -184,7 +198,7 @@ def _in_scripts(piece: str, scripts: set[str], kind: str) -> bool:
 
 
 class _Merges:
-    """Which pieces a BPE piece is merged from."""
+    """The tokens that a BPE token is merged from."""
 
     def __init__(self, model: dict):
         self.parents: dict[int, set[int]] = {}
@@ -194,7 +208,7 @@ class _Merges:
                 self.parents.setdefault(vocabulary[left + right], set()).update((vocabulary[left], vocabulary[right]))
 
     def closure(self, ids: Iterable[int], known: dict[int, str]) -> list[int]:
-        """`ids` and all that they are merged from, without those already known."""
+        """`ids` and all tokens that they are merged from, without the known ones."""
         found: dict[int, None] = {}
         waiting = list(ids)
         while waiting:
@@ -206,16 +220,20 @@ class _Merges:
 
 
 def main_script(piece: str) -> str:
-    """The script a piece is written in, "neutral" for digits, punctuation and symbols, "mixed" for several."""
+    """The script of a token: "neutral" for digits, punctuation and symbols, "mixed" for several scripts."""
     scripts = script_of(piece)
     return "neutral" if not scripts else scripts.pop() if len(scripts) == 1 else "mixed"
 
 
 def coverage_curve(selection: Selection, counts: np.ndarray, points: int = 40) -> list[tuple[int, float]]:
-    """Share of a text's running tokens that the first n rows cover, for n up to the selection's size.
+    """The share of a text's running tokens that the first n rows cover.
 
-    Rows come in the order they would be claimed: special tokens and characters, then the corpus's pieces by frequency,
-    then the word list's. counts: int [vocabulary], how often the text in question uses each piece.
+    Rows are in the order of claim: special tokens and characters, corpus tokens by frequency, then the word list.
+
+    Args:
+        selection: the kept tokens.
+        counts: int [vocabulary], how often the text uses each token.
+        points: number of sizes n.
     """
     first = [i for i in selection.ids if selection.reason[i] in ("special", "character")]
     by_use = sorted(

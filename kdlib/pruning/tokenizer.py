@@ -18,17 +18,17 @@ def tokenizer_model(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 
 def tokenizer_spec(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """What the tokenizer's tokenizer.json holds."""
+    """The contents of the tokenizer's tokenizer.json."""
     if not tokenizer.is_fast:
         raise UserError(f"cannot prune a {type(tokenizer).__name__}: it is not a fast tokenizer")
     return parse_tokenizer(tokenizer.backend_tokenizer.to_str())
 
 
 def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> PreTrainedTokenizerFast:
-    """The same tokenizer with only the pieces `ids` (ascending), numbered 0..len(ids)-1.
+    """A copy of the tokenizer with only the tokens `ids` (ascending), numbered from 0.
 
-    Normaliser, pre-tokenizer, decoder, casing and special tokens stay as they were; the ids inside the
-    post-processor are renumbered too, since transformers 4 reads them from the file.
+    Normaliser, pre-tokenizer, decoder, casing and special tokens stay the same. Ids inside the post-processor are
+    renumbered, since transformers 4 reads them from the file.
     """
     spec = prune_spec(tokenizer_spec(tokenizer), new_ids(ids))
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
@@ -37,5 +37,5 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> P
 
 
 def save_pruned_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], folder: Path) -> None:
-    """Write what `prune_tokenizer` makes of the full tokenizer to `folder`."""
+    """Write the tokenizer of `prune_tokenizer` to a folder."""
     save_tokenizer(prune_tokenizer(tokenizer, ids), folder)

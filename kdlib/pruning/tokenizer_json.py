@@ -1,4 +1,4 @@
-"""Pruning a tokenizer as the JSON that it is."""
+"""Prune a tokenizer as JSON."""
 
 import gc
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def read_object(text: str | bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for what is none."""
+    """Parse a JSON object. Raises ValueError for other JSON."""
     found = from_json(text, cache_strings="none")  # twice as fast as json's, where there are a million strings
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
@@ -21,12 +21,12 @@ def read_object(text: str | bytes) -> dict[str, Any]:
 
 
 def new_ids(ids: Sequence[int]) -> dict[int, int]:
-    """The new id of each kept one, ascending."""
+    """The new id of each kept id."""
     return {old: i for i, old in enumerate(sorted(int(i) for i in ids))}
 
 
 def parse_tokenizer(text: str | bytes) -> dict[str, Any]:
-    """A tokenizer.json's contents, checked to be of a kind that can be pruned. Raises UserError for other kinds."""
+    """Parse a tokenizer.json. Raises UserError for a kind that cannot be pruned."""
     collecting = gc.isenabled()
     gc.disable()  # hundreds of thousands of new objects would set it off again and again, for nine tenths of the time
     try:
@@ -44,7 +44,7 @@ def parse_tokenizer(text: str | bytes) -> dict[str, Any]:
 
 
 def prune_spec(spec: dict, new: dict[int, int]) -> dict:
-    """What a tokenizer.json holds, changed in place to the pieces that `new` numbers."""
+    """Reduce the contents of a tokenizer.json, in place, to the tokens that `new` numbers."""
     model = spec["model"]
     if model["type"] == "Unigram":
         model["vocab"] = [model["vocab"][i] for i in new if i < len(model["vocab"])]
@@ -64,7 +64,7 @@ def prune_spec(spec: dict, new: dict[int, int]) -> dict:
 
 
 def _renumber(node, new: dict[int, int]):
-    """A post-processor with its token ids renumbered, whatever its type nests them in."""
+    """A post-processor with its token ids renumbered at any depth."""
     if isinstance(node, dict):
         out = {key: _renumber(value, new) for key, value in node.items()}
         if isinstance(node.get("ids"), list):  # TemplateProcessing

@@ -1,4 +1,4 @@
-"""A check that pruning changed nothing."""
+"""Check that pruning changed nothing."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,17 @@ from kdlib.models.encoder import Encoder
 
 
 def verify(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: Sequence[str], states_of: int = 100) -> pd.DataFrame:
-    """The proof that pruning changed nothing, as a table of claim, checked, holds.
+    """Compare a pruned encoder with the full one.
 
-    Ids: on every text the pruned ids, mapped back, are the full tokenizer's. Weights: every weight is the full model's,
-    for tables by vocabulary the kept rows of it; with the first claim that settles every text. States: on the first
-    `states_of` texts, seen to be so: every hidden state is equal bit for bit, in fp32.
+    Args:
+        full: the unpruned encoder.
+        pruned: the pruned encoder.
+        ids: the kept ids of the full tokenizer, ascending.
+        texts: texts whose token ids are compared, mapped back.
+        states_of: number of texts whose hidden states are compared, bit for bit, in fp32.
+
+    Returns:
+        A table of claim, checked, holds: token ids, weights (of tables by vocabulary the kept rows) and hidden states.
     """
     same = 0
     for part in parts(texts):
@@ -35,7 +41,7 @@ def verify(full: Encoder, pruned: Encoder, ids: np.ndarray, texts: Sequence[str]
 
 @torch.inference_mode()
 def _same_states(full: Encoder, pruned: Encoder, texts: Sequence[str]) -> int:
-    """How many texts have the same states in both, of every token at every layer."""
+    """How many texts have the same states in both encoders, at every token and layer."""
     ids = [[encoding.ids for encoding in encoder.tokenize(texts)] for encoder in (full, pruned)]
     alike = [i for i, (before, after) in enumerate(zip(*ids)) if len(before) == len(after)]
     equal = 0

@@ -1,4 +1,4 @@
-"""The ablation grid: arms as data in the profile, each a whole profile of its own that changes one thing."""
+"""The ablation grid: arms are listed in the profile; each is a whole profile that changes one thing."""
 
 import difflib
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ RESERVED = ("teacher", "pruned teacher", "conditioned teacher", "student", "no d
 
 @dataclass
 class Arm:
-    """One student of the grid; profile: the study's, as the arm has it."""
+    """One student of the grid. `profile` is the study's with the arm's changes."""
 
     family: str
     name: str
@@ -23,7 +23,7 @@ class Arm:
 
     @property
     def x(self) -> float | None:
-        """The changed value, where it is one number."""
+        """The changed value, if it is one number."""
         values = list(self.changes.values())
         number = len(values) == 1 and isinstance(values[0], (int, float)) and not isinstance(values[0], bool)
         return float(values[0]) if number else None
@@ -32,8 +32,12 @@ class Arm:
 def arms(profile: config.Profile, wanted: Sequence[str] = ()) -> list[Arm]:
     """The arms of the profile's grid, in its order.
 
-    wanted: only these, each "family" or "family/arm". Raises UserError for one that is not there, for a key that an arm
-    may not change, and for a value that is wrong.
+    Args:
+        profile: the study's.
+        wanted: only these, each "family" or "family/arm"; none: all.
+
+    Raises:
+        UserError: for an unknown arm, a parameter that an arm may not change, or a wrong value.
     """
     spec = profile.ablations
     found = []
@@ -51,7 +55,7 @@ def arms(profile: config.Profile, wanted: Sequence[str] = ()) -> list[Arm]:
 
 
 def students(profile: config.Profile) -> dict[str, config.Profile]:
-    """The profile's other students to benchmark: by name, the study's profile as each has it. Errors as `arms`."""
+    """The other students to benchmark: name -> the study's profile with the student's changes. Errors as `arms`."""
     for section, taken in (("students", [*RESERVED, *profile.baselines]), ("baselines", RESERVED)):
         for name in getattr(profile, section):
             if name in taken:

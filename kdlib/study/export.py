@@ -1,4 +1,4 @@
-"""A run's student as ONNX files, with what they keep and cost."""
+"""Export a run's student as ONNX files, and measure them."""
 
 from pathlib import Path
 

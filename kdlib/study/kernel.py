@@ -1,6 +1,6 @@
-"""A kernel that runs one notebook after the other.
+"""One kernel that runs several notebooks.
 
-It imports little itself, so that a kernel can be started, and load the libraries, while this process loads them too.
+This module imports little, so that a kernel can start and load libraries while this process loads them too.
 """
 
 import os
@@ -23,11 +23,13 @@ ARGUMENTS = [
 
 @contextmanager
 def kernel(preload: str | None = None) -> Iterator[AsyncKernelManager]:
-    """A kernel for one notebook after the other: loading the libraries takes longer than some of them.
+    """A kernel for several notebooks, since loading the libraries takes longer than some notebooks.
 
-    It starts with the first notebook; with `preload`, a module it imports, at once. Of that module's objects there are
-    so many that looking for garbage among them, as the Trainer does at every start, takes a third of a second: they are
-    frozen. What the kernel works on is told in a file of its own (`progress.FILE`).
+    It reports progress in a file (`progress.FILE`).
+
+    Args:
+        preload: a module to import at once; None: the kernel starts with the first notebook. Objects of the module are
+            frozen, since the garbage collection at every start of a Trainer would take a third of a second.
     """
     manager, before = AsyncKernelManager(kernel_name="python3"), os.environ.get(progress.FILE)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,7 +48,7 @@ def kernel(preload: str | None = None) -> Iterator[AsyncKernelManager]:
 
 
 def empty(manager: AsyncKernelManager) -> None:
-    """Have a kernel forget all names and objects of the notebook before, as if it were new."""
+    """Remove all names and objects of the last notebook from a kernel."""
     run_sync(_empty)(manager)
 
 

@@ -1,4 +1,4 @@
-"""The model card that a student's folder carries."""
+"""The model card in a student's folder."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ OWN_CORPUS = (
 
 
 class CardFacts(Settings):
-    """What a card says of how the student was made; teacher, corpus: sources, as the profile names them."""
+    """How a student was made; teacher and corpus are the sources in the profile."""
 
     language: str
     teacher: str

@@ -1,4 +1,4 @@
-"""The plan of a study: which stage depends on what. Only this module sees a whole profile; stages see parts of it."""
+"""The plan of a study: which stage needs what. Only this module reads whole profiles; stages get parts of them."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -49,20 +49,20 @@ PROBES = ("seeds", "probe_share", "probe_rows", "probe_test_rows", "bootstrap") 
 
 
 class Graph:
-    """The stages of one profile. Equal stages of several graphs of a context are one object.
+    """The stages of one profile. Equal stages of the graphs of a context are one object.
 
     Args:
         profile: the study's, or an arm's.
         context: of the run.
-        links: whether people find this graph's models under `vocabulary`, `conditioned` and `student`.
-        student: the name of the link to the student; "" for none.
+        links: whether the run folder has links to this graph's models (`vocabulary`, `conditioned`, `student`).
+        student: name of the link to the student; "" for none.
     """
 
     def __init__(self, profile: config.Profile, context: Context, links: bool = False, student: str = ""):
         self.profile, self.context, self.links, self.link = profile, context, links, student
 
     def check(self) -> None:
-        """Raises UserError where a parameter of the study, of an arm or of another student makes no sense."""
+        """Raise UserError where a parameter of the study, an arm or another student makes no sense."""
         graded = [self.profile, *(arm.profile for arm in arms(self.profile)), *students(self.profile).values()]
         for profile in graded:
             check_objectives(profile.distill.objectives)
@@ -99,7 +99,7 @@ class Graph:
 
     @cached_property
     def parallel(self) -> Source[dict[str, list[str]]]:
-        """The parallel sentences by language; none where the study's language is not among them."""
+        """The parallel sentences by language; none where the study's language is missing."""
         spec, language, rows = self.profile.parallel, self.profile.language, self.profile.probe.languages_rows
         settings = [spec and spec.model_dump(), language, rows]
         return self.context.source(
@@ -115,7 +115,7 @@ class Graph:
         return self._encoder("teacher", self.profile.teacher, remembers=True)
 
     def _encoder(self, kind: str, spec: config.Teacher, remembers: bool = False) -> Source[Encoder]:
-        """A model that is read; its key holds the weights of a local folder, which may change under its name."""
+        """A model to read. Its key holds the weights of a local folder, which may change."""
         cache, bf16 = self.context.cache if remembers else None, self.context.bf16
         folder = Path(spec.source).expanduser()
         return self.context.source(
@@ -125,7 +125,7 @@ class Graph:
 
     @cached_property
     def training(self) -> Source[Sequence[Document]]:
-        """The training documents, without what the tasks are tested on."""
+        """The training documents, without the test sentences of tasks."""
         return self.context.source(
             "training", [], lambda: training_documents(self.corpus.get(), self.tasks.get()),
             lambda source: digest(document.sentences for document in source.value),
@@ -133,7 +133,7 @@ class Graph:
         )  # fmt: skip
 
     def texts(self, *counts: int | None, share: float = 1.0) -> Derived[Sequence[str]]:
-        """Windows of the training documents, at most so many, drawn one count after the other; and of those a share."""
+        """Windows of the training documents, drawn by each count in turn, and a share of the rest."""
         lengths, seed = self.profile.distill.windows, self.profile.seed
 
         def make() -> Sequence[str]:
@@ -146,7 +146,7 @@ class Graph:
 
     @cached_property
     def heldout(self) -> Derived[Sequence[str]]:
-        """The held-out sentences that evaluations during training use."""
+        """The held-out sentences of evaluations during training."""
         count = self.profile.distill.heldout_sentences
         return Derived("heldout", count, lambda: sentences(self.corpus.get().heldout)[:count], corpus=self.corpus)
 
@@ -210,7 +210,7 @@ class Graph:
 
     @cached_property
     def models(self) -> dict[str, Keyed[Encoder]]:
-        """The models that the benchmark compares, by the name that results show; each is made when it is needed."""
+        """The models of the benchmark, by their names in results. Each is made when needed."""
         found: dict[str, Keyed[Encoder]] = {"teacher": self.teacher, "pruned teacher": self.prune}
         if self.profile.condition.use:
             found["conditioned teacher"] = Derived(
@@ -221,7 +221,7 @@ class Graph:
         return found | {name: self._encoder("baseline", spec) for name, spec in self.profile.baselines.items()}
 
     def named(self, flag: str) -> list[str]:
-        """The tasks the profile wants for a method; for "probe" and "ablate" all tasks where it wants none."""
+        """The profile's tasks for a method; for "probe" and "ablate" all tasks where it lists none."""
         wanted = [spec.name for spec in self.profile.tasks if getattr(spec, flag)]
         return wanted or ([spec.name for spec in self.profile.tasks] if flag in ("probe", "ablate") else [])
 
@@ -268,7 +268,7 @@ class Graph:
 
 
 def card_facts(profile: config.Profile) -> CardFacts:
-    """What a student's model card says of how it was made."""
+    """The facts of a student's model card."""
     return CardFacts(
         language=profile.language, teacher=profile.teacher.source, prefix=prefix_of(profile.teacher),
         max_length=profile.teacher.max_length, corpus=profile.corpus.source,

@@ -1,4 +1,4 @@
-"""The reports: rows of results, a class for each notebook that records some."""
+"""The reports: rows of results, one class for each notebook that records some."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ Parallel = Source[dict[str, list[str]]]
 
 
 class ProbeSettings(Settings):
-    """What probing the teacher depends on."""
+    """The settings of probing."""
 
     probe: config.Probe
     language: str
@@ -45,7 +45,7 @@ class ProbeReport(Report[ProbeSettings]):
     def segmentation_rows(self) -> list[dict]:
         """Fertility, unknown tokens and split words of the teacher's tokenizer, per language.
 
-        Without parallel sentences in the language, the held-out text is used, and there is one language.
+        Without parallel sentences in the language we use held-out text and give one row.
         """
         parallel, language = self.parallel.get(), self.settings.language
         texts = parallel or {language: sentences(self.corpus.get().heldout)}
@@ -72,7 +72,7 @@ class ProbeReport(Report[ProbeSettings]):
         return [row for rows in found for row in rows]
 
     def retrieval_rows(self) -> list[dict]:
-        """Translation retrieval at every layer; none without parallel sentences in the language and another one."""
+        """Translation retrieval at every layer; no rows without parallel sentences."""
         parallel, language = self.parallel.get(), self.settings.language
         usable = language in parallel and len(parallel) > 1
         return retrieval_rows(self.teacher.get(), parallel, language) if usable else []
@@ -83,13 +83,13 @@ class ProbeReport(Report[ProbeSettings]):
         return cka_rows(self.teacher.get(), held)
 
     def cloze_rows(self) -> list[dict]:
-        """Pseudo-perplexity and cloze accuracy; none for a teacher without a masked-language head."""
+        """Pseudo-perplexity and cloze accuracy; no rows for a teacher without a masked-language head."""
         teacher, held = self.teacher.get(), sentences(self.corpus.get().heldout)
         return mlm_rows(teacher, held, "teacher", self.settings.probe.cloze_sentences) if teacher.head else []
 
 
 class PruneReportSettings(Settings):
-    """What the report of pruning depends on."""
+    """The settings of the report on pruning."""
 
     language: str
 
@@ -141,7 +141,7 @@ class PruneReport(Report[PruneReportSettings]):
 
 
 class ClozeSettings(Settings):
-    """What the report of conditioning depends on."""
+    """The settings of the report on conditioning."""
 
     cloze_sentences: int
     precision: config.Precision
@@ -175,11 +175,11 @@ class ConditionReport(Report[ClozeSettings]):
 
 
 class NoSettings(Settings):
-    """Everything that the report depends on is in its inputs."""
+    """For reports that depend on their inputs only."""
 
 
 class DistillReport(Report[NoSettings]):
-    """How the distillation went (notebook 03)."""
+    """The distillation (notebook 03)."""
 
     name = "distill"
     makes = "student"
@@ -187,7 +187,7 @@ class DistillReport(Report[NoSettings]):
     heldout: Keyed[Sequence[str]]
 
     def rows(self) -> list[dict]:
-        """The curve and the facts of the training, and the similarity to the teacher before and after."""
+        """Curve and facts of the training, and the similarity to the teacher before and after."""
         student, curve, facts = self.student.get()
         losses = [column for column in curve if column not in ("split", "step", "seconds")]
         rows = [
@@ -205,7 +205,7 @@ class DistillReport(Report[NoSettings]):
 
 
 class BenchmarkSettings(Settings):
-    """What the benchmark depends on. tasks: by method ("probe", "finetune", "fewshot"), the names of its tasks."""
+    """The settings of the benchmark. tasks: method ("probe", "finetune", "fewshot") -> names of its tasks."""
 
     benchmark: config.Benchmark
     tasks: dict[str, list[str]]
@@ -223,7 +223,7 @@ AS_FAST = ("conditioned teacher", "no distillation", "from scratch")  # as the p
 
 
 class BenchmarkReport(Report[BenchmarkSettings]):
-    """The student beside its teacher and others (notebook 04). models: by the name that results show."""
+    """The student beside its teacher and other models (notebook 04). models: by their names in results."""
 
     name = "benchmark"
     tasks: Source[list[Task]]
@@ -237,7 +237,7 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         self.models = models
 
     def trials(self, method: str) -> list[Trial]:
-        """Every model on every task with every seed; each trial is kept in `benchmark/` as soon as it is done.
+        """Every model on every task with every seed. A finished trial is kept in `benchmark/`.
 
         Args:
             method: "probe" (linear probe), "finetune" or "fewshot" (fine-tuning on a few rows per class).
@@ -255,7 +255,7 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         return [*rows, dict(model="student", metric="margin", value=spec.margin)]
 
     def efficiency_rows(self) -> list[dict]:
-        """Sizes of all models, speeds of those that differ in speed."""
+        """Sizes of all models, and speeds of those whose speeds differ."""
         encoders = {name: model.get() for name, model in self.models.items()}
         rows = [row for name, encoder in encoders.items() for row in size_rows(encoder, name)]
         timed = {name: encoder for name, encoder in encoders.items() if name not in AS_FAST}
@@ -264,7 +264,7 @@ class BenchmarkReport(Report[BenchmarkSettings]):
 
 
 class AblationReport(Report[NoSettings]):
-    """The ablations (notebook 05). arms: the grid, each arm with what scores it; references: by name."""
+    """The ablations (notebook 05). arms: the grid, each arm with its scores; references: models to compare with."""
 
     name = "ablations"
 
@@ -274,10 +274,10 @@ class AblationReport(Report[NoSettings]):
         self.arms, self.references = arms, references
 
     def rows(self, wanted: Sequence[str] = (), on_arm: Callable[[Arm, list[dict]], None] | None = None) -> list[dict]:
-        """Every arm distilled and scored, and the teacher and the undistilled student for reference.
+        """Distil and score every arm. The teacher and the undistilled student are shown for reference.
 
         Args:
-            wanted: run only these arms, "family" or "family/arm"; of the others, the finished ones are shown.
+            wanted: run only these arms, "family" or "family/arm"; of the others, finished ones are shown.
             on_arm: called with each arm and its rows.
         """
         rows = [
@@ -295,6 +295,6 @@ class AblationReport(Report[NoSettings]):
 
 
 class FigureReport(Report[NoSettings]):
-    """The figures (notebook 06): out of date as soon as any other report is."""
+    """The figures (notebook 06). They are out of date when any other report is."""
 
     name = "figures"

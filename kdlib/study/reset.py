@@ -1,4 +1,4 @@
-"""Back to the start: notebooks as they were handed out, no runs but the prepared one. Nothing is thrown away."""
+"""Restore the notebooks and the prepared run. Nothing is deleted."""
 
 import shutil
 import subprocess
@@ -13,11 +13,18 @@ ASIDE = "set_aside"
 
 
 def reset(folder: Path) -> Path | None:
-    """Put `folder` back to the start; returns the folder with what was there before, None where nothing was.
+    """Move `notebooks/` and `runs/` to `set_aside/<date and time>/`, and restore fresh copies.
 
-    `notebooks/` and `runs/` move to `set_aside/<date and time>/`. Their fresh copies come from `handout/`, or from the
-    last commit of a git checkout (which has no runs). Raises UserError, before anything is moved, where neither is
-    there, and where a folder cannot be moved or written.
+    Notebooks come from `handout/`, or from the last commit of a git checkout, which has no runs.
+
+    Args:
+        folder: a checkout, or an unpacked offline bundle.
+
+    Returns:
+        The folder with what was there before; None where nothing was.
+
+    Raises:
+        UserError: before anything is moved, where there are no fresh copies; and where a folder cannot be written.
     """
     handout = folder / HANDOUT
     if not (handout / "notebooks").is_dir() and not _git(folder, "cat-file", "-e", "HEAD:./notebooks"):

@@ -71,7 +71,7 @@ class Run:
                 path.write_text(text, "utf-8")
 
     def folder(self, name: str) -> Path:
-        """A sub-folder, made if absent."""
+        """A sub-folder, created if absent."""
         folder = self.path / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,9 +81,10 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other commands off this folder. The lock goes with the process, however that ends.
+        """Lock this folder against other commands. The lock ends with the process.
 
-        Raises UserError when another command holds it.
+        Raises:
+            UserError: when another command holds it.
         """
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -105,15 +106,17 @@ class Run:
         return self.path / "results.csv"
 
     def results(self) -> pd.DataFrame:
-        """The table of results, tidy, one number a row; empty (but with its columns) before the first stage."""
+        """The table of results, tidy, one number a row; empty before the first stage."""
         if not self.results_file.is_file():
             return pd.DataFrame(columns=COLUMNS)
         return read_results(self.results_file)
 
     def record(self, stage: str, rows: list[dict] | pd.DataFrame) -> pd.DataFrame:
-        """Put `rows` into the table in place of the stage's earlier ones; returns them as a table.
+        """Replace the rows of a stage in the table. Returns the new rows as a table.
 
-        Rows need model, metric and value; language defaults to the profile's.
+        Args:
+            stage: the stage.
+            rows: with model, metric and value; language is the profile's by default.
         """
         table = pd.DataFrame(rows)
         table["stage"] = stage
@@ -136,12 +139,12 @@ class Run:
             return False
 
     def mark(self, stage: str, key: str, seconds: float, data: Mapping[str, str]) -> None:
-        """Note that `stage` finished; data: fingerprints of what it read, by kind."""
+        """Record that `stage` finished. `data`: fingerprints of what it read, by kind."""
         kept = {"key": key, "seconds": round(seconds, 1), "data": dict(data)}
         write_json(self.folder("stages") / f"{stage}.json", kept)
 
     def changed(self, stage: str, data: Mapping[str, str]) -> list[str]:
-        """The kinds of data that are not what they were when `stage` finished last; none where it never did."""
+        """The kinds of data that changed since `stage` finished; none where it never finished."""
         try:
             before = read_json(self.path / "stages" / f"{stage}.json").get("data")
         except UserError:
@@ -159,7 +162,7 @@ def _refuse_links_out(folder: Path) -> None:
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """A results.csv as a table. Raises UserError if it is not one."""
+    """Read a results.csv as a table. Raises UserError for another file."""
     try:
         table = pd.read_csv(path, dtype=KINDS, keep_default_na=False, na_values=[""])  # "nan" is a language, Min Nan
     except (OSError, ValueError, TypeError) as error:
@@ -171,15 +174,16 @@ def read_results(path: Path) -> pd.DataFrame:
 
 
 def run_folder(run_dir: str | Path | None, profile: str) -> Path:
-    """The run folder a notebook or command means: `run_dir`, or runs/<profile>.
+    """The run folder of a notebook or command: `run_dir`, or runs/<profile>.
 
-    Relative to the current folder, or to the project when that is its `notebooks/`, as it is for a notebook opened
-    by hand.
+    Relative paths start at the current folder, or at the project when that is its `notebooks/`, as in a notebook opened
+    by
+    hand.
     """
     base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
     return base / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))
 
 
 def find_run(run_dir: str | Path | None, profile: str = "workshop", overrides: Any = ()) -> Run:
-    """The run that a notebook works on: profile by name, overrides on top, folder made if absent."""
+    """The run of a notebook: a profile by name with overrides; the folder is created if absent."""
     return Run(run_folder(run_dir, profile), load_profile(profile, overrides))

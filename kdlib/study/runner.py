@@ -1,6 +1,6 @@
-"""Running the notebooks in order, headlessly, with progress.
+"""Run the notebooks in order, headlessly, with progress.
 
-A failure leaves the partial notebook and a plain message.
+After a failure the partial notebook stays, with a plain message.
 """
 
 import json
@@ -41,7 +41,7 @@ PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
 
 
 class NotebookError(Exception):
-    """A notebook stopped: which, in which cell, why. `user`: the error is one the user can mend."""
+    """A notebook stopped: which, in which cell, and why. `user`: the user can fix the error."""
 
     def __init__(self, message: str, user: bool):
         super().__init__(message)
@@ -60,7 +60,7 @@ def notebook_folder() -> Path:
 
 
 def wanted_stages(only: list[str], start: str | None) -> list[str]:
-    """The stages to run. Raises UserError for an unknown one, naming them all."""
+    """The stages to run. Raises UserError for an unknown one, with the known ones."""
     for name in [*only, *([start] if start else [])]:
         if name not in STAGES:
             raise UserError(f"unknown stage {name!r}; the stages are {', '.join(STAGES)}")
@@ -79,12 +79,21 @@ def run_study(
     console: Console | None = None,
     shared: AsyncKernelManager | None = None,
 ) -> None:
-    """Run the notebooks of a study into the run folder `out`.
+    """Run the notebooks of a study. A stage that finished with the same parameters is skipped.
 
-    A stage that finished with the same parameters is not run again, unless it is named by `only` or comes at or after
-    `start`. arms: of the ablations only these, "family" or "family/arm"; the stage then counts as unfinished.
-    shared: a kernel to run them in; None: one is made.
-    Raises UserError for bad input, before anything runs, and NotebookError when a notebook stops.
+    Args:
+        out: the run folder.
+        profile: a name, or a YAML file.
+        overrides: assignments such as "distill.epochs=3".
+        only: run these stages, also finished ones.
+        start: run this stage and later ones, also finished ones.
+        arms: run only these ablations, "family" or "family/arm"; the stage then counts as unfinished.
+        console: where to print.
+        shared: a kernel to run notebooks in; None: a new one.
+
+    Raises:
+        UserError: for bad input, before anything runs.
+        NotebookError: when a notebook stops.
     """
     console = console or Console()
     stages = wanted_stages(list(only), start)
@@ -117,10 +126,11 @@ def run_study(
 
 
 def distill(out: Path, profile: str, overrides: list[str], console: Console | None = None) -> None:
-    """Make the student of the run in `out` outside the notebooks, which then find it.
+    """Distil the student of a run outside the notebooks; they find it afterwards.
 
-    Under torchrun or `accelerate launch` their processes do it together; the run folder has to be one that all of them
-    see. Raises UserError for bad input.
+    Under torchrun or `accelerate launch` the processes work together, in a folder that all of them see. Raises
+    UserError for
+    bad input.
     """
     distributed.join(pick_device(load_profile(profile, overrides).device))
     study = Study(out, profile, overrides)
@@ -138,8 +148,12 @@ def execute(
 ) -> None:
     """Run one notebook by papermill. The output is saved after every cell.
 
-    shared: from `kernel`, to be used again; it is emptied first. None: a kernel for this notebook alone.
-    Raises NotebookError naming notebook, cell and error.
+    Args:
+        source: the notebook.
+        target: the executed notebook.
+        parameters: of its `parameters` cell.
+        console: where to print.
+        shared: a kernel from `kernel`, which is emptied first; None: a kernel for this notebook.
     """
     if shared is None:
         with kernel() as shared:

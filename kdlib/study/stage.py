@@ -30,7 +30,7 @@ A = TypeVar("A", covariant=True)
 
 
 class Settings(BaseModel):
-    """What a stage may know of a profile: narrow, typed and frozen."""
+    """The part of a profile that a stage may know: narrow, typed and frozen."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,7 +39,7 @@ S = TypeVar("S", bound=Settings)
 
 
 class Keyed(Protocol[A]):
-    """An input of a stage: a value, and a key that says what the value depends on."""
+    """An input of a stage: a value with a key that identifies it."""
 
     key: Any  # str; a `cached_property` matches no narrower type here
 
@@ -49,12 +49,12 @@ class Keyed(Protocol[A]):
 
 
 class Derived(Generic[A]):
-    """A value that follows from its inputs so quickly that it is not kept on disk.
+    """A value computed quickly from its inputs, and not kept on disk.
 
     Args:
-        name: what it is called in its key.
-        settings: all that it depends on besides the inputs, as JSON-like values.
-        make: makes it; called once, when it is first asked for.
+        name: its name in the key.
+        settings: all it depends on besides the inputs, as JSON-like values.
+        make: computes it, once, when it is first needed.
         inputs: by name, each with a key.
     """
 
@@ -76,13 +76,13 @@ class Derived(Generic[A]):
 
 
 class Source(Generic[A]):
-    """Data that is read: a corpus, tasks, parallel sentences, a teacher. Its key holds its content too.
+    """Data that is read: a corpus, tasks, parallel sentences, a teacher. Its key includes its content.
 
     Args:
-        kind: what the data is called where a run says that it changed.
-        settings: the part of the profile that says what is read, as JSON-like values.
-        read: reads it; called once, when the value or the key is first asked for.
-        digest: called with the source itself; a fingerprint of its content, of what it is and not of where it is.
+        kind: its name in messages about changed data.
+        settings: the part of the profile that names it, as JSON-like values.
+        read: reads it, once, when the value or the key is first needed.
+        digest: called with the source; a fingerprint of its content, independent of its place.
     """
 
     def __init__(self, kind: str, settings: Any, read: Callable[[], A], digest: "Callable[[Source[A]], str]"):
@@ -110,12 +110,12 @@ class Source(Generic[A]):
 
 @dataclass(frozen=True)
 class Watch:
-    """Who follows a training.
+    """Callbacks of a training.
 
     Args:
-        on_point: called with the curve so far whenever it has a new point.
+        on_point: called with the curve whenever it has a new point.
         should_stop: asked after every step; True stops the training at a checkpoint.
-        label: what the progress bar says instead of the stage's own words.
+        label: name of the progress bar; "" uses the stage's.
     """
 
     on_point: Callable[[pd.DataFrame], None] | None = None
@@ -124,7 +124,7 @@ class Watch:
 
 
 class Context:
-    """What all stages of a run share: its folder, its device, and one object for equal keys.
+    """What the stages of a run share: its folder, its device, and one object for equal keys.
 
     Args:
         path: the run folder.
@@ -140,7 +140,7 @@ class Context:
 
     @property
     def cache(self) -> Path:
-        """The folder of what several stages and arms read: tokens, the teacher's states, vectors."""
+        """The folder of data that several stages and arms read: tokens, the teacher's states, vectors."""
         return self.path / "cache"
 
     def bf16(self, precision: str | None = None) -> bool:
@@ -157,14 +157,14 @@ class Context:
         remembers: bool = False,
         **more: Any,
     ) -> Encoder:
-        """An encoder of this run's, which reads texts as the teacher `spec` does.
+        """Load an encoder of this run, which reads texts as the teacher `spec` does.
 
         Args:
             folder: a stage's.
-            name: what results call it.
+            name: its name in results.
             spec: the teacher.
             bf16: whether to read in bfloat16; None: in the run's precision.
-            remembers: whether its vectors go into the run's vector cache.
+            remembers: whether its vectors are kept in the run's vector cache.
             more: arguments of `models.loading.load_encoder`.
         """
         return load_encoder(
@@ -175,30 +175,30 @@ class Context:
     def source(
         self, kind: str, settings: Any, read: Callable[[], A], digest: Callable[[Source[A]], str], also: Any = ()
     ) -> Source[A]:
-        """The `Source` of these settings: the same object for equal settings, so that nothing is read twice.
+        """The `Source` of these settings. Equal settings give the same object, so nothing is read twice.
 
         Args:
-            kind: as `Source` has it.
-            settings: as `Source` has them.
-            read: as `Source` has it.
-            digest: as `Source` has it.
-            also: what tells two sources apart whose keys have the same settings.
+            kind: see `Source`.
+            settings: see `Source`.
+            read: see `Source`.
+            digest: see `Source`.
+            also: distinguishes sources with equal settings.
         """
         name = ("source", fingerprint(kind, settings, also))
         return self._known.setdefault(name, Source(kind, settings, read, digest))
 
     def stage(self, stage: "AnyStage") -> "AnyStage":
-        """The stage of this key: the first one that was given, or this one. Equal keys are one object."""
+        """The first stage that was given with this key: equal keys are one object."""
         return self._known.setdefault((stage.name, stage.key), stage)
 
 
 class Stage(ABC, Generic[S, A]):
-    """A result that is kept in a folder of its own. A subclass writes `make` and `load`.
+    """A result that is kept in its own folder. A subclass writes `make` and `load`.
 
     Args:
         context: of the run.
         settings: all that the result depends on besides the inputs.
-        link: the name under which people find the folder in the run folder, or "".
+        link: name of the link to the folder in the run folder, or "".
         inputs: `Keyed` values by name; each becomes an attribute, whose type the subclass declares.
     """
 
@@ -220,20 +220,20 @@ class Stage(ABC, Generic[S, A]):
 
     @property
     def folder(self) -> Path:
-        """Where the result is."""
+        """The folder of the result."""
         return self.context.path / self.room / f"{self.name}-{self.key}"
 
     @property
     def work(self) -> Path:
-        """Where the checkpoints are while the result is made."""
+        """The folder of checkpoints while the result is made."""
         return self.folder.with_name(f"{self.folder.name}-checkpoints")
 
     def intact(self) -> bool:
-        """Whether the result is there as it was written. A damaged one is named in a warning."""
+        """Whether the result is there as it was written. A damaged one gives a warning."""
         return is_whole(self.folder, self.said)
 
     def get(self, watch: Watch = Watch()) -> A:
-        """The result: the one that is loaded, else the one on disk, else a new one."""
+        """The result: the loaded one, else the one on disk, else a new one."""
         if self._value is None:
             if not self.intact():
                 self._build(watch)
@@ -258,7 +258,7 @@ class Stage(ABC, Generic[S, A]):
             distributed.barrier()
 
     def _show(self) -> None:
-        """Point the run folder's link at this result; where the system has no links, a copy."""
+        """Set the run folder's link to this result; a copy where the system has no links."""
         if not self.link:
             return
         link_folder(self.context.path / self.link, self.folder)
@@ -279,7 +279,7 @@ AnyStage = TypeVar("AnyStage", bound=Stage)
 
 
 def link_folder(link: Path, target: Path) -> None:
-    """Make `link` lead to the folder `target`, relative to itself; a copy where the system refuses links."""
+    """Set `link` to the folder `target`, by a relative path; a copy where the system refuses links."""
     wanted = os.path.relpath(target, link.parent)
     if link.is_symlink() and os.readlink(link) == wanted:
         return
@@ -300,7 +300,7 @@ def link_folder(link: Path, target: Path) -> None:
 
 
 class Report(Generic[S]):
-    """Rows of a table: what a notebook records. It keeps nothing itself; its key says when its rows are out of date."""
+    """Rows of results that a notebook records. Nothing is kept; the key shows when the rows are out of date."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -311,7 +311,7 @@ class Report(Generic[S]):
         vars(self).update(inputs)
 
     def intact(self) -> bool:
-        """Whether the model that the notebook computes is there and whole."""
+        """Whether the model that the notebook computes exists and is whole."""
         return not self.makes or self.inputs[self.makes].intact()
 
     @cached_property

@@ -1,4 +1,4 @@
-"""The stages that leave a model, and the arms of the ablations."""
+"""The stages that write a model, and the arms of the ablations."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -42,12 +42,12 @@ class Trained(NamedTuple):
 
 
 def in_precision(encoder: Encoder, bf16: bool) -> Encoder:
-    """The same model, read in this precision; vectors that were cached in the other one are left aside."""
+    """The same model, read in this precision, without vectors cached in the other one."""
     return encoder if encoder.bf16 == bf16 else replace(encoder, bf16=bf16, vector_cache=None)
 
 
 class PruneSettings(Settings):
-    """What pruning depends on."""
+    """The settings of pruning."""
 
     vocabulary: config.Vocabulary
     language: str
@@ -63,7 +63,7 @@ class Prune(Stage[PruneSettings, Encoder]):
 
     @cached_property
     def selection(self) -> Selection:
-        """The tokens to keep, and why."""
+        """The tokens to keep, with reasons."""
         spec, tokenizer = self.settings.vocabulary, self.teacher.get().tokenizer
         texts = sentences(self.corpus.get().train)
         if not spec.prune:
@@ -91,7 +91,7 @@ class Prune(Stage[PruneSettings, Encoder]):
 
 
 class ConditionSettings(Settings):
-    """What conditioning depends on."""
+    """The settings of conditioning."""
 
     condition: config.Condition
     precision: config.Precision
@@ -128,7 +128,7 @@ class Condition(Stage[ConditionSettings, Trained]):
 
 
 class DistillSettings(Settings):
-    """What distillation depends on. card: what the student's model card says of it."""
+    """The settings of distillation. card: facts of the student's model card."""
 
     student: config.Student
     distill: config.Distill
@@ -161,7 +161,7 @@ class Distill(Stage[DistillSettings, Trained]):
 
     @property
     def copied_layers(self) -> list[int]:
-        """The teacher layers that the student starts from, 1 = first; none for a random start."""
+        """The teacher layers that the student copies, 1 = first; none for a random start."""
         spec = self.settings.student
         return [] if spec.init == "random" else layer_map(spec.init, spec.layers, self.teacher.layers)
 
@@ -171,14 +171,14 @@ class Distill(Stage[DistillSettings, Trained]):
         return layer_map("alternate", self.settings.student.layers, self.teacher.layers)
 
     def start(self, init: config.Init | None = None) -> Encoder:
-        """The student before distillation, with another start where `init` is given."""
+        """The student before distillation; `init` replaces the student's own start."""
         spec = self.settings.student if init is None else self.settings.student.model_copy(update={"init": init})
         sample = [encoding.ids for encoding in self.teacher.tokenize(sentences(self.corpus.get().train)[:SAMPLE])]
         model = build_student(self.teacher.model, spec, self.settings.seed, sample).to(self.context.device)
         return replace(self.teacher, model=model, name=start_name(init), head=None, vector_cache=None)
 
     def prepare(self, texts: Sequence[str]) -> TokenizedCorpus:
-        """Texts as tokens, with the states of the teacher that the student is compared with."""
+        """Tokenise texts and get the teacher's states that the student is compared with."""
         return prepare(self.teacher, texts, self.settings.distill, self.context.cache, self.settings.student.layers)
 
     @cached_property
@@ -193,7 +193,7 @@ class Distill(Stage[DistillSettings, Trained]):
         return training_size(self.training_sets[0], self.settings.distill, self.settings.seed)
 
     def train(self, train: TokenizedCorpus, heldout: TokenizedCorpus, work: Path, watch: Watch) -> Outcome:
-        """Distil on `train`, from the last checkpoint under `work` where there is one."""
+        """Distil on `train`. An unfinished training under `work` is resumed."""
         spec, start = self.settings.distill, self.start().model
         if self.settings.student.init == "random" or start.config.hidden_size != self.teacher.hidden:
             spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
@@ -209,7 +209,7 @@ class Distill(Stage[DistillSettings, Trained]):
             write_training(folder, outcome.curve, outcome.facts)
 
     def add_unsealed(self, folder: Path) -> None:
-        """Write the model card; the benchmark's numbers are added when they are known."""
+        """Write the model card; the benchmark's numbers are added later."""
         write_card(folder, self.settings.card, self.context.path)
 
     def load(self, folder: Path) -> Trained:
@@ -219,23 +219,23 @@ class Distill(Stage[DistillSettings, Trained]):
 
 
 def start_name(init: config.Init | None) -> str:
-    """What results call a student that was not distilled."""
+    """The name of an undistilled student in results."""
     return "from scratch" if init == "random" else "no distillation"
 
 
 def write_training(folder: Path, curve: pd.DataFrame, facts: dict[str, Any]) -> None:
-    """Keep the curve and the facts of a training."""
+    """Write the curve and the facts of a training."""
     curve.to_csv(folder / "curve.csv", index=False)
     write_json(folder / "facts.json", facts)
 
 
 def read_training(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """What `write_training` wrote."""
+    """Read what `write_training` wrote."""
     return read_table(folder / "curve.csv", CURVE), read_json(folder / "facts.json")
 
 
 class ScoreSettings(Settings):
-    """What the scores of an arm depend on. probes: of the benchmark what a linear probe needs, the rest as it comes."""
+    """The settings of an arm's scores. probes: the benchmark's settings for linear probes."""
 
     probes: config.Benchmark
     tasks: list[str]
@@ -243,9 +243,9 @@ class ScoreSettings(Settings):
 
 
 class Scored(Stage[ScoreSettings, list[dict]]):
-    """Rows of an arm, or of a model that arms are compared with: probe scores, similarity to the teacher, size.
+    """Rows of an arm, or of a model for reference: probe scores, similarity to the teacher, size.
 
-    teacher, compared: the pruned teacher and the sentences whose vectors all arms are compared with.
+    `teacher` and `compared` are the pruned teacher and the sentences whose vectors are compared.
     """
 
     room = "ablations"
@@ -259,7 +259,7 @@ class Scored(Stage[ScoreSettings, list[dict]]):
 
         Args:
             encoder: the student.
-            keys: of a model of the benchmark, so that its trials are the benchmark's.
+            keys: of a model of the benchmark, to use the benchmark's trials.
         """
         spec, tasks = self.settings.probes, [task for task in self.tasks.get() if task.name in self.settings.tasks]
         runs: dict[str, list] = {}
@@ -293,9 +293,9 @@ class Reference(Scored):
 
 
 class ArmScores(Scored):
-    """Rows of an arm: a student that is distilled, scored and not kept.
+    """Rows of an arm: its student is distilled and scored, and not kept.
 
-    student: how it is distilled. arm_texts: on which texts, before `distill.fraction` of them is drawn.
+    `student` is its distillation; `arm_texts` are the texts of which `distill.fraction` is drawn.
     """
 
     name = "arm"
@@ -303,7 +303,7 @@ class ArmScores(Scored):
     arm_texts: Keyed[Sequence[str]]
 
     def make(self, folder: Path, watch: Watch) -> None:
-        """Distil the arm's student, from the last checkpoint where there is one, and score it."""
+        """Distil the arm's student and score it. An unfinished training is resumed."""
         arm, spec = self.student, self.student.settings
         train, heldout = arm.prepare(self.arm_texts.get()), arm.prepare(arm.heldout.get())
         order = np.random.default_rng(spec.seed).permutation(len(train)).tolist()
@@ -316,5 +316,5 @@ class ArmScores(Scored):
 
 
 def trial_key(context: Context, name: str, model: Keyed[Encoder]) -> str:
-    """A fingerprint of all that a model's vectors depend on, as `run_trials` wants one."""
+    """A fingerprint of all that a model's vectors depend on, for `run_trials`."""
     return fingerprint(name, model.key, context.bf16())

@@ -1,4 +1,4 @@
-"""A study as the notebooks use it: the models, the data and the reports of one run."""
+"""A study as notebooks use it: the models, data and reports of one run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,7 +74,7 @@ class Study:
         self.graph.check()
 
     def variant(self, overrides: Any) -> "Study":
-        """This study with some parameters changed, in the same run folder; what the change leaves alone is shared."""
+        """This study with some parameters changed, in the same run folder. Unchanged stages are shared."""
         return Study(overrides=overrides, base=self)
 
     # -- what is read
@@ -113,7 +113,7 @@ class Study:
 
     @property
     def source(self) -> Encoder:
-        """The encoder that the student learns from: the pruned or, with `condition.use`, the conditioned teacher."""
+        """The encoder that the student learns from: the pruned teacher, or the conditioned one with `condition.use`."""
         return self.graph.distill.teacher
 
     @property
@@ -122,7 +122,7 @@ class Study:
         return self.distill().encoder
 
     def condition(self, on_point: OnPoint | None = None) -> Trained:
-        """The conditioned teacher, the curve of its training and the facts. on_point: as `stage.Watch` has it."""
+        """The conditioned teacher, its training curve and facts. `on_point`: see `stage.Watch`."""
         return self.graph.condition.get(Watch(on_point))
 
     def distill(self, on_point: OnPoint | None = None, should_stop: Callable[[], bool] | None = None) -> Trained:
@@ -141,19 +141,19 @@ class Study:
         return trained
 
     def undistilled(self, init: config.Init | None = None) -> Encoder:
-        """The student before distillation, with another start where `init` is given."""
+        """The student before distillation; `init` replaces the student's own start."""
         return self.graph.distill.start(init)
 
     def ablation_rows(self, wanted: Sequence[str] = (), on_arm: Any = None) -> list[dict]:
-        """Rows of the ablations; see `AblationReport.rows`. Raises UserError for an arm that is not there."""
+        """Rows of the ablations; see `AblationReport.rows`. Raises UserError for an unknown arm."""
         arms(self.profile, wanted)
         return self.report("ablations").rows(wanted, on_arm)
 
     def write_cards(self) -> None:
-        """Write the model cards of all students again, with the numbers that are known now."""
+        """Rewrite the model cards of all students with the current numbers."""
         for name, graph in {"student": self.graph, **self.graph.others}.items():
             write_card(self.run.path / graph.link, graph.distill.settings.card, self.run.path, self.run.results(), name)
 
     def report(self, stage: str) -> Any:
-        """The report of a stage: its methods give the rows that the stage's notebook records."""
+        """The report of a stage; its methods give the rows that the notebook records."""
         return self.graph.reports[stage]

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, TrainingArguments
 def training_arguments(
     work: Path | str, steps: int, learning_rate: float, device: torch.device, seed: int, **more: Any
 ) -> TrainingArguments:
-    """The arguments of a training: AdamW, a linear schedule, and nothing of the Trainer's own reports and checkpoints.
+    """The arguments of a training: AdamW and a linear schedule, without the Trainer's own reports and checkpoints.
 
     Args:
-        work: the folder of the checkpoints.
-        steps: how many steps are taken.
+        work: folder of the checkpoints.
+        steps: number of steps.
         learning_rate: its highest value.
         device: where the model is.
         seed: of order and dropout.
@@ -32,10 +32,7 @@ def training_arguments(
 
 @contextlib.contextmanager
 def training_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Plain attention while training on a CPU.
-
-    For short texts the gradient of the fused kernel takes several times as long there.
-    """
+    """Use plain attention while training on a CPU: for short texts the fused gradient is several times slower."""
     fused = model.config._attn_implementation
     plain = model.device.type == "cpu" and fused == "sdpa"
     if plain:

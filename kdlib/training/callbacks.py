@@ -1,4 +1,4 @@
-"""The curve of a training: its points are kept in the checkpoints too, so that a run that goes on has all of them."""
+"""The curve of a training. Checkpoints hold its points too, so a resumed run has all of them."""
 
 import time
 from typing import Any
@@ -9,28 +9,27 @@ from kdlib.progress import Progress
 
 
 class Curve(TrainerCallback):
-    """Keeps the points of a curve and shows progress; who trains says when there is a point, and what it holds.
+    """Keeps the points of a curve and shows progress. Subclasses decide when to add a point and what it holds.
 
-    A point has its split ("train", "heldout", ...), the step, and the seconds of training, without those between a stop
-    and the next start.
+    A point has its split ("train", "heldout", ...), the step, and the seconds of training without pauses between runs.
 
     Args:
-        trainer: whose training this is.
-        label: what the progress bar says.
-        split: whose last loss is shown beside the progress.
+        trainer: the Trainer of this training.
+        label: name of the progress bar.
+        split: split whose last loss is shown beside the progress.
     """
 
     def __init__(self, trainer: Any, label: str, split: str = "train"):
         self.trainer, self.label, self.split, self.points = trainer, label, split, []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start the progress bar; take over the points of a checkpoint."""
+        """Start the progress bar and read the points of a checkpoint."""
         self.progress, self.started = Progress(self.label, state.max_steps), time.time()
         self.seconds_before = state.log_history[-1].get("seconds", 0.0) if state.log_history else 0.0
         self.points = [point for point in state.log_history if "split" in point]
 
     def seconds(self) -> float:
-        """Seconds of training so far, stops not counted."""
+        """Seconds of training so far, without pauses."""
         return round(self.seconds_before + time.time() - self.started, 2)
 
     def add(self, state, split: str, values: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
-"""Checkpoints of training that outlive a kill at any moment: sealed once they are whole, the newest whole one taken up.
+"""Checkpoints that survive a kill at any moment.
 
-The Trainer writes a checkpoint file by file, and takes up the newest whatever is in it. Here a checkpoint counts from
-when its checksums are written (`store.seal`), the last two are kept, and one that is torn is passed over.
+The Trainer writes a checkpoint file by file, and resumes from the newest even if it is incomplete. Here a checkpoint
+is valid once its checksums are written (`files.seal`). The last two are kept; damaged ones are skipped.
 """
 
 import logging
@@ -26,10 +26,11 @@ KEPT = 2
 
 
 class Checkpoints(TrainerCallback):
-    """Has a Trainer (save_strategy "no") write a checkpoint every SECONDS, seals it, and removes all but the last KEPT.
+    """Writes a checkpoint every SECONDS, seals it, and keeps the last KEPT. For a Trainer with save_strategy "no".
 
-    every: only at steps that this divides, such as those at which the curve gets a point, so that nothing that is
-    summed up in between is lost. at_end: also after the last step, however soon that is.
+    Args:
+        every: only at multiples of this step, such as those of the curve, so that no running sum is lost.
+        at_end: also after the last step.
     """
 
     def __init__(self, every: int = 1, at_end: bool = True):
@@ -60,7 +61,7 @@ class Checkpoints(TrainerCallback):
 
 
 def _agreed(due: bool) -> bool:
-    """What the first of several processes says: their clocks differ."""
+    """The first process's answer, in all processes: their clocks differ."""
     answer = [due]
     if distributed.is_initialized():
         distributed.broadcast_object_list(answer)
@@ -74,7 +75,7 @@ def _found(work: str | Path) -> list[Path]:
 
 
 def newest(work: str | Path) -> Path | None:
-    """The newest whole checkpoint under `work`; those that are torn or corrupted are named in a warning and removed."""
+    """The newest whole checkpoint in `work`. Damaged ones are named in a warning and removed."""
     for folder in reversed(_found(work)):
         wrong = flaw(folder)
         if not wrong:
@@ -85,11 +86,13 @@ def newest(work: str | Path) -> Path | None:
 
 
 def train(trainer: Trainer, last: Path | None) -> list[dict]:
-    """Train, from the checkpoint `last` on if there is one.
+    """Train, from the checkpoint `last` if there is one.
 
-    Returns the points of the curve, which are those entries of the Trainer's log that name a split.
+    Returns:
+        The points of the curve: those entries of the Trainer's log that name a split.
 
-    Raises UserError where a checkpoint cannot be written; the one before it is still there then.
+    Raises:
+        UserError: where a checkpoint cannot be written; the earlier one is kept.
     """
     work = Path(trainer.args.output_dir)
     try:
@@ -114,7 +117,7 @@ def train(trainer: Trainer, last: Path | None) -> list[dict]:
 
 
 def _remove_unsealed(work: Path) -> None:
-    """Half a checkpoint is of no use, and where the disk is full its room is."""
+    """Remove unfinished checkpoints: they are of no use and take disk space."""
     for folder in _found(work):
         if flaw(folder):
             shutil.rmtree(folder, ignore_errors=True)

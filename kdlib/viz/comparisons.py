@@ -66,7 +66,7 @@ def benchmark_finetune(table: pd.DataFrame) -> Figure:
 def retention(table: pd.DataFrame) -> Figure:
     """The student's probe scores in percent of the teacher's.
 
-    The intervals are the student's, divided by the teacher's mean: the teacher's own uncertainty is left out.
+    The intervals are the student's, divided by the teacher's mean. They leave out the teacher's own uncertainty.
     """
     rows = benchmark_rows(table, "probe")
     labels = _task_labels(rows)
@@ -128,7 +128,7 @@ METHODS = {"probe": "linear probe", "finetune": "fine-tuned", "fewshot": "few-sh
 
 @style.styled
 def differences(table: pd.DataFrame) -> Figure:
-    """How far the student is from every other model, averaged over tasks, and within which margin they are on par."""
+    """The difference between the student and every other model, averaged over tasks, with the margin of equivalence."""
     what = "paired comparison"
     rows = select(table, "benchmark", what, metric="difference", task="average")
     rows = need(rows[rows["x"].isna()], "benchmark", what)
@@ -168,7 +168,7 @@ def differences(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def efficiency(table: pd.DataFrame) -> Figure:
-    """What each model costs: parameters against score, latency, throughput."""
+    """The cost of each model: parameters against score, latency and throughput."""
     looks = style.looks(table)
     scores = benchmark_rows(table, "probe")
     scores = need(scores[scores["task"] == "average"], "benchmark", "average probe score")
@@ -219,7 +219,7 @@ def efficiency(table: pd.DataFrame) -> Figure:
 
 
 def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of the arms of a family, a row per task and arm; and of the models they are held against."""
+    """Scores of the arms of a family, a row per task and arm, and of the models for reference."""
     what = f"ablation of {family}"
     rows = headline_rows(table, select(table, "ablations", what, method=family, model="student"))
     arms = summary(need(rows, "ablations", what), "task", "model", "arm")
@@ -228,7 +228,7 @@ def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFr
 
 
 def _references(axes: Axes, reference: pd.DataFrame, task: str, along: str, looks: dict[str, Look]) -> None:
-    """A line per model that is not ablated, with its interval; `along` is the axis that holds the scores."""
+    """A line with its interval for each reference model; `along` is the axis of the scores."""
     line, span = {"x": (axes.axvline, axes.axvspan), "y": (axes.axhline, axes.axhspan)}[along]
     for row in reference[reference["task"] == task].itertuples():
         colour = looks[row.model].colour
@@ -250,7 +250,7 @@ def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, L
 
 @style.styled
 def ablation(table: pd.DataFrame, family: str) -> Figure:
-    """Score of the students of a family of arms, a panel per task.
+    """Scores of the students of a family of arms, a panel per task.
 
     A curve where every arm is a number (x), else a line per arm.
     """
@@ -293,6 +293,6 @@ def _arm_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look) -> None:
 
 
 def ablation_families(table: pd.DataFrame) -> list[str]:
-    """The families of arms that the table has rows for, in its order."""
+    """The families of arms in the table, in its order."""
     rows = table[(table["stage"] == "ablations") & (table["method"] != "reference")]
     return list(rows["method"].dropna().unique())

@@ -14,9 +14,9 @@ WIDTH = 820  # pixels on the page; the picture itself has twice as many
 
 
 def headless() -> bool:
-    """Whether nobody can answer: there is no kernel, or the cell is run by papermill, nbconvert or another nbclient.
+    """Whether nobody can answer: there is no kernel, or papermill, nbconvert or another nbclient runs the cell.
 
-    Front ends that a person sits at allow the cells they run to ask for input; nbclient never does.
+    Front ends with a person allow a cell to ask for input; nbclient does not.
     """
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is None or not kernel.get_parent("shell").get("content", {}).get("allow_stdin", False)
@@ -35,12 +35,12 @@ def show(figure: Figure) -> None:
 
 
 def say(text: str) -> None:
-    """A sentence that quotes this run's results: numbers in prose come from the table, never from the author."""
+    """Show a sentence that quotes this run's results. Numbers in prose come from the table."""
     display(Markdown(text))
 
 
 def live_curve(draw: Callable[[pd.DataFrame], Figure] = figures.live_curve) -> Callable[[pd.DataFrame], None]:
-    """A learning curve that is redrawn in place: pass it as `on_point`."""
+    """A learning curve that is redrawn in place. Pass it as `on_point`."""
     handle: list[DisplayHandle] = []
 
     def redraw(curve: pd.DataFrame) -> None:

@@ -28,7 +28,7 @@ class Index:
 
 
 def build_index(encoder: Encoder, texts: Sequence[str], vectors: np.ndarray | None = None) -> Index:
-    """vectors: the encoder's vectors of the texts, float [texts, hidden]; computed if not given."""
+    """Index texts for `nearest`. `vectors`: float [texts, hidden]; computed if not given."""
     vectors = text_vectors(encoder, list(texts))[:, 0] if vectors is None else np.asarray(vectors, np.float32)
     if vectors.shape != (len(texts), encoder.hidden):
         raise UserError(
@@ -43,7 +43,7 @@ def _unit_rows(x: np.ndarray) -> np.ndarray:
 
 
 def nearest(index: Index, query: str, count: int = 5) -> pd.DataFrame:
-    """The texts most like the query, best first: text, cosine (of centred vectors). The query itself is left out."""
+    """The texts most similar to the query, best first: text, cosine (of centred vectors). Without the query."""
     cosine = index.units @ _unit_rows(text_vector(index.encoder, query) - index.mean)
     best = [i for i in np.argsort(-cosine, kind="stable") if index.texts[i] != query][:count]
     return pd.DataFrame({"text": [index.texts[i] for i in best], "cosine": cosine[best].astype(float)})
@@ -55,7 +55,7 @@ def text_vector(encoder: Encoder, text: str) -> np.ndarray:
 
 
 def neighbours_html(found: Mapping[str, pd.DataFrame], query: str) -> str:
-    """Neighbours by each model side by side; texts that all of them found are marked."""
+    """Neighbours by each model side by side. Texts that all models found are marked."""
     both = set.intersection(*(set(table["text"]) for table in found.values()))
     count = max(map(len, found.values()))
     rows = []
@@ -77,9 +77,15 @@ Classify = Callable[[str], dict[str, float]]
 
 
 def probe_classifier(encoder: Encoder, task: Task, rows: int | None = 1000) -> Classify:
-    """A function from a text to the probability of each label: a linear probe on the encoder's frozen vectors.
+    """A function from a text to the probability of each label: a linear probe on frozen vectors.
 
-    It is trained on the task's training rows, at most `rows` of them. Raises UserError for tasks on pairs or words.
+    Args:
+        encoder: the model.
+        task: of kind classify or multilabel.
+        rows: training rows at most; None: all.
+
+    Raises:
+        UserError: for tasks on pairs or words.
     """
     if task.kind not in ("classify", "multilabel"):
         raise UserError(
@@ -101,7 +107,7 @@ def probe_classifier(encoder: Encoder, task: Task, rows: int | None = 1000) -> C
 
 
 def timed(classify: Classify, text: str, repeats: int = 3) -> tuple[dict[str, float], float]:
-    """The labels of a text and the median time that takes, in milliseconds, after one call to warm up."""
+    """The labels of a text and the median time in milliseconds, after one call to warm up."""
     answer, spent = classify(text), []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -111,7 +117,7 @@ def timed(classify: Classify, text: str, repeats: int = 3) -> tuple[dict[str, fl
 
 
 def labels_html(answers: Mapping[str, tuple[dict[str, float], float]]) -> str:
-    """Labels with probabilities by each model side by side, the likeliest first, and how long each took."""
+    """Labels with probabilities by each model side by side, most probable first, and the time each took."""
     first = next(iter(answers.values()))[0]
     labels = sorted(first, key=lambda label: -first[label])
     rows = []

@@ -145,7 +145,7 @@ def _claimed(selection: Selection) -> list[int]:
 
 @style.styled
 def size_figure(table: pd.DataFrame, rows: int) -> Figure:
-    """Coverage, fertility, unknown tokens and parameters by rows of the vocabulary; `rows` is the one pointed at."""
+    """Coverage, fertility, unknown tokens and parameters by rows of the vocabulary; `rows` is marked."""
     panels = {
         "coverage": ("tokens covered (%)", 100),
         "fertility": ("tokens per word", 1),
@@ -192,9 +192,10 @@ def size_html(table: pd.DataFrame, rows: int) -> str:
 
 
 def layer_curves(table: pd.DataFrame, model: str = "teacher") -> pd.DataFrame:
-    """All that is known of a model layer by layer, from the table of results.
+    """Everything measured layer by layer of a model, from the table of results.
 
-    Rows of: curve ("topic (accuracy)", "eng, centred"), kind ("task" or "language"), layer, value, low, high, n.
+    Returns:
+        Rows of curve ("topic (accuracy)", "eng, centred"), kind ("task" or "language"), layer, value, low, high, n.
     """
     rows = table[(table["stage"] == "probe") & (table["model"] == model) & table["layer"].notna()]
     tasks, found = rows[rows["method"] == "layer probe"], rows[rows["metric"] == "retrieval"]
@@ -211,7 +212,7 @@ def layer_curves(table: pd.DataFrame, model: str = "teacher") -> pd.DataFrame:
 
 @style.styled
 def layer_figure(curves: pd.DataFrame, shown: Sequence[str], layer: int) -> Figure:
-    """The curves named in `shown` against the layer, a panel for tasks and one for languages; `layer` is pointed at."""
+    """The curves in `shown` against the layer, a panel for tasks and one for languages; `layer` is marked."""
     labels = {"task": "what a linear probe reads (%)", "language": "translation found first (%)"}
     kinds = [kind for kind in labels if kind in set(curves.loc[curves["curve"].isin(shown), "kind"])]
     figure, axes, _ = style.panels(f"What does layer {layer} know?", len(kinds), 2, 4.2, sharex=True, sharey=True)
@@ -252,7 +253,7 @@ def interval_text(row: pd.Series, scale: float = 100, unit: str = "%") -> str:
 
 
 def with_gap(sentence: str) -> str:
-    """The sentence with its longest word hidden (the first of them)."""
+    """The sentence with its (first) longest word hidden."""
     words = sentence.split()
     longest = max(range(len(words)), key=lambda i: len(words[i]), default=None)
     return " ".join(GAP if i == longest else word for i, word in enumerate(words))
@@ -260,9 +261,10 @@ def with_gap(sentence: str) -> str:
 
 @torch.inference_mode()
 def masked_logits(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
-    """The pieces of the vocabulary and the model's logits for the (first) gap of the text: float [rows].
+    """The tokens of the vocabulary and the model's logits for the (first) gap of the text: float [rows].
 
-    Raises UserError where the model has no masked-language head, the tokenizer no mask token, or the text no gap.
+    Raises:
+        UserError: where the model has no masked-language head, the tokenizer no mask token, or the text no gap.
     """
     mask = encoder.tokenizer.mask_token
     if encoder.head is None or mask is None:
@@ -291,7 +293,7 @@ def token_states(encoder: Encoder, ids: Sequence[int]) -> torch.Tensor:
 
 
 def soft_targets(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """softmax(logits / temperature): what a student is shown in place of the right answer (Hinton et al. 2015)."""
+    """softmax(logits / temperature): the soft targets that the student learns (Hinton et al. 2015)."""
     return softmax(np.asarray(logits, float) / temperature)
 
 
@@ -302,7 +304,7 @@ def entropy(logits: np.ndarray, temperature: float) -> float:
 
 
 def targets_html(pieces: Sequence[str], logits: np.ndarray, temperature: float, count: int = 10) -> str:
-    """The likeliest pieces with their probability at temperature 1 and at `temperature`."""
+    """The most probable tokens with their probability at temperature 1 and at `temperature`."""
     plain, soft = soft_targets(logits, 1), soft_targets(logits, temperature)
     best = np.argsort(-plain, kind="stable")[:count]
     top = max(plain[best].max(), soft[best].max())
@@ -326,7 +328,7 @@ def targets_html(pieces: Sequence[str], logits: np.ndarray, temperature: float, 
 
 
 def layer_choice_html(layers: Sequence[int]) -> str:
-    """How to ask for a student that starts from these teacher layers, in a notebook and on the command line."""
+    """How to ask for a student that copies these teacher layers, in a notebook and on the command line."""
     sets = [f"student.layers={len(layers)}", f"student.init={list(layers)}".replace(" ", "")]
     line = " ".join(f'--set "{item}"' for item in sets)
     return page(
@@ -337,7 +339,7 @@ def layer_choice_html(layers: Sequence[int]) -> str:
 
 @torch.inference_mode()
 def attentions(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
-    """The pieces that the encoder reads and all its attention probabilities: float32 [layers, heads, from, to]."""
+    """The tokens that the encoder reads and all its attention probabilities: float32 [layers, heads, from, to]."""
     encoding = encoder.tokenize([text])[0]
     model = encoder.model
     row = torch.tensor([encoding.ids], device=next(model.parameters()).device)
@@ -351,13 +353,13 @@ def attentions(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
 
 
 def shared_attention(a: np.ndarray, b: np.ndarray) -> float:
-    """How much of their attention two heads spend on the same tokens, 0 to 1: mean over rows of sum(min(a, b))."""
+    """The share of attention that two heads spend on the same tokens, 0 to 1: mean over rows of sum(min(a, b))."""
     return float(np.minimum(a, b).sum(-1).mean())
 
 
 @style.styled
 def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Figure:
-    """Attention of one head each: title -> pieces and probabilities [from, to]. Pieces are numbered along the axes."""
+    """Attention of one head each: title -> tokens and probabilities [from, to]. Tokens are numbered along the axes."""
     figure, axes, _ = style.panels("Which token looks at which?", len(maps), 2, 3.4)
     most = max(matrix.max() for _, matrix in maps.values())
     for ax, (title, (pieces, matrix)) in zip(axes, maps.items()):
@@ -375,7 +377,7 @@ def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Fi
 
 
 def attention_html(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> str:
-    """Where each head looks most, and how far two heads on the same tokens agree."""
+    """Where each head looks most, and how far two heads agree."""
     rows = []
     for title, (pieces, matrix) in maps.items():
         most = matrix.mean(0).argsort(kind="stable")[::-1][:3]
@@ -390,10 +392,15 @@ def attention_html(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> str:
 
 
 def training_facts(curve: pd.DataFrame, steps: int, tokens: int) -> dict[str, float]:
-    """Where training stands: step, steps, seconds so far, tokens_per_second, left (seconds).
+    """The progress of a training: step, steps, seconds, tokens_per_second, left (seconds).
 
-    curve: as `distill` passes it to `on_point`. steps, tokens: of the whole training. Speed and time left are NaN
-    before the first step.
+    Args:
+        curve: as `distill` passes it to `on_point`.
+        steps: of the whole training.
+        tokens: of the whole training.
+
+    Returns:
+        The numbers; speed and time left are NaN before the first step.
     """
     last = curve.iloc[-1]
     step, seconds = int(last["step"]), float(last["seconds"])
@@ -404,7 +411,7 @@ def training_facts(curve: pd.DataFrame, steps: int, tokens: int) -> dict[str, fl
 
 
 def training_html(facts: Mapping[str, float], curve: pd.DataFrame, stopped: bool = False) -> str:
-    """Where training stands, or where it stopped, in a line."""
+    """The progress of a training, or where it stopped, in a line."""
     held = curve[curve["split"] == "heldout"]["loss"]
     parts = [f"step <b>{facts['step']:,}</b> of {facts['steps']:,}", f"{clock(facts['seconds'])} so far"]
     if np.isfinite(facts["left"]):

@@ -43,7 +43,7 @@ SPLITS = {"train": "training texts", "heldout": "held-out texts"}
 
 
 def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write `name`.png and `name`.pdf, whole or not at all; the same figure gives the same bytes."""
+    """Write `name`.png and `name`.pdf, whole or not at all. The same figure gives the same bytes."""
     metadata = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": "kdlib", "Creator": "kdlib"}}
     paths = [Path(folder) / f"{name}{suffix}" for suffix in metadata]
     with style.context():
@@ -54,7 +54,7 @@ def save(figure: Figure, folder: str | Path, name: str) -> list[Path]:
 
 
 def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Path]], list[tuple[str, str]]]:
-    """Draw and save every figure that the table has rows for: the files by name, and (name, why not) of the others."""
+    """Draw and save each figure that the table has rows for. Returns files by name, and (name, reason) of the rest."""
     check(table)
     files, missing = {}, []
     for name, draw in drawers(table).items():
@@ -68,7 +68,7 @@ def draw_all(table: pd.DataFrame, folder: str | Path) -> tuple[dict[str, list[Pa
 
 
 def drawers(table: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
-    """Every figure of a table by name: those of FIGURES, and one for each family of ablation arms that it has."""
+    """Every figure of a table by name: those of FIGURES, and one for each family of ablation arms."""
     unfit = re.compile(r"[^\w+.-]")  # a family's name must not become a path
     families = {f"ablation_{unfit.sub('_', family)[:60]}": family for family in ablation_families(table)}
     return FIGURES | {name: functools.partial(ablation, family=family) for name, family in families.items()}
@@ -76,7 +76,7 @@ def drawers(table: pd.DataFrame) -> dict[str, Callable[[pd.DataFrame], Figure]]:
 
 @style.styled
 def fertility(table: pd.DataFrame) -> Figure:
-    """How finely the teacher's tokenizer cuts each language: tokens per word, words split, unknown tokens."""
+    """How finely the teacher's tokenizer splits each language: tokens per word, split words, unknown tokens."""
     panels = {
         "fertility": ("tokens per word", 1, "{:.2f}"),
         "split_words": ("words split (%)", 100, "{:.3g}"),
@@ -109,7 +109,7 @@ def fertility(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def layer_probe(table: pd.DataFrame) -> Figure:
-    """What a linear probe reads from each of the teacher's layers, task by task."""
+    """What a linear probe finds in each of the teacher's layers, task by task."""
     rows = select(table, "probe", "layer probe", method="layer probe")
     states, chance = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
     tasks = tasks_of(need(states, "probe", "layer probe"))
@@ -171,7 +171,7 @@ def retrieval(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def cka(table: pd.DataFrame) -> Figure:
-    """How alike the representations of every two layers are."""
+    """How similar the representations of every two layers are."""
     rows = select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
     values = rows.pivot_table(index="layer", columns="x", values="value")
     figure = style.new_figure("Which layers of the teacher hold alike representations?", 6.4, 8)
@@ -188,7 +188,7 @@ def cka(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def vocabulary(table: pd.DataFrame) -> Figure:
-    """How many vocabulary rows the language needs, and whose rows were cut."""
+    """How many vocabulary rows the language needs, and which scripts were removed."""
     coverage = select(table, "prune", "coverage of the vocabulary", metric="coverage")
     kept = select(table, "prune", "kept rows by script", metric=["rows_kept", "rows_cut"])
     rows = select(table, "prune", "size of the pruned vocabulary", model="pruned teacher", metric="rows")
@@ -243,9 +243,10 @@ def learning_curve(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def live_curve(curve: pd.DataFrame) -> Figure:
-    """Loss and objectives against time, also while training goes on.
+    """Loss and objectives against time, also during training.
 
-    curve: one row per point; columns split ("train" or "heldout"), step, seconds, loss, and one per objective.
+    Args:
+        curve: a row per point: split ("train" or "heldout"), step, seconds, loss, and one column per objective.
     """
     if curve.empty:
         raise UserError("no learning curve yet; the stage 'distill' has not evaluated the student")
@@ -276,9 +277,11 @@ def live_curve(curve: pd.DataFrame) -> Figure:
 
 @style.styled
 def conditioning_curve(curve: pd.DataFrame) -> Figure:
-    """Perplexity against time, also while training goes on.
+    """Perplexity against time, also during training.
 
-    curve: split ("warm-up" of a new head, "train" or "heldout"), seconds, perplexity; of held-out ones low and high.
+    Args:
+        curve: split ("warm-up" of a new head, "train" or "heldout"), seconds, perplexity; of held-out points low and
+            high.
     """
     parts = [part for part in ("warm-up", "train") if part in set(curve["split"])] or ["train"]
     figure, axes, _ = style.panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6)
@@ -315,7 +318,11 @@ def conditioning(table: pd.DataFrame) -> Figure:
 def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int], matched: list[int]) -> Figure:
     """Which teacher layers the student is copied from, and which it is compared with.
 
-    copied, matched: for each student layer, lowest first, a teacher layer (1 = first); nothing copied: a random start.
+    Args:
+        teacher_layers: number of layers.
+        student_layers: number of layers.
+        copied: for each student layer, lowest first, a teacher layer (1 = first); empty for a random start.
+        matched: as `copied`, the layers compared.
     """
     figure = style.new_figure("Where does each layer of the student come from?", 4.6)
     ax = figure.subplots()

@@ -1,4 +1,4 @@
-"""Pieces of HTML that the widgets show."""
+"""Parts of HTML that widgets show."""
 
 import html
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bar(length: float, colour: str, label: str) -> str:
-    """A bar of a length from 0 to 1, and its label, in a column whose width does not change."""
+    """A bar of a length from 0 to 1 with its label, in a column of fixed width."""
     block = f"display:inline-block;height:14px;background:{colour};width:{max(1, round(180 * length))}px"
     return f'<span style="display:inline-block;width:260px"><span style="{block}"></span> {label}</span>'
 

@@ -1,4 +1,4 @@
-"""Controls over a view: the machinery of the widgets."""
+"""Controls with a view: the base of all widgets."""
 
 import warnings
 from base64 import b64encode
@@ -21,7 +21,7 @@ Build = Callable[..., W.ValueWidget]
 
 @dataclass
 class View:
-    """What a panel shows: a picture, HTML under it, or one of them."""
+    """What a panel shows: a picture, HTML below it, or one of them."""
 
     html: str = ""
     figure: Figure | None = None
@@ -33,18 +33,22 @@ class View:
 
 
 def quietly(draw: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-    """Draw without a word on letters that the machine has no font for: all text is in the HTML, too."""
+    """Draw without warnings about missing fonts: all text is in the HTML too."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
         return draw(*arguments, **named)
 
 
 class Panel:
-    """Controls over a view.
+    """Controls with a view.
 
-    view: called with the value of each control by name. controls: how each is built, a partial of a widget class with
-    its first `value`; they are built when somebody can use them, so a headless run makes no widget. adapt: called
-    with the name of a control that was moved and all controls, before the view is drawn; may move others.
+    Args:
+        view: called with the value of each control by name.
+        controls: by name, a partial of a widget class with its first `value`. Widgets are built when they are first
+            shown, so
+            a headless run builds none.
+        adapt: called with the name of a changed control and all controls before the view is drawn; it may change
+            others.
     """
 
     def __init__(
@@ -83,14 +87,14 @@ class Panel:
 
     @cached_property
     def widget(self) -> W.VBox:
-        """The panel as a widget, to be put into other ones."""
+        """The panel as a widget that other widgets can hold."""
         controls = W.Box(list(self.controls.values()), layout={"flex_flow": "row wrap", "width": "98%"})
         self.put(self.first)
         return W.VBox([controls, self.image, self.text])
 
     @property
     def state(self) -> dict[str, Any]:
-        """The values of the controls; the first ones as long as none are built."""
+        """The values of the controls; their first values while none are built."""
         built = vars(self).get("controls", {})
         return self._firsts | {name: control.value for name, control in built.items()}
 
@@ -126,7 +130,7 @@ class Panel:
 
 
 def show_still(view: View, controls: Sequence[str] = ()) -> None:
-    """A view as ordinary output, with a word on what can be changed in a running notebook."""
+    """Show a view as ordinary output, and name the controls of a running notebook."""
     if view.figure is not None:
         display(notebook.Image(view.png, width=notebook.WIDTH))
     names = escape(", ".join(controls))
@@ -136,11 +140,11 @@ def show_still(view: View, controls: Sequence[str] = ()) -> None:
 
 
 def bundle(widget: W.Widget, view: View) -> dict[str, Any]:
-    """One output in two forms: the widget where it lives, else the still view; never both."""
+    """One output in two forms: the widget in a running notebook, else the still view."""
     still = {"image/png": b64encode(view.png).decode()} if view.figure is not None else {"text/html": view.html}
     return widget._repr_mimebundle_() | still
 
 
 def label_of(name: str, build: partial) -> str:
-    """What a control is called."""
+    """The label of a control."""
     return build.keywords.get("description", name)

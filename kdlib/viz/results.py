@@ -1,4 +1,4 @@
-"""The results explorer: which results can be compared, and how they are shown."""
+"""The results explorer: which results are comparable, and how they are shown."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -13,12 +13,18 @@ NOTHING = "no rows of the table of results can be compared; run the stage 'bench
 
 
 def comparable(table: pd.DataFrame) -> pd.DataFrame:
-    """The numbers of a study that can be held beside each other, a row each, from the table of results.
+    """The comparable numbers of a study, a row each, from the table of results.
 
-    Rows of: what (stage and method, such as "benchmark: probe"), task ("" for none), metric, name (model, or arm of the
-    ablation), model, value, low, high, n. Seeds are averaged where the table has no row for all of them; a family of
-    arms comes with the models it is held against. Left out is what has a picture of its own (the probes of the teacher,
-    the learning curve, the rows of the vocabulary) and what stands alone.
+    Seeds are averaged where the table has no row for all of them. A family of arms comes with its reference models.
+    Left out
+    are numbers with a figure of their own (layer probes, learning curve, vocabulary rows) and numbers without another
+    to
+    compare with.
+
+    Returns:
+        Rows of what (stage and method, such as "benchmark: probe"), task ("" for none), metric, name (model or arm),
+            model,
+        value, low, high, n.
     """
     own = (table["metric"] == "coverage") | table["metric"].astype(str).str.startswith("rows_")
     rows = table[(table["stage"] != "probe") & ~own & ~((table["stage"] == "distill") & table["x"].notna())]
@@ -54,7 +60,7 @@ TIMED = ("latency_ms", "sentences_per_second")  # their low and high are quartil
 
 
 def _unit(metric: str) -> tuple[float, str, str]:
-    """Factor, unit and label that a metric is shown with."""
+    """Factor, unit and label of a metric."""
     if metric in SCORES or metric in ("similarity", "unknown_rate"):
         return 100, "%", f"{SCORES.get(metric, metric.replace('_', ' '))} (%)"
     scale, label = UNITS.get(metric, (1, metric.replace("_", " ")))
@@ -67,7 +73,7 @@ def _spread(metric: str) -> str:
 
 @style.styled
 def results_figure(rows: pd.DataFrame) -> Figure:
-    """Values with intervals, a line of the picture per row of `comparable` rows that share what, task and metric."""
+    """Values with intervals, a line per row of `comparable` rows that share what, task and metric."""
     first = rows.iloc[0]
     scale, unit, label = _unit(first["metric"])
     task = {"average": "average of tasks"}.get(first["task"], first["task"])
@@ -101,7 +107,7 @@ def _number(value: float, unit: str = "") -> str:
 
 
 def results_html(rows: pd.DataFrame) -> str:
-    """The same as a table, with whether the best is clear of the others."""
+    """The values as a table, with a sentence on whether the best one is clearly best."""
     scale, unit, label = _unit(rows["metric"].iloc[0])
     cells = [
         [

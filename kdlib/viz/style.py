@@ -1,4 +1,4 @@
-"""The house style: palette, fonts, how each model looks, and the parts that figures and pictures are drawn with."""
+"""The house style: palette, fonts, the look of each model, and the parts of figures."""
 
 import functools
 import io
@@ -55,7 +55,7 @@ WIDTH = 10.0
 
 
 class Look(NamedTuple):
-    """How a model is drawn, everywhere."""
+    """How a model is drawn in every figure."""
 
     colour: str
     marker: str
@@ -87,7 +87,7 @@ def context() -> AbstractContextManager[None]:
 
 
 class _Figure(Figure):
-    """A figure that a notebook shows as a picture with no `%matplotlib inline` before."""
+    """A figure that notebooks show as a picture, without `%matplotlib inline`."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()

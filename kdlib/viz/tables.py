@@ -1,4 +1,4 @@
-"""Tables of results: rows that a figure or a reader wants."""
+"""Tables of results: the rows that figures and readers need."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to 
 
 
 def check(table: pd.DataFrame) -> None:
-    """Refuse a table that is no table of results."""
+    """Raise UserError for a table that is no table of results."""
     if table.empty:
         raise UserError("the table of results is empty; run the stages of the study first")
 
@@ -28,14 +28,14 @@ def select(table: pd.DataFrame, stage: str, what: str, **where: str | Sequence[s
 
 
 def need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
-    """Refuse an empty selection, saying which stage gives the rows."""
+    """Raise UserError for an empty selection, with the stage that gives the rows."""
     if rows.empty:
         raise UserError(f"no {what} in the table of results; run the stage {stage!r} first")
     return rows
 
 
 def headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Those of `rows` that hold their task's headline metric, or the average over tasks."""
+    """The rows with their task's headline metric, or the average over tasks."""
     scores = table[table["task"].notna() & (table["task"] != "average")]
     # The layer probe names no other metric; the other stages name the headline first.
     scores = scores.sort_values("stage", key=lambda stage: stage != "probe", kind="stable")
@@ -53,18 +53,17 @@ def summary(rows: pd.DataFrame, *keys: str) -> pd.DataFrame:
 
 
 def tasks_of(rows: pd.DataFrame) -> list[str]:
-    """Tasks in the table's order, the average last, where it is of several."""
+    """Tasks in the table's order; the average last, where it covers several."""
     found = list(rows["task"].dropna().unique())
     tasks = [task for task in found if task != "average"]
     return tasks if len(tasks) == 1 else tasks + ["average"] * ("average" in found)
 
 
 def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The benchmarks of several runs as one table, for any figure.
+    """The benchmarks of several runs as one table for any figure: the first run's teacher, and each run's student.
 
-    The first run's teacher, each run's student by the name of the run.
-
-    tables: tables of results by the name to show. Speeds can be compared where the runs were on one machine.
+    Args:
+        tables: tables of results by the name to show. Speeds are comparable where the runs used one machine.
     """
     benchmarks = {name: table[table["stage"] == "benchmark"] for name, table in tables.items()}
     students = [rows[rows["model"] == "student"].assign(model=name) for name, rows in benchmarks.items()]
@@ -73,9 +72,9 @@ def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame) -> pd.DataFrame:
-    """The study in one table: a row per model of the benchmark; what was not measured is NaN.
+    """The study in one table: a row per model of the benchmark; NaN where nothing was measured.
 
-    Scores are averages over tasks; latency (batch 1, median) and throughput (batch 32) the CPU's if it was timed.
+    Scores are averages over tasks. Latency (batch 1, median) and throughput (batch 32) are the CPU's if measured.
     """
     rows = select(table, "benchmark", "scores and sizes")
     rows = rows.sort_values("method", key=lambda method: method == "cuda", kind="stable")
@@ -100,9 +99,14 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def main_table(table: pd.DataFrame, method: str = "finetune") -> pd.DataFrame:
-    """The paper's main table: a row per model, a column per task, in it the score in percent with its 95% interval.
+    """The paper's main table: a row per model, a column per task, scores in percent with 95% intervals.
 
-    method: "finetune" or "probe". Raises UserError where the table of results has no such scores.
+    Args:
+        table: the table of results.
+        method: "finetune" or "probe".
+
+    Raises:
+        UserError: where the table has no such scores.
     """
     rows = benchmark_rows(table, method)
     sizes = table[(table["stage"] == "benchmark") & (table["metric"] == "parameters")].set_index("model")["value"] / 1e6

@@ -1,4 +1,4 @@
-"""The panel of a training: curve, speed, and a button that stops it."""
+"""The panel of a training: curve, speed, and a stop button."""
 
 import signal
 import threading
@@ -19,13 +19,16 @@ from kdlib.viz.panel import Panel, View, bundle
 
 
 class TrainingPanel:
-    """Loss curves, speed, time left and a stop button, around a training that can stop at a checkpoint.
+    """Loss curves, speed, time left and a stop button for a training that can stop at a checkpoint.
 
         with TrainingPanel(steps, tokens) as panel:
             train(on_point=panel.on_point, should_stop=panel.should_stop)
 
-    steps, tokens: of the whole training. Inside the block the kernel's interrupt asks for the same as the button; a
-    second one interrupts at once.
+    Inside the block the kernel's interrupt works as the button; a second interrupt stops at once.
+
+    Args:
+        steps: of the whole training.
+        tokens: of the whole training.
     """
 
     def __init__(self, steps: int, tokens: int):
@@ -37,7 +40,7 @@ class TrainingPanel:
         self._drawn = self._drawing = 0.0  # when the last drawing ended, and how long it took; seconds
 
     def should_stop(self) -> bool:
-        """Whether the training should write a checkpoint and stop; to be asked after every step."""
+        """Whether the training shall write a checkpoint and stop. Call it after every step."""
         return self._stop.is_set()
 
     def stop(self) -> None:
@@ -47,7 +50,7 @@ class TrainingPanel:
     def on_point(self, curve: pd.DataFrame) -> None:
         """Show a curve: columns split, step, seconds, loss and the objectives.
 
-        Drawing takes a twentieth of the time at most: faster curves change only the text, except the last.
+        Drawing takes at most a twentieth of the time. Between drawings only the text changes.
         """
         self.curve = curve
         if time.monotonic() - self._drawn > 20 * self._drawing:
@@ -74,7 +77,7 @@ class TrainingPanel:
 
     @cached_property
     def panel(self) -> Panel:
-        """The panel that shows the curve and the words."""
+        """The panel that shows the curve and the text."""
         return Panel(self._view)
 
     def _words(self) -> str:

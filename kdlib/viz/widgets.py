@@ -1,4 +1,4 @@
-"""Widgets that teach: controls over what `kdlib.viz.explore` draws.
+"""Widgets that teach: controls for the pictures of `kdlib.viz.explore`.
 
 Each function returns a `Panel`; the last line of a cell shows it. A headless run (papermill, nbconvert) shows a still
 view instead. A running notebook also saves that view, for viewers without widgets.
@@ -61,9 +61,13 @@ def tokeniser(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
 
 
 def vocabulary_size(teacher: Encoder, selection: Selection, texts: Sequence[str], rows: int | None = None) -> Panel:
-    """Rows of the vocabulary against coverage, unknown tokens and parameters, measured on (held-out) `texts`.
+    """Rows of the vocabulary against coverage, unknown tokens and parameters.
 
-    rows: the size first shown; the nearest that was measured is taken, the selection's own by default.
+    Args:
+        teacher: the encoder whose vocabulary is pruned.
+        selection: the rows to keep.
+        texts: texts to measure on, best held-out ones.
+        rows: the size first shown, rounded to a measured one; default the selection's.
     """
     table = size_table(teacher, selection, texts)
     sizes = table["rows"].tolist()
@@ -102,7 +106,7 @@ def layer_explorer(table: pd.DataFrame, model: str = "teacher") -> Panel:
 
 
 class LayerMapEditor(Panel):
-    """Which teacher layer each layer of the student starts from; made by `layer_map_editor`."""
+    """An editor for the teacher layer that each student layer copies; see `layer_map_editor`."""
 
     @property
     def value(self) -> list[int]:
@@ -112,10 +116,13 @@ class LayerMapEditor(Panel):
 
 
 def layer_map_editor(teacher_layers: int, layers: Sequence[int]) -> LayerMapEditor:
-    """Choose depth and starting layers of a student; `.value` is the list for `student.init`.
+    """Choose depth and copied layers of a student; `.value` is the list for `student.init`.
 
-    layers: those first shown, one teacher layer (1 = first) per student layer. The dotted lines are what distillation
-    compares with, whatever is copied.
+    Dotted lines show what distillation compares.
+
+    Args:
+        teacher_layers: number of layers.
+        layers: the layers first shown, one teacher layer (1 = first) per student layer.
     """
 
     def spread(depth: int) -> list[int]:
@@ -164,7 +171,7 @@ def layer_map_editor(teacher_layers: int, layers: Sequence[int]) -> LayerMapEdit
 
 
 def attention_heads(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
-    """What one head of each encoder looks at in a sentence; the last layers' first heads at the beginning."""
+    """The attention of one head of each encoder in a sentence; at first the last layers' first heads."""
 
     @lru_cache(maxsize=4)
     def probabilities(text: str) -> dict[str, tuple[list[str], np.ndarray]]:
@@ -191,10 +198,13 @@ def attention_heads(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
 
 
 def temperature(source: Encoder | Callable[[str], tuple[Sequence[str], np.ndarray]], sentence: str) -> Panel:
-    """The soft targets for a hidden word, at a temperature to choose.
+    """The soft targets for a hidden word at a chosen temperature.
 
-    source: an encoder with a masked-language head, or a function from a text with a gap (___) to the pieces of the
-    vocabulary and their logits. An encoder without a head is told in a sentence.
+    Args:
+        source: an encoder with a masked-language head, or a function from a text with a gap (___) to tokens and logits.
+            For
+            an encoder without a head a sentence says so.
+        sentence: the first text.
     """
     if isinstance(source, Encoder) and (source.head is None or source.tokenizer.mask_token is None):
         try:
@@ -215,7 +225,7 @@ def temperature(source: Encoder | Callable[[str], tuple[Sequence[str], np.ndarra
 
 
 def results_explorer(table: pd.DataFrame) -> Panel:
-    """Any numbers of a study that can be held beside each other, with their intervals, from the table of results."""
+    """Comparable numbers of a study with their intervals, from the table of results."""
     rows = comparable(table)
 
     def options(what: str, task: str | None = None, metric: str | None = None) -> dict[str, list[str]]:
@@ -273,7 +283,11 @@ def neighbours(
 ) -> Panel:
     """The texts nearest to any sentence, by each encoder side by side.
 
-    vectors: by encoder, float [texts, hidden], where they are known; else they are computed when the panel is shown.
+    Args:
+        encoders: by the name to show.
+        texts: the texts to search.
+        sentence: the first query.
+        vectors: by encoder, float [texts, hidden]; computed when the panel is shown if not given.
     """
 
     @lru_cache(maxsize=1)
@@ -294,9 +308,12 @@ def neighbours(
 
 
 def labels(classifiers: Mapping[str, Classify], sentence: str) -> Panel:
-    """The labels that each classifier gives any sentence, with probabilities and how long it took.
+    """The labels that each classifier gives any sentence, with probabilities and time.
 
-    classifiers: by model, a function from a text to label -> probability, such as `examples.probe_classifier` makes.
+    Args:
+        classifiers: by model, a function from a text to label -> probability, such as `examples.probe_classifier`
+            makes.
+        sentence: the first text.
     """
 
     def view(sentence: str) -> View:
