@@ -20,8 +20,12 @@ logging.getLogger("traitlets").setLevel(logging.ERROR)  # a kernel's client that
 LONG = ["notebooks", "runner", "browser", "exercises", "soak", "distill"]  # files of tests that take minutes
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The long files first, so that no worker is left with one at the end."""
+    """Mark what reads the embedded teacher. The long files come first: no worker is left with one at the end."""
+    for item in items:
+        if "teacher_folder" in item.fixturenames:
+            item.add_marker("teacher")
     names = [f"test_{name}" for name in LONG]
     items.sort(key=lambda item: names.index(item.path.stem) if item.path.stem in names else len(names))
 

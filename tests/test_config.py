@@ -96,6 +96,7 @@ def test_profiles_do_not_share_defaults():
         first.corpus.heldout = 0.4
 
 
+@pytest.mark.slow
 def test_all_keys_can_be_set_to_what_they_are():
     profile = load_profile("workshop")
     for key in all_keys():
@@ -254,6 +255,7 @@ def test_python_tags_are_refused(profile_file, tmp_path):
     assert not target.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["language: " + "[" * 5000, "{a: " * 3000 + "1" + "}" * 3000])
 def test_deep_nesting(profile_file, content):
     refusal(profile=profile_file(content))

@@ -20,6 +20,8 @@ from kdlib.distillation.tokenized_corpus import prepare
 from kdlib.models.mlm_head import new_head
 from kdlib.study import runner
 
+pytestmark = pytest.mark.slow
+
 STATES = {"hidden": 1.0, "sentence": 0.5, "cosine": 0.5, "tinybert_hidden": 0.1}
 CASES = {  # objectives, tokens a batch: few enough for batches of one text, which leave a process without any
     "cached": (STATES, 20),

@@ -41,6 +41,7 @@ def test_import_needs_no_heavy_library():
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_name_brings_only_what_it_needs():
     code = "import sys; from kdlib import load_encoder; assert 'matplotlib' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -73,7 +73,7 @@ def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path 
             raise UserError(
                 f"the embedded corpus is Tagalog (tgl); for language {language!r} set corpus.source to a file"
             )
-        documents = _embedded()
+        documents = embedded_documents()
         corpus = _split_embedded(documents)
         if spec.max_documents and len(corpus.train) > spec.max_documents:
             corpus.train = random.Random(seed).sample(corpus.train, spec.max_documents)
@@ -90,7 +90,8 @@ def _origin(corpus: Corpus, place: str, commit: str | None, content: str) -> Ori
     return Origin(place, commit, content, sizes)
 
 
-def _embedded() -> list[Document]:
+def embedded_documents() -> list[Document]:
+    """The documents of the embedded Tagalog corpus."""
     rows = embedded_rows("documents")
     return [Document(r.id, list(r.sentences), {"topic": r.topic, "register": r.register}) for r in rows.itertuples()]
 
@@ -110,7 +111,7 @@ def _load(spec: config.Corpus, seed: int, cache_root: Path | None) -> Corpus:
         small.append(document)
         size += sum(map(len, document.sentences))
         if size > IN_MEMORY:
-            _split_in_files(itertools.chain(small, documents), spec, seed, folder)
+            split_in_files(itertools.chain(small, documents), spec, seed, folder)
             corpus = _kept(folder, spec.source, commit)
             corpus.temporary = temporary
             return corpus
@@ -217,7 +218,7 @@ def _split(documents: list[Document], heldout: float) -> Corpus:
     return Corpus(train, ranked[:count], [])
 
 
-def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
+def split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
     """`_split`, and the draw of max_documents, for more documents than fit in memory.
 
     Writes `train` and `heldout` in `folder`. Memory holds 17 bytes a document and 8 a held-out sentence.
@@ -261,7 +262,7 @@ def _split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: in
 
 
 def _kept(folder: Path, place: str, commit: str | None) -> Corpus | None:
-    """The corpus that `_split_in_files` wrote, or None."""
+    """The corpus that `split_in_files` wrote, or None."""
     try:
         content = read_json(folder / "corpus.json")["sha256"]
         corpus = Corpus(read(folder / "train"), read(folder / "heldout"), [])

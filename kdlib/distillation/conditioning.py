@@ -170,7 +170,7 @@ class ConditionTrainer(BudgetTrainer):
         return states, targets
 
 
-class _Curve(Curve):
+class ConditionCurve(Curve):
     """Records the training loss at LOGS steps and the held-out loss where `evaluate` asks for it."""
 
     def __init__(
@@ -185,11 +185,13 @@ class _Curve(Curve):
         self.evaluate, self.on_point = evaluate, on_point
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Measure the perplexity before the first step."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.evaluate and not self.points:
             self.add(state, "heldout", self.evaluate())
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Measure the perplexity where a point of the curve is due."""
         super().on_step_end(args, state, control, **kwargs)
         end = state.global_step == state.max_steps
         if end or state.global_step % max(1, state.max_steps // LOGS) == 0:
@@ -257,9 +259,11 @@ def condition(
     warm = []
     if teacher.head is None and spec.head_epochs:
         model.freeze(True)
-        warm = run("head", spec.head_epochs, spec.head_rate, lambda t: _Curve(t, "warm-up", f"{label}: a new head"))
+        warm = run(
+            "head", spec.head_epochs, spec.head_rate, lambda t: ConditionCurve(t, "warm-up", f"{label}: a new head")
+        )
         model.freeze(False)
-    prepared = _masked_batches(held, spec.mask)
+    prepared = masked_batches(held, spec.mask)
 
     def evaluate() -> dict[str, float]:
         return heldout_perplexity(model, prepared, len(held), teacher.bf16)
@@ -268,7 +272,7 @@ def condition(
         if on_point:
             on_point(pd.DataFrame(warm + points))
 
-    main = run("all", spec.epochs, spec.learning_rate, lambda t: _Curve(t, "train", label, evaluate, tell))
+    main = run("all", spec.epochs, spec.learning_rate, lambda t: ConditionCurve(t, "train", label, evaluate, tell))
     encoder = Encoder(
         model.encoder.eval(), teacher.tokenizer, "conditioned teacher", teacher.prefix, teacher.max_length,
         teacher.bf16, model.head.eval(),
@@ -288,7 +292,7 @@ def condition(
     return Outcome(encoder, pd.DataFrame(warm + main), facts)
 
 
-def _masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
+def masked_batches(texts: MaskedTexts, share: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
     """The held-out texts in batches. Their masks never change."""
     plan = budget_batches(texts.lengths, tokens_per_batch())
     return [(batch, texts.mask(texts.collate(batch), share, f"heldout-{n}")) for n, batch in enumerate(plan)]

@@ -281,10 +281,10 @@ def _narrow_heads(
             weight, bias = (state[f"{module}.weight"][inner], state[f"{module}.bias"][inner])
             return torch.cat([weight @ basis, bias.unsqueeze(1)], 1)
 
-        asked, answered = _inner_maps(
+        asked, answered = inner_maps(
             *(torch.cat([read(m) for m in side], 1) for side in (queries, keys)), new_size, reduce
         )
-        carried, written = _inner_maps(read(value), state[f"{out}.weight"][:, inner].T @ basis, new_size, reduce)
+        carried, written = inner_maps(read(value), state[f"{out}.weight"][:, inner].T @ basis, new_size, reduce)
         asked = asked * (new_size / size) ** 0.5 / len(group)  # scores are divided by the root of a head's size
         maps = {**dict.fromkeys(queries, asked), **dict.fromkeys(keys, answered), value: carried}
         for module, through in maps.items():
@@ -294,7 +294,7 @@ def _narrow_heads(
     state.update({name: torch.cat(parts, 1 if name == f"{out}.weight" else 0) for name, parts in made.items()})
 
 
-def _inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps from an inner space of n dimensions to one of `size`, both [size, n].
 
     With left [n, a] and right [n, b], (map left)^T (map right) approximates left^T right. With `reduce` it is the best

@@ -156,7 +156,7 @@ def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, sha
     try:
         with contextlib.ExitStack() as stack:
             work = {layer: stack.enter_context(new_file(file)) for layer, file in files.items()}
-            _compute(work, teacher, ids, starts, shape)
+            write_states(work, teacher, ids, starts, shape)
             kept = {layer: {"bytes": path.stat().st_size, "crc32": checksum(path)} for layer, path in work.items()}
         for layer, file in files.items():
             write_json(file.with_suffix(".json"), kept[layer])
@@ -169,7 +169,8 @@ def _make(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, sha
 
 
 @torch.inference_mode()
-def _compute(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> None:
+def write_states(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarray, shape: tuple[int, int]) -> None:
+    """Run the teacher once over the texts and write the hidden states of each layer into its file."""
     out = {}
     for layer, path in files.items():
         with open(path, "wb") as file:

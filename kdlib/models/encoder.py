@@ -134,7 +134,7 @@ def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None
 
     def pooled(places: Sequence[int], layers: Sequence[int]) -> np.ndarray:
         out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
-        for batch, states, mask in _run(encoder, [encodings[i] for i in places], label):
+        for batch, states, mask in run_batches(encoder, [encodings[i] for i in places], label):
             for k, layer in enumerate(layers):
                 out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
         return out
@@ -172,7 +172,7 @@ def word_vectors(
     def states_of(some: Sequence[int]) -> np.ndarray:
         ends = np.cumsum([0] + [len(starts[i]) for i in some])
         out = np.empty((ends[-1], len(layers), encoder.hidden), np.float32)
-        for batch, states, _ in _run(encoder, [encodings[i] for i in some], label):
+        for batch, states, _ in run_batches(encoder, [encodings[i] for i in some], label):
             at = [starts[some[b]] for b in batch]
             lines = torch.tensor([r for r, words in enumerate(at) for _ in words], dtype=torch.long)
             columns = torch.tensor([column for words in at for column in words], dtype=torch.long)
@@ -198,7 +198,7 @@ def first_tokens(word_ids: Sequence[int | None], skip: int) -> list[tuple[int, i
     return list(seen.items())
 
 
-def _run(encoder: Encoder, encodings: list[Encoding], label: str):
+def run_batches(encoder: Encoder, encodings: list[Encoding], label: str):
     """Forward passes over length-sorted batches: yields indices, all states and attention mask."""
     device = next(encoder.model.parameters()).device
     ids = [e.ids for e in encodings]

@@ -66,7 +66,7 @@ def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> N
         raise UserError(f"{encoder.name}: {encoder.parameters:,} parameters are too many for an ONNX file (2 GB)")
     with new_folder(Path(folder) / FOLDER) as work:
         file = work / FILES["onnx fp32"]
-        _write_onnx(encoder, file)
+        write_onnx(encoder, file)
         model = onnx.load(file)
         onnx.helper.set_model_props(model, {"prefix": encoder.prefix, "max_length": str(encoder.max_length)})
         onnx.save(model, file)
@@ -87,7 +87,8 @@ def _packages() -> tuple[ModuleType, ModuleType]:
     return onnx, onnxruntime
 
 
-def _write_onnx(encoder: Encoder, file: Path) -> None:
+def write_onnx(encoder: Encoder, file: Path) -> None:
+    """Write the encoder's graph in 32-bit floats, with free batch size and length."""
     model = _Outputs(copy.deepcopy(encoder.model).cpu().float()).eval()
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * encoder.token_types
     length = min(4, encoder.max_length)

@@ -67,7 +67,7 @@ def tokenise(
     fields = ["ids", *fields]
     names = ["starts", "lengths", *fields]
     if root is None:
-        found = list(_encoded(encoder, texts, fields))
+        found = list(encoded(encoder, texts, fields))
         arrays = {
             n: np.concatenate([np.zeros(0, KINDS[n]), *(part[n] for part in found)], dtype=KINDS[n]) for n in names
         }
@@ -75,13 +75,13 @@ def tokenise(
         folder = Path(root) / "tokens" / _key(encoder, texts, fields)
         if not _whole(folder):
             with new_folder(folder) as work:
-                _write(work, _encoded(encoder, texts, fields), names)
+                _write(work, encoded(encoder, texts, fields), names)
                 seal(work)
         arrays = {name: _mapped(folder / name, KINDS[name]) for name in names}
     return {name: Ragged(arrays[name], arrays["starts"], arrays["lengths"]) for name in fields}
 
 
-def _encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+def encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     """Flat arrays of some thousand texts at a time."""
     done = 0
     for some in parts(texts):

@@ -90,9 +90,9 @@ def test_every_topic_and_register_watches_and_trains(embedded):
 
 
 def test_embedded_split_does_not_depend_on_row_order_or_seed(embedded, monkeypatch):
-    shuffled = module._embedded()
+    shuffled = module.embedded_documents()
     random.Random(5).shuffle(shuffled)
-    monkeypatch.setattr(module, "_embedded", lambda: shuffled)
+    monkeypatch.setattr(module, "embedded_documents", lambda: shuffled)
     assert names(tiny.corpus_of(load_profile("workshop", "seed=9"))) == names(embedded)
 
 
@@ -301,8 +301,8 @@ def test_a_corpus_in_files_is_the_one_in_memory(txt, tmp_path, monkeypatch, chan
 
 def test_a_corpus_in_files_is_split_once(txt, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "IN_MEMORY", 500)
-    file, made, split = mixed(txt), [], module._split_in_files
-    monkeypatch.setattr(module, "_split_in_files", lambda *a: made.append(1) or split(*a))
+    file, made, split = mixed(txt), [], module.split_in_files
+    monkeypatch.setattr(module, "split_in_files", lambda *a: made.append(1) or split(*a))
 
     def load(**changes):
         profile = load_profile("workshop", {"corpus.source": str(file), "language": "xx"} | changes)

@@ -31,6 +31,7 @@ def push(*arguments):
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_a_student_arrives_whole_private_and_with_its_card(run, tmp_path):
     with HubServer(tmp_path / "hub") as server:
         environment = os.environ | server.environment(tmp_path / "home") | {"HF_TOKEN": "hf_made_up"}

@@ -12,6 +12,7 @@ def test_text_is_of_the_size_asked_for_and_the_same_each_time(tmp_path):
     assert 50_000 <= (tmp_path / "a").stat().st_size < 53_000
 
 
+@pytest.mark.slow
 def test_every_stage_is_watched_on_a_small_text():
     row = memory.measure(0.05)
     assert row["steps"] == memory.STEPS and row["tokens"] > row["texts"] > 100

@@ -41,6 +41,7 @@ def snapshot(module):
     return copy.deepcopy(module.state_dict())
 
 
+@pytest.mark.slow
 def test_heldout_perplexity_falls_on_texts_that_can_be_learned(tmp_path):
     settings = spec(epochs=12, mask=0.3)
     outcome = condition(tiny.encoder(layers=2), patterned(200), patterned(40, 1), settings, tmp_path)
@@ -76,14 +77,14 @@ def test_the_teacher_is_left_as_it_is_and_everything_else_is_trained(tmp_path, h
 def test_the_encoder_is_frozen_and_without_noise_while_a_new_head_warms_up(tmp_path, monkeypatch):
     seen = []
 
-    class Spy(module._Curve):
+    class Spy(module.ConditionCurve):
         def on_step_end(self, args, state, control, **kwargs):
             if self.split == "warm-up":
                 model = self.trainer.model
                 seen.append((snapshot(model.encoder), snapshot(model.head), model.encoder.training, model.training))
             super().on_step_end(args, state, control, **kwargs)
 
-    monkeypatch.setattr(module, "_Curve", Spy)
+    monkeypatch.setattr(module, "ConditionCurve", Spy)
     teacher = tiny.encoder(layers=2)
     outcome = condition(teacher, tiny.texts(60), tiny.texts(10, 1), spec(), tmp_path)
     assert len(seen) == outcome.facts["head_steps"] > 4
@@ -119,6 +120,7 @@ def test_a_new_head_starts_from_the_frequencies_of_tokens(tmp_path):
     assert outcome.facts["head_steps"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_words", [False, True])
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, monkeypatch, whole_words):
     monkeypatch.setattr(checkpoints, "SECONDS", 0.0)  # a checkpoint at every point of the curve
@@ -176,7 +178,7 @@ def test_training_masks_change_with_the_step_and_heldout_masks_never():
     features = rows.collate(list(range(20)))
     first, other, again = (rows.mask(features, 0.15, key)["input_ids"] for key in ("0-1", "0-2", "0-1"))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    held = [module._masked_batches(rows, 0.15) for _ in range(2)]
+    held = [module.masked_batches(rows, 0.15) for _ in range(2)]
     assert all(torch.equal(a[1]["input_ids"], b[1]["input_ids"]) for a, b in zip(*held))
     assert sorted(i for batch, _ in held[0] for i in batch) == list(range(40))
 
@@ -185,7 +187,7 @@ def test_heldout_perplexity_is_that_of_all_masked_tokens():
     teacher = with_head()
     model = MaskedModel(teacher.model, teacher.head).train()
     rows = MaskedTexts(teacher, tiny.texts(40), False)
-    batches = module._masked_batches(rows, 0.15)
+    batches = module.masked_batches(rows, 0.15)
     found = heldout_perplexity(model, batches, len(rows), False)
     assert model.training  # as it was
     losses = []

@@ -97,6 +97,7 @@ def test_states_go_through_the_projection_and_logits_do_not():
     assert torch.equal(found.logits, expected) and expected.shape == (1, len(teacher.tokenizer))
 
 
+@pytest.mark.slow
 def test_loss_of_cached_and_live_runs_agrees(tmp_path):
     teacher = tiny.encoder()
     curves = []
@@ -111,6 +112,7 @@ def test_loss_of_cached_and_live_runs_agrees(tmp_path):
     assert np.allclose(*curves, rtol=5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [{"hidden": 1.0, "sentence": 0.25}, {"attention": 1.0, "hidden": 1.0}])
 def test_heldout_loss_falls(tmp_path, objectives):
     teacher, settings = tiny.encoder(), spec(objectives=objectives, epochs=6)
@@ -142,6 +144,7 @@ def test_same_seed_gives_the_same_student(tmp_path):
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [3, 1.5])
 def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, often, epochs):
     teacher, settings = tiny.encoder(), spec(epochs=epochs)
@@ -164,6 +167,7 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, often, epochs):
     assert full.curve.drop(columns="seconds").equals(resumed.curve.drop(columns="seconds"))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_asked_to_stop_goes_on_to_the_same_weights_and_curve(tmp_path):
     teacher, settings = tiny.encoder(layers=2), spec(epochs=9, batch_tokens=64)
     sets = data(teacher, settings, tmp_path / "c", depth=1)
@@ -245,6 +249,7 @@ def with_head(teacher):
     return teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [True, False])
 def test_narrower_student_learns_through_a_projection_that_is_not_saved(cached, tmp_path):
     teacher = tiny.encoder()
@@ -300,6 +305,7 @@ def test_equal_widths_have_a_projection_only_where_the_profile_shares_one(tmp_pa
     assert seen[1].weight.std().item() == pytest.approx(0.02, rel=0.1) and not seen[1].bias.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objectives", [{"kl": 5.0, "mlm": 2.0, "cosine": 1.0}, {"kl": 1.0, "hidden": 1.0}], ids=str)
 @pytest.mark.parametrize("hidden", [32, 16])
 def test_masked_objectives_train_a_head(objectives, hidden, tmp_path):
@@ -371,6 +377,7 @@ def test_masks_depend_on_seed_epoch_and_texts_alone():
         assert 3 <= column < mask[row].sum() - 1
 
 
+@pytest.mark.slow
 def test_teacher_noise_is_the_teachers_dropout(tmp_path):
     teacher, sets = tiny.encoder(), None
     curves = {}
@@ -386,6 +393,7 @@ def test_teacher_noise_is_the_teachers_dropout(tmp_path):
     assert curves[True].query("split == 'heldout'")["hidden"].max() < 1e-4  # the measure stays exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, sizes",
     [
@@ -434,6 +442,7 @@ def test_only_layers_that_are_compared_are_read(tmp_path):
     assert with_states(texts, teacher, spec(cache=False), tmp_path, 2).cached is None
 
 
+@pytest.mark.slow
 def test_states_that_are_not_cached_come_from_the_live_teacher(tmp_path):
     """Texts prepared for other objectives: what they lack is not made up, what they have too much is not read."""
     teacher = tiny.encoder()
@@ -484,6 +493,7 @@ def test_one_step_of_every_objective_in_every_family(family, tmp_path):
     assert all("pooler" in name or "token_type" in name or "position" in name for name in still), still
 
 
+@pytest.mark.slow
 def test_compiled_step_is_the_plain_one(tmp_path, monkeypatch):
     def arguments(
         *given, **kwargs

@@ -27,7 +27,7 @@ from transformers import (
 
 from kdlib import config
 from kdlib.batching import pad
-from kdlib.distillation.student_init import _inner_maps, build_student, count_layers, layer_map
+from kdlib.distillation.student_init import build_student, count_layers, inner_maps, layer_map
 from kdlib.errors import UserError
 from kdlib.models.families import FAMILIES
 from kdlib.pruning.model import prune_model
@@ -419,7 +419,7 @@ def test_head_maps_keep_products_as_well_as_their_rank_allows(size):
     product = left.T @ right
     errors = {}
     for reduce in (True, False):
-        mine, theirs = _inner_maps(left, right, size, reduce)
+        mine, theirs = inner_maps(left, right, size, reduce)
         assert mine.shape == theirs.shape == (size, 6)
         errors[reduce] = (product - (mine @ left).T @ (theirs @ right)).norm().item()
     best = torch.linalg.svdvals(product)[size:].norm().item()  # Eckart and Young
@@ -485,6 +485,7 @@ def test_model_with_a_head_is_not_resized(teachers):
         start(teachers["bert with a head"][0], 2, hidden=16)
 
 
+@pytest.mark.slow
 def test_pca_starts_nearest_to_a_real_teacher(teacher_model, teacher_tokenizer, parallel):
     """The variance of a real teacher's states that the best linear map from the student's leaves unexplained, on other
     sentences: principal directions before the first dimensions before a random start."""

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import zlib
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from kdlib import files as store
 from kdlib.distillation import teacher_cache
 from kdlib.distillation.teacher_cache import gigabytes, teacher_states
 from kdlib.errors import UserError
@@ -22,23 +23,17 @@ IDS = [np.asarray(e.ids, np.int32) for e in TEACHER.tokenize(tiny.texts(50))]
 TOKENS = sum(map(len, IDS))
 
 
-@pytest.fixture(autouse=True)
-def fresh_process(monkeypatch):
-    """Every test as if it were a process of its own, which has checked no file yet."""
-    monkeypatch.setattr(store, "_sums", {})
-
-
 @pytest.fixture
 def passes(monkeypatch):
     """How many passes over the texts were made, and for which layers."""
     made = []
-    compute = teacher_cache._compute
+    compute = teacher_cache.write_states
 
     def counted(files, *rest):
         made.append(sorted(files))
         compute(files, *rest)
 
-    monkeypatch.setattr(teacher_cache, "_compute", counted)
+    monkeypatch.setattr(teacher_cache, "write_states", counted)
     return made
 
 
@@ -48,6 +43,12 @@ def states(root, layers=(2, 4), teacher=TEACHER, ids=IDS, budget=1.0):
 
 def layer_files(root):
     return {path.name: path for path in root.rglob("layer-*.f16")}
+
+
+def touch(root):
+    """Give the files a new time of change, so that they are checked again, as in another process."""
+    for path in layer_files(root).values():
+        os.utime(path, ns=(time.time_ns(), time.time_ns()))
 
 
 def test_states_are_the_teachers_within_half_precision(tmp_path):
@@ -116,30 +117,30 @@ def test_a_broken_file_is_named_and_made_again(how, tmp_path, passes, caplog, mo
         path.with_suffix(".json").unlink()
     else:
         path.with_suffix(".json").write_text('{"crc32": ')
-    monkeypatch.setattr(store, "_sums", {})
+    touch(tmp_path)
     with caplog.at_level(logging.WARNING):
         again = states(tmp_path)
     assert passes == [[2, 4], [2]]
     assert [str(path) in line and "\n" not in line for line in caplog.messages] == [True]
     assert all(np.array_equal(again.layers[n], good[n]) for n in good)
     caplog.clear()
-    monkeypatch.setattr(store, "_sums", {})
+    touch(tmp_path)
     states(tmp_path)
     assert len(passes) == 2 and not caplog.messages
 
 
 def test_files_are_read_through_once_a_process(tmp_path, monkeypatch):
     read = []
-    crc32 = store._crc32
-    monkeypatch.setattr(store, "_crc32", lambda path: read.append(path) or crc32(path))
+    crc32 = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda data, value=0: read.append(value) or crc32(data, value))
     states(tmp_path)
     states(tmp_path)
-    assert len(read) == 2  # what was written is summed up once
-    monkeypatch.setattr(store, "_sums", {})
+    assert len(read) == 2  # the checksum of a file just written is computed once
+    touch(tmp_path)
     states(tmp_path)
     states(tmp_path)
     assert len(read) == 4
-    os.utime(layer_files(tmp_path)["layer-04.f16"], (1, 1))  # changed since
+    os.utime(layer_files(tmp_path)["layer-04.f16"], (1, 1))
     states(tmp_path)
     assert len(read) == 5
 
@@ -178,7 +179,7 @@ def test_a_place_that_cannot_be_written_is_an_error_unless_all_is_there(tmp_path
         states(tmp_path / "file" / "cache")
     root = tmp_path / "cache"
     states(root)
-    monkeypatch.setattr(store, "_sums", {})
+    touch(root)
     monkeypatch.setattr(teacher_cache, "new_file", None)  # nothing is written any more
     assert states(root) is not None
 
@@ -192,6 +193,7 @@ def test_states_beyond_half_precision_are_refused(tmp_path):
     assert not layer_files(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
     """A process killed while it writes: nothing of it is used, and the next one clears it away."""
     code = (

@@ -185,6 +185,7 @@ def test_without_sizes_there_are_no_few_shot_trials():
 # -- kept trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, kept", [("probe", 8), ("finetune", 4), ("fewshot", 4)])
 def test_finished_trials_are_not_run_again_and_their_encoders_are_not_loaded(tmp_path, method, kept):
     tasks = [task("classify"), task("multilabel")] if method == "probe" else [task("multilabel")]
@@ -243,6 +244,7 @@ def test_a_trial_depends_on_every_setting_that_is_not_listed_as_unread():
     assert all("new" in trial_settings(Later(), method) for method in benchmark.METHODS)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_after_its_last_trial(tmp_path):
     script = f"""
 import sys; sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})

@@ -46,12 +46,14 @@ def task(kind):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["classify", "multilabel", "pair", "tokens"])
 def test_every_kind_runs_and_scores_lie_between_0_and_1(kind):
     metrics = finetune(tiny.encoder(layers=2), task(kind), SPEC)
     assert all(0 <= m.value <= 1 and len(m.items) == 40 for m in metrics)
 
 
+@pytest.mark.slow
 def test_what_can_be_learned_is_learned():
     assert finetune(tiny.encoder(layers=2), task("classify"), SPEC)[0].value > 0.85
     assert finetune(tiny.encoder(layers=2), task("tokens"), SPEC)[0].value > 0.85
@@ -89,6 +91,7 @@ def test_a_head_of_examples_that_lack_a_class_guesses_the_others():
     assert set(predict(model.eval(), module._Rows(tokens, "classify", one.test), one, False)) == {1}
 
 
+@pytest.mark.slow
 def test_same_seed_same_score_and_the_encoder_is_left_alone():
     encoder = tiny.encoder(layers=2)
     before = {name: value.clone() for name, value in encoder.model.state_dict().items()}
@@ -97,6 +100,7 @@ def test_same_seed_same_score_and_the_encoder_is_left_alone():
     assert all(torch.equal(before[name], value) for name, value in encoder.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_as_long_as_it_says(monkeypatch):
     steps = []
     monkeypatch.setattr(Curve, "on_train_end", lambda self, args, state, control, **_: steps.append(state.global_step))
@@ -107,6 +111,7 @@ def test_a_longer_run_is_as_long_as_it_says(monkeypatch):
     assert 8 <= two_epochs <= 12 and steps == [two_epochs, two_epochs, 19]
 
 
+@pytest.mark.slow
 def test_texts_are_tokenised_once_and_runs_are_as_without():
     encoder, whole = tiny.encoder(layers=1), task("tokens")
     tokens, seen = Tokens(encoder), []
@@ -135,6 +140,7 @@ def test_length_is_the_encoders_or_the_profiles_as_far_as_the_model_goes():
     assert lengths == {None: 32, 8: 8, 50: 50, 512: 64} and encoder.max_length == 32
 
 
+@pytest.mark.slow
 def test_pairs_bring_token_types_where_the_model_knows_them():
     """The same tokens in both classes: only where the second text begins tells them apart."""
     encoder = tiny.encoder(layers=2)

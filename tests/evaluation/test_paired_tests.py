@@ -132,6 +132,7 @@ def test_order_of_items_does_not_matter():
     assert one.p_value == two.p_value and one.interval() == two.interval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds, between", [(1, 0.0), (3, 0.0), (3, 0.03), (5, 0.06)])
 def test_equal_models_are_rarely_called_different(monkeypatch, seeds, between):
     monkeypatch.setattr(paired_tests, "PERMUTATIONS", paired_tests.CHUNK)
@@ -177,6 +178,7 @@ def test_equal_models_are_on_par_with_enough_items():
     assert p[50].tost_p(0.02) > 0.05 and p[100].tost_p(0.02) > 0.05 and p[1000].tost_p(0.02) < 1e-6
 
 
+@pytest.mark.slow
 def test_different_models_are_never_on_par_and_models_at_the_margin_rarely(monkeypatch):
     monkeypatch.setattr(paired_tests, "PERMUTATIONS", paired_tests.CHUNK)
     rng = np.random.default_rng(0)

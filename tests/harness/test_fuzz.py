@@ -36,6 +36,8 @@ from kdlib.study import arms
 from kdlib.study.run import COLUMNS, Run, run_folder
 from kdlib.viz import figures
 
+pytestmark = pytest.mark.slow
+
 CASES = 20
 
 

@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_a_study_killed_while_it_trains_ends_as_if_nothing_had_happened():
     command = [sys.executable, Path(__file__).with_name("soak.py"), "--kills", "4", "--seed", "7"]

@@ -455,6 +455,7 @@ def test_real_model_has_the_shape_of_its_name(teacher_model, teacher_folder):
     assert embedded_teacher.folder() == teacher_folder
 
 
+@pytest.mark.slow
 def test_cached_folder_is_what_the_code_makes_now(teacher_model, teacher_tokenizer):
     contents = embedded_teacher.read_file(embedded_teacher.data_file())
     assert embedded_teacher.build_tokenizer(contents).backend_tokenizer.to_str() == _without_padding(teacher_tokenizer)
@@ -479,6 +480,7 @@ def embed(model, tokenizer, texts):
     return torch.nn.functional.normalize(torch.cat(pooled), dim=1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_tagalog_sentences_lie_nearest_to_their_translations(teacher_model, teacher_tokenizer, parallel):
     tagalog = embed(teacher_model, teacher_tokenizer, [row["tgl"] for row in parallel[:100]])

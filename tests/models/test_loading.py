@@ -65,6 +65,7 @@ def test_local_folder_of_every_family(tmp_path, family):
     assert text_vectors(teacher, [long]).shape == (1, 1, 16)
 
 
+@pytest.mark.slow
 def test_embedded_teacher_has_its_prefix_unless_told_otherwise():
     teacher = load_teacher(config.Teacher())
     assert teacher.prefix == "query: " and teacher.head is None

@@ -62,6 +62,7 @@ def exported(request, tmp_path_factory):
     return encoder, folder
 
 
+@pytest.mark.slow
 @needs_packages
 def test_fp32_file_gives_the_students_vectors(exported):
     encoder, folder = exported
@@ -151,7 +152,7 @@ def test_older_export_goes_and_the_student_stays(exported, tmp_path, monkeypatch
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "model_int8.onnx").write_text("old")
     (tmp_path / "model.safetensors").write_text("the student's own")
-    monkeypatch.setattr(export, "_write_onnx", lambda _, file: shutil.copy(folder / FOLDER / file.name, file))
+    monkeypatch.setattr(export, "write_onnx", lambda _, file: shutil.copy(folder / FOLDER / file.name, file))
     export_student(encoder, tmp_path, int8=False)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", FOLDER]
     assert load_exported(tmp_path, "onnx fp32").vectors(["ang aso"]).shape == (1, 32)
@@ -166,7 +167,7 @@ def test_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
     (tmp_path / FOLDER).mkdir()
     (tmp_path / FOLDER / "old").write_text("old")
-    monkeypatch.setattr(export, "_write_onnx", fail)
+    monkeypatch.setattr(export, "write_onnx", fail)
     with pytest.raises(UserError, match="No space left"):
         export_student(tiny.encoder(layers=1), tmp_path)
     assert [file.name for file in tmp_path.rglob("*")] == [FOLDER, "old"]
@@ -180,6 +181,7 @@ def test_model_that_is_too_large_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @needs_packages
 def test_model_without_onnx_operations_is_refused(tmp_path):
     class Odd(torch.nn.Module):

@@ -15,13 +15,13 @@ TEXTS = tiny.texts(100)
 @pytest.fixture
 def made(monkeypatch):
     """The fields of each call that went through the tokenizer."""
-    calls, encoded = [], token_store._encoded
+    calls, encoded = [], token_store.encoded
 
     def counted(encoder, texts, fields):
         calls.append(list(fields))
         return encoded(encoder, texts, fields)
 
-    monkeypatch.setattr(token_store, "_encoded", counted)
+    monkeypatch.setattr(token_store, "encoded", counted)
     return calls
 
 

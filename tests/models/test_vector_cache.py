@@ -18,13 +18,13 @@ TEXTS = ["maganda ang araw", "ulan sa gabi", "ang bata at ang aso", "maganda ang
 @pytest.fixture
 def reads(monkeypatch):
     """How many texts the model was given, a number a call."""
-    seen, run = [], module._run
+    seen, run = [], module.run_batches
 
     def counted(encoder, encodings, label):
         seen.append(len(encodings))
         return run(encoder, encodings, label)
 
-    monkeypatch.setattr(module, "_run", counted)
+    monkeypatch.setattr(module, "run_batches", counted)
     return seen
 
 

@@ -37,7 +37,10 @@ CELL = ".jp-NotebookPanel:not(.lm-mod-hidden) .jp-CodeCell"
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}  # nor the question whether there may be some
 ANSWER, RUNNING = 30_000, 240_000  # milliseconds for the page to do as told, for cells to run on a busy machine
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found (apt-get install chromium)"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from transformers import BertConfig, BertModel
 from kdlib.config import load_profile
 from kdlib.study.run import read_results
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = {path.stem.split("_")[0]: path for path in sorted(FOLDER.glob("*.ipynb"))}
 SMALL = {

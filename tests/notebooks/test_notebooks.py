@@ -20,6 +20,8 @@ from kdlib.study.study import NOTEBOOKS, STAGES, Study
 from kdlib.viz import figures, tables
 from kdlib.viz.panel import VIEW
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE = re.compile(r"(?<![\w.])/(home|opt|private|root|tmp|usr|var|Users)/|\b[A-Z]:\\")

@@ -207,6 +207,7 @@ def test_rate_asks_the_kit_for_the_batches_it_counts(job, monkeypatch):
     assert [batch for batch in seen if batch in planned] == planned
 
 
+@pytest.mark.slow
 def test_the_distillation_benchmark_compares_the_same_loss(job):
     rows = distillation.measure(quick=True)
     assert all(row["ours"] > 0 and row["other"] > 0 for row in rows[:5])
@@ -221,6 +222,7 @@ def test_the_cache_benchmark_sees_that_nothing_changes(job, tmp_path):
     assert not (tmp_path / "fresh cache").exists()
 
 
+@pytest.mark.slow
 def test_the_step_benchmark_says_where_the_time_goes(job, tmp_path):
     rows = step.measure(quick=True)
     assert all(0 < row["ratio"] and row["unit"] == "GFLOP/s" for row in rows)

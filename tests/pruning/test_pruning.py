@@ -229,6 +229,7 @@ def unknowns(tokenizer, text):
 # the same tokens
 
 
+@pytest.mark.slow
 def test_pruning_removes_rows(study):
     assert len(study.chosen.ids) < 0.8 * len(study.tokenizer)
     assert study.chosen.dropped == 0
@@ -986,6 +987,7 @@ def test_unknown_piece_says_nothing_about_scripts(tokenizers):
 # the real teacher
 
 
+@pytest.mark.slow
 def test_real_teacher_is_pruned_exactly(teacher_tokenizer, teacher_model, parallel):
     tokenizer = teacher_tokenizer
     corpus = [row["tgl"] for row in parallel[:60]] + ACCENTED

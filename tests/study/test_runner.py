@@ -24,6 +24,8 @@ from kdlib.study import runner
 from kdlib.study.run import Run
 from kdlib.study.runner import NotebookError, execute
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
 

@@ -247,6 +247,7 @@ def test_an_arm_is_distilled_in_its_own_precision(study, monkeypatch):
 # -- stops
 
 
+@pytest.mark.slow
 def test_ablations_that_were_stopped_after_each_arm_end_as_undisturbed_ones(given, tmp_path):
     grid = {
         "vocabulary": {"whole": {"vocabulary.prune": False}},

@@ -11,6 +11,8 @@ from kdlib.evaluation.benchmark import trial_rows
 from kdlib.study.stage import contents
 from kdlib.study.study import STAGES, Study
 
+pytestmark = pytest.mark.slow  # the tests share one study, and run in order
+
 
 @pytest.fixture(scope="module")
 def study(given, tmp_path_factory):

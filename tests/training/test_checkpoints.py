@@ -82,6 +82,7 @@ def damage(folder, how):
         (folder / files.SEAL).unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["torn", "corrupted", "cannot be read", "unfinished"])
 def test_a_damaged_one_is_named_and_the_one_before_it_goes_on_to_the_same_weights(work, how, caplog):
     whole = trainer(work.parent / "whole")
@@ -150,6 +151,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", FULL, ids=["OSError", "torch"])
 def test_a_full_disk_is_told_and_costs_no_checkpoint(tmp_path, often, monkeypatch, error):
     whole = trainer(tmp_path / "whole")
@@ -179,6 +181,7 @@ def test_an_error_of_the_training_itself_is_not_taken_for_a_full_disk(tmp_path):
         train(found, None)
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_to_the_same_predictions(tmp_path, often, monkeypatch):
     encoder, task = tiny.encoder(layers=1), test_finetune.task("classify")
     spec = test_finetune.SPEC.model_copy(update=dict(finetune_epochs=2.0))

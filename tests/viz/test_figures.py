@@ -185,6 +185,7 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_visible()]
 
 
+@pytest.mark.slow
 def test_a_whole_table_gives_every_figure(drawn):
     files, missing = drawn
     assert missing == []
@@ -196,6 +197,7 @@ def test_a_whole_table_gives_every_figure(drawn):
     assert plt.get_fignums() == []
 
 
+@pytest.mark.slow
 def test_the_same_table_gives_the_same_bytes(drawn, shown, tmp_path):
     for name, paths in drawn[0].items():
         for first, second in zip(paths, figures.save(shown[name], tmp_path, name), strict=True):
@@ -236,6 +238,7 @@ def test_a_family_that_was_not_run_is_named(table):
         comparisons.ablation(table, "depth")
 
 
+@pytest.mark.slow
 def test_every_family_of_arms_is_drawn_numbers_as_a_curve_and_names_as_lines(table):
     arms = table[(table["stage"] == "ablations") & (table["method"] == "fraction")]
     depth = arms.assign(method="depth", x=arms["x"] * 10, arm=arms["arm"] + " deep")
@@ -258,6 +261,7 @@ def test_the_main_table_has_a_row_per_model_and_a_column_per_task(table):
         tables.main_table(table[table["method"] != "finetune"])
 
 
+@pytest.mark.slow
 def test_draw_all_draws_what_it_can(table, tmp_path):
     files, missing = figures.draw_all(table[table["stage"] == "distill"], tmp_path)
     assert list(files) == ["learning_curve"]
@@ -282,6 +286,7 @@ def test_letters_that_no_font_has_are_dots_and_the_font_to_install_is_told(monke
         assert style.legible("ก") == "·"  # told once
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:Glyph .* missing from")
 @pytest.mark.filterwarnings("ignore:Glyph of")
 def test_any_language_task_and_model_can_be_drawn(tmp_path):
@@ -297,6 +302,7 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     assert style.legible("主题 分类") + "\nmacro F1, n = 100" in texts(figure)
 
 
+@pytest.mark.slow
 def test_a_model_looks_the_same_in_every_table(table):
     def look(rows, model):
         handles = comparisons.benchmark_probe(rows).legends[0].legend_handles
@@ -363,6 +369,7 @@ def test_live_curve_is_logarithmic_when_the_loss_falls_far():
     assert figures.live_curve(curve([0.0, 1.0])).axes[0].get_yscale() == "linear"  # no logarithm of 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied, arrows", [([3, 6, 9, 12], 8), ([9, 10, 11, 12], 8), ([], 4)])
 def test_layer_map_has_an_arrow_per_pair(copied, arrows, tmp_path):
     figure = figures.layer_map_figure(12, 4, copied, [3, 6, 9, 12])

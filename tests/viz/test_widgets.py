@@ -351,6 +351,7 @@ def test_letters_without_a_font_are_no_warning(pair):
     assert panel.first.png.startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_vocabulary_slider_moves_between_measured_sizes(pair):
     selection = vocabulary.select_tokens(pair["teacher"].tokenizer, texts(5), WORDS[:12], characters="all")
     panel = widgets.vocabulary_size(pair["teacher"], selection, texts(20))
@@ -361,6 +362,7 @@ def test_vocabulary_slider_moves_between_measured_sizes(pair):
     assert f"{slider.value:,} rows" in panel.text.value and bytes(panel.image.value) != before
 
 
+@pytest.mark.slow
 def test_layer_explorer_shows_the_chosen_curves_at_the_chosen_layer():
     panel = widgets.layer_explorer(study_table())
     assert panel.widget and panel.controls["languages"].value == ("eng, centred",)
@@ -372,6 +374,7 @@ def test_layer_explorer_shows_the_chosen_curves_at_the_chosen_layer():
     assert "Choose a task" in panel.text.value and panel.image.layout.display == "none"
 
 
+@pytest.mark.slow
 def test_layer_map_editor_gives_the_list_for_the_profile():
     editor = widgets.layer_map_editor(12, [3, 6, 9, 12])
     assert editor.value == [3, 6, 9, 12] and editor.state["start"] == "alternate"
@@ -387,6 +390,7 @@ def test_layer_map_editor_gives_the_list_for_the_profile():
     assert "student.layers=2" in editor.text.value
 
 
+@pytest.mark.slow
 def test_attention_panel_follows_layer_and_head(pair):
     panel = widgets.attention_heads(pair, SENTENCE)
     assert panel.widget and "teacher, layer 4, head 1" in panel.text.value and "on the same tokens" in panel.text.value
@@ -408,6 +412,7 @@ def test_temperature_panel_softens_and_says_where_there_is_no_head(pair):
     assert without.widget and "has no masked-language head" in without.text.value and not without.controls
 
 
+@pytest.mark.slow
 def test_results_explorer_offers_only_what_is_there():
     panel = widgets.results_explorer(study_table())
     controls = panel.widget and panel.controls
@@ -531,6 +536,7 @@ def kernel(tmp_path_factory):
     manager.shutdown_kernel(now=True)
 
 
+@pytest.mark.slow
 def test_stop_button_and_interrupt_arrive_while_the_cell_runs(kernel):
     manager, client = kernel
 
@@ -570,6 +576,7 @@ HEADLESS = [
 PICTURED = (1, 2, 3, 4, 7, 10)
 
 
+@pytest.mark.slow
 def test_headless_every_widget_leaves_a_still_view_and_no_widget(kernel):
     start = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
