@@ -1,5 +1,6 @@
 """The front door: `import kdlib` is light, and its names are the objects of the packages."""
 
+import doctest
 import subprocess
 import sys
 from importlib.metadata import version
@@ -39,6 +40,14 @@ def test_import_needs_no_heavy_library():
     code = "import sys, kdlib; assert not {'torch', 'numpy', 'pydantic', 'importlib.metadata'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"])
     assert done.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*kdlib.__all__} - {"__version__"}))
+def test_the_example_of_a_name_runs(name):
+    module = sys.modules[getattr(kdlib, name).__module__]
+    [example] = [test for test in doctest.DocTestFinder().find(module) if test.name == f"{module.__name__}.{name}"]
+    assert example.examples and doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
 
 
 @pytest.mark.slow

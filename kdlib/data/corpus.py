@@ -56,8 +56,7 @@ def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path 
     """Load the profile's corpus, split by document. The split depends on the text alone, not on order or seed.
 
     The first place of the source and its fallbacks that can be read is used. A corpus of more than IN_MEMORY characters
-    is
-    written to files, and its parts are `Lazy`.
+    is written to files, and its parts are `Lazy`.
 
     Args:
         spec: the source. With streaming, the first max_documents documents are read; without, max_documents are drawn.
@@ -130,8 +129,7 @@ def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[
     """Group rows into documents: neighbouring rows with the same name.
 
     A column `document` that the profile does not name and that has only one value is ignored. Then, as without the
-    column,
-    every row is a document.
+    column, every row is a document.
     """
     column, several = spec.document or "document", bool(spec.document)
     name, waiting, size = None, [], 0  # of the document that is being read: its name, and number and text of its rows
@@ -180,8 +178,7 @@ def split_sentences(text: str) -> list[str]:
     """Split at sentence ends before a space (after 。！？ also without), and at line ends. White space is collapsed.
 
     Longer text than LONGEST is split at spaces: Thai and Lao have no mark for the end of a sentence, and a teacher
-    would
-    truncate it.
+    would truncate it.
     """
     lines = (" ".join(line.split()) for line in text.splitlines())
     whole = [s for line in lines for s in SENTENCE_END.split(line) if s]

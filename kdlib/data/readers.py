@@ -150,8 +150,7 @@ def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.Da
         data: the bytes.
         where: the file's name in errors.
         limit: bytes that a .gz file may unpack to. Without it, a file that unpacks to more than MOST_PACKED times its
-            size
-            is refused too.
+            size is refused too.
 
     Raises:
         UserError: for bytes that are no such file, or a text file with NUL bytes.

@@ -115,15 +115,13 @@ def read_table(source: Source, columns: list[str] = (), split: str | None = None
     """Read a source as a table. Returns it with its commit, where a hub gives one.
 
     A txt file gives a row a line, with the columns `text` and `document`, the number of its block between empty lines
-    (of its
-    line, where there are none).
+    (of its line, where there are none).
 
     Args:
         source: the source.
         columns: columns that must exist.
         split: replaces `source.split`; it may be a place itself. Of a folder or zip, the files whose path has the split
-            as
-            a word are read; all files, where none has and `split` is not given.
+            as a word are read; all files, where none has and `split` is not given.
 
     Raises:
         UserError: for a source that is missing, empty, of another kind than its name says, or lacks a column.

@@ -131,8 +131,7 @@ def load_task(spec: config.Task, corpus: Corpus) -> Task:
     """Load a task from the first of its source and fallbacks that holds it.
 
     A place is skipped when it cannot be read, lacks a column, has labels of one class only, or has more than OVERLAP of
-    the
-    test rows in train too, as mirrors whose test split is a copy of train.
+    the test rows in train too, as mirrors whose test split is a copy of train.
 
     Raises:
         UserError: where no place is left.

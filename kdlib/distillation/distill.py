@@ -238,6 +238,19 @@ def distill(
 
     References:
         Jiao et al. (2020), TinyBERT; Sanh et al. (2019), DistilBERT; Cruz and Aji (2025).
+
+    Example:
+        >>> import kdlib, tempfile
+        >>> from kdlib.config import Distill, Student
+        >>> from kdlib.distillation.tokenized_corpus import prepare
+        >>> from kdlib.models import embedded_teacher
+        >>> teacher = kdlib.load_encoder(embedded_teacher.folder())
+        >>> student = kdlib.build_student(teacher.model, Student(layers=1))
+        >>> spec = Distill(epochs=2)
+        >>> texts = prepare(teacher, ["Kumain ng mangga ang bata.", "Umulan kagabi."], spec, None, depth=1)
+        >>> outcome = kdlib.distill(teacher, student, texts, texts, spec, tempfile.mkdtemp())
+        >>> outcome.student.config.num_hidden_layers, outcome.facts["steps"]
+        (1, 2)
     """
     check_objectives(spec.objectives)
     needs = RequiredOutputs.of(spec.objectives)

@@ -69,8 +69,7 @@ def _over(total: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """A sum divided by its count.
 
     Processes that share a batch divide by the mean of their counts. Then the mean of their losses and gradients is that
-    of
-    the whole batch, also where their shares differ.
+    of the whole batch, also where their shares differ.
     """
     if distributed.world_size() > 1:
         count = distributed.mean(torch.as_tensor(count, dtype=torch.float32, device=total.device))

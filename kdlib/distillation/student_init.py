@@ -170,8 +170,7 @@ def _narrow(
     ("truncate") or the principal directions of the teacher's states ("pca"), as in SliceGPT (Ashkboos et al. 2024) and
     BiStil (Ansell et al. 2023). Weights that read the stream are multiplied by the basis, weights that write it by its
     transpose. A LayerNorm's bias is projected too; its gain g becomes the diagonal of basis^T diag(g) basis. The states
-    are
-    then the teacher's projected, about sqrt(new width / width) as long; a learned projection corrects the length.
+    are then the teacher's projected, about sqrt(new width / width) as long; a learned projection corrects the length.
     Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights.
     """
     names = family_of(teacher.config.model_type)
@@ -260,10 +259,8 @@ def _narrow_heads(
     """Map the heads of one layer onto fewer or smaller ones, in place.
 
     A new head replaces neighbouring heads: it uses the mean of their scores and carries the values of all of them,
-    exactly
-    where it is large enough for them side by side. Otherwise the products of queries and keys, and of values and
-    output,
-    are approximated by SVD (reduce), or the first dimensions stay.
+    exactly where it is large enough for them side by side. Otherwise the products of queries and keys, and of values
+    and output, are approximated by SVD (reduce), or the first dimensions stay.
     """
     width, new_width = basis.shape
     size, new_size = width // heads, new_width // new_heads

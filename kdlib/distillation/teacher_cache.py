@@ -65,8 +65,7 @@ def teacher_states(
     """The teacher's states for tokenised texts, from the cache in `root` or computed into it.
 
     The folder is named by the teacher's weights and the ids, so stale states are never read. Missing layers are
-    computed in
-    one pass. A damaged file is named in a warning and computed again.
+    computed in one pass. A damaged file is named in a warning and computed again.
 
     Args:
         root: the run's cache folder.

@@ -176,8 +176,7 @@ def compared_layers(needs: RequiredOutputs, depth: int, teacher_depth: int) -> t
     """The layers of student and teacher that are compared.
 
     Student layer i is compared with teacher layer i * L / l, as in TinyBERT; only the last ones where no objective
-    needs
-    more.
+    needs more.
     """
     if not needs.layers:
         return [depth], [teacher_depth]

@@ -182,8 +182,7 @@ def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
     """Set the head to the linear probe of the untrained encoder on the task's training rows.
 
     A random head would disturb the encoder. The probe is a logistic regression on standardised states, with the penalty
-    of
-    `probing.linear_probe`, fitted by L-BFGS.
+    of `probing.linear_probe`, fitted by L-BFGS.
 
     References:
         Kumar et al. (2022), *Fine-Tuning can Distort Pretrained Features*.

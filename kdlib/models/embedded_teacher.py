@@ -106,8 +106,7 @@ def read_file(path: Path) -> Contents:
 
     Raises:
         UserError: with the file and the wrong field: magic, version, a size, a token that is not UTF-8, a missing,
-            unknown
-            or misshapen tensor, a value that is not finite, or the end of a truncated file.
+            unknown or misshapen tensor, a value that is not finite, or the end of a truncated file.
     """
     path = Path(path)
     try:
@@ -315,8 +314,7 @@ def build_model(contents: Contents) -> BertModel:
     """The file's weights as a BertModel in eval mode.
 
     The file has no pooler. We use the identity, so that `AutoModel` finds every weight and `pooler_output` is tanh of
-    the
-    first token's state instead of random numbers.
+    the first token's state instead of random numbers.
     """
     h = contents.header
     config = BertConfig(

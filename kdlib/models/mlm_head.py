@@ -23,8 +23,7 @@ class MaskedHead(nn.Module):
     """Dense layer, activation, LayerNorm, and the product with the input embeddings plus a bias.
 
     BERT, RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share this head under different names. The embedding matrix is tied,
-    so
-    it is not part of the head; the caller passes it.
+    so it is not part of the head; the caller passes it.
     """
 
     def __init__(self, hidden: int, embedding: int, rows: int, eps: float = 1e-12, activation: str = "gelu"):
@@ -45,8 +44,7 @@ def new_head(model: PreTrainedModel, frequencies: np.ndarray | None = None, seed
     Args:
         model: the encoder.
         frequencies: share of each embedding row in some text, all above 0, with sum 1. Their logarithms become the
-            output
-            bias, so that training does not start below what is known without context.
+            output bias, so that training does not start below what is known without context.
         seed: of the weights.
     """
     rows, width = model.get_input_embeddings().weight.shape

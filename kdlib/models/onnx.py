@@ -48,15 +48,13 @@ def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> N
 
     Inputs: input_ids, attention_mask and, for a model with token types, token_type_ids, each int64 [batch, tokens].
     Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding [batch, hidden], its mean over real
-    tokens.
-    Prefix and max_length are in the files' metadata.
+    tokens. Prefix and max_length are in the files' metadata.
 
     Args:
         encoder: the student.
         folder: the folder in which onnx/ is written.
         int8: also write model_int8.onnx: 8-bit weights with a scale for each channel, and dynamic activations. 7 of the
-            8
-            bits are used, since sums overflow on processors without VNNI (ONNX Runtime, "Quantize ONNX models").
+            8 bits are used, since sums overflow on processors without VNNI (ONNX Runtime, "Quantize ONNX models").
 
     Raises:
         UserError: without the optional packages, or for a model too large or without ONNX operations.

@@ -54,8 +54,7 @@ def tokenise(
         encoder: its tokenizer is used.
         texts: read at most twice, and never held in memory as a whole.
         fields: more arrays: "maskable" (bool, the tokens that may be masked), "words" (int32, the word of each token,
-            -1
-            for none).
+            -1 for none).
         root: a cache folder for the arrays, named by all they depend on; None keeps them in memory.
 
     Returns:

@@ -45,8 +45,7 @@ class VectorCache:
             layers: the wanted layers, 0 = embeddings.
             shape: (number of layers with the embeddings, hidden).
             make: computes the vectors of some texts (their numbers) at some layers. It is called for unknown texts, and
-                for all
-                layers where there is room to keep them.
+                for all layers where there is room to keep them.
 
         Returns:
             float32 [texts, layers, hidden].

@@ -26,8 +26,7 @@ def prune_files(
     """Write the folder that `prune_model` and `prune_tokenizer` would give, without building a model.
 
     Rows are read from the safetensors files (one, or shards with an index) through a small buffer. All other tensors
-    are
-    copied byte for byte.
+    are copied byte for byte.
 
     Args:
         source: the model folder.

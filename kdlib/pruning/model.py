@@ -62,8 +62,18 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
         ids: token ids to keep, ascending.
         target: the folder to write; it is whole or absent.
         source: the folder that the encoder was loaded from. Where its files hold the model's unchanged weights, they
-            are
-            copied from there (`prune_files`); else the weights in memory are pruned (`prune_model`).
+            are copied from there (`prune_files`); else the weights in memory are pruned (`prune_model`).
+
+    Example:
+        >>> import kdlib, tempfile
+        >>> from kdlib.models import embedded_teacher
+        >>> from kdlib.pruning.selection import select_tokens
+        >>> teacher = kdlib.load_encoder(embedded_teacher.folder())
+        >>> selection = select_tokens(teacher.tokenizer, ["Kumain ng mangga ang bata."])
+        >>> folder = tempfile.mkdtemp() + "/pruned"
+        >>> kdlib.prune_encoder(teacher, selection.ids, folder)
+        >>> len(kdlib.load_encoder(folder).tokenizer) == len(selection.ids)
+        True
     """
     with new_folder(target) as folder:
         if source is not None and _holds(source, encoder.model):

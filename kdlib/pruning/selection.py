@@ -30,8 +30,7 @@ class Selection:
     Attributes:
         ids: kept ids of the full tokenizer, ascending; the position in this list is the new id.
         reason: for each kept id "special", "corpus", "character", "wordlist", "merge" (other BPE tokens are built of
-            it)
-            or "unused" (where nothing is pruned).
+            it) or "unused" (where nothing is pruned).
         counts: int64 [vocabulary], how often the corpus uses each token of the full vocabulary.
         dropped: tokens of the corpus left out because of `max_rows`; 0 means exact on every corpus text.
     """
@@ -125,8 +124,7 @@ def select_tokens(
         words: a word list, most important first.
         extra: further texts to keep exact, such as prefixes.
         characters: "scripts" keeps characters of the scripts in `texts` and neutral ones (digits, punctuation,
-            symbols);
-            "all" keeps those of every script.
+            symbols); "all" keeps those of every script.
         max_rows: embedding rows at most; None: no limit.
 
     Raises:

@@ -177,8 +177,7 @@ def run_folder(run_dir: str | Path | None, profile: str) -> Path:
     """The run folder of a notebook or command: `run_dir`, or runs/<profile>.
 
     Relative paths start at the current folder, or at the project when that is its `notebooks/`, as in a notebook opened
-    by
-    hand.
+    by hand.
     """
     base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
     return base / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))

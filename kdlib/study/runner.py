@@ -129,8 +129,7 @@ def distill(out: Path, profile: str, overrides: list[str], console: Console | No
     """Distil the student of a run outside the notebooks; they find it afterwards.
 
     Under torchrun or `accelerate launch` the processes work together, in a folder that all of them see. Raises
-    UserError for
-    bad input.
+    UserError for bad input.
     """
     distributed.join(pick_device(load_profile(profile, overrides).device))
     study = Study(out, profile, overrides)

@@ -45,8 +45,7 @@ class Panel:
     Args:
         view: called with the value of each control by name.
         controls: by name, a partial of a widget class with its first `value`. Widgets are built when they are first
-            shown, so
-            a headless run builds none.
+            shown, so a headless run builds none.
         adapt: called with the name of a changed control and all controls before the view is drawn; it may change
             others.
     """

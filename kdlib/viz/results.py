@@ -16,10 +16,8 @@ def comparable(table: pd.DataFrame) -> pd.DataFrame:
     """The comparable numbers of a study, a row each, from the table of results.
 
     Seeds are averaged where the table has no row for all of them. A family of arms comes with its reference models.
-    Left out
-    are numbers with a figure of their own (layer probes, learning curve, vocabulary rows) and numbers without another
-    to
-    compare with.
+    Left out are numbers with a figure of their own (layer probes, learning curve, vocabulary rows) and numbers without
+    another to compare with.
 
     Returns:
         Rows of what (stage and method, such as "benchmark: probe"), task ("" for none), metric, name (model or arm),

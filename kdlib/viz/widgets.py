@@ -202,8 +202,7 @@ def temperature(source: Encoder | Callable[[str], tuple[Sequence[str], np.ndarra
 
     Args:
         source: an encoder with a masked-language head, or a function from a text with a gap (___) to tokens and logits.
-            For
-            an encoder without a head a sentence says so.
+            For an encoder without a head a sentence says so.
         sentence: the first text.
     """
     if isinstance(source, Encoder) and (source.head is None or source.tokenizer.mask_token is None):
