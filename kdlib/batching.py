@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-BUCKET = 4096  # texts sorted by length together; more texts give less padding, fewer give a better shuffle
+BUCKET = 4096  # texts that are sorted by length together: more means less padding, fewer means a better shuffle
 
 
 def budget_batches(lengths: Sequence[int], budget: int, order: Sequence[int] | None = None) -> list[list[int]]:

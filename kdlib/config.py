@@ -50,7 +50,7 @@ class Fallback(Source):
     @model_validator(mode="after")
     def _is_the_same_data(self) -> "Fallback":
         if self.source == "embedded":
-            raise PydanticCustomError("embedded_fallback", "embedded data is no other place for the same data")
+            raise PydanticCustomError("embedded_fallback", "embedded data cannot be a fallback for other data")
         return self
 
 
@@ -263,7 +263,7 @@ class Profile(Section):
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
     parallel: Parallel | None = Parallel()
-    baselines: dict[str, Teacher] = Field(default={}, description="other encoders to benchmark, by the name to show")
+    baselines: dict[str, Teacher] = Field(default={}, description="other encoders to benchmark, by display name")
     tasks: list[Task] = [
         Task(name="topic"),
         Task(name="sentiment"),
@@ -329,8 +329,8 @@ def _with(tree: dict, overrides: dict[str, Any], origin: str) -> Profile:
     return check(tree, origin)
 
 
-LARGEST = 100_000  # values in a profile; a line of YAML aliases can make more than the memory holds
-_SHORT = reprlib.Repr()  # quotes values in messages; YAML aliases can make a value too large to write
+LARGEST = 100_000  # values in a profile; YAML aliases can make more than fits in memory
+_SHORT = reprlib.Repr()  # values in messages are cut, since YAML aliases can make them huge
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 100, 100
 _WORDS = {
     "model_type": "should be a section of keys",
@@ -376,7 +376,7 @@ def _refuse_unwritable(tree: dict, origin: str) -> None:
     try:
         walk(tree, "")
     except RecursionError:
-        raise UserError(f"profile {origin}: too deep, or aliases (*name) that come to too much") from None
+        raise UserError(f"profile {origin}: nested too deeply, or too many values through aliases (*name)") from None
 
 
 def parse_overrides(overrides: str | Sequence[str] | dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 
-PATIENCE = timedelta(days=1)  # how long the other processes wait for what the first one makes
+PATIENCE = timedelta(days=1)  # how long the other processes wait for the first one
 T = TypeVar("T")
 
 

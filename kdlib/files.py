@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-SEAL = "made.json"  # the file in a folder that lists sizes and checksums of the others
+SEAL = "made.json"  # lists sizes and checksums of the other files in its folder
 CHUNK = 1 << 24  # bytes read at once for a checksum
 _sums: dict[tuple[int, ...], int] = {}  # checksums known to this process, by device, inode, size and time of change
 
@@ -53,7 +53,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         work.chmod(0o755)
         yield work
-        for file in work.rglob("*"):  # safetensors writes for the owner alone; a cache may be shared
+        for file in work.rglob("*"):  # safetensors makes files private; a cache may be shared
             file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():
             shutil.rmtree(target)
@@ -125,7 +125,7 @@ def seal(folder: Path, **about: Any) -> None:
 def flaw(folder: Path) -> str:
     """What is wrong with a sealed folder, in words, or "". Files added after sealing are ignored."""
     try:
-        files = read_json(folder / SEAL).get("files", {})  # seals of older versions name none
+        files = read_json(folder / SEAL).get("files", {})  # seals of older versions have no files
         kept = {str(name): (facts["bytes"], facts["crc32"]) for name, facts in files.items()}
     except (UserError, AttributeError, KeyError, TypeError):
         return "unfinished, or its seal is damaged"
@@ -160,7 +160,7 @@ def read_or_none(file: Path, read: Callable[[Path], T], then: str) -> T | None:
     """What `read` returns for a file. None where it is absent, or damaged: then a warning ends with `then`."""
     try:
         return read(file)
-    except Exception as error:  # readers raise a dozen kinds, and for all of them the file is rebuilt
+    except Exception as error:  # readers raise a dozen kinds, and the file is rebuilt after any of them
         if file.exists():
             reason = str(error) if isinstance(error, UserError) else f"{file}: damaged ({type(error).__name__})"
             log.warning("%s; %s", reason, then)
@@ -199,7 +199,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 def read_table(path: Path, columns: Sequence[str]) -> "pd.DataFrame":
     """Read a CSV file. Raises UserError where it is absent, damaged, or lacks one of the columns."""
-    import pandas as pd  # it takes a third of a second, and `kdlib --help` does not need it
+    import pandas as pd  # the import takes a third of a second, and `kdlib --help` does not need it
 
     try:
         table = pd.read_csv(path)

@@ -12,7 +12,7 @@ from IPython.display import display
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-FILE = "KDLIB_PROGRESS"  # set by the runner: the file that a kernel writes its progress to
+FILE = "KDLIB_PROGRESS"  # set by the runner: the file where a kernel writes its progress
 INTERVAL = 0.5  # seconds between two reports
 
 
@@ -31,7 +31,7 @@ class Progress:
         self.file = os.environ.get(FILE)
         kernel, other = hasattr(get_ipython(), "kernel"), distributed.rank() > 0
         self.bar = None if self.file or kernel else tqdm(total=total, desc=label, leave=False, delay=1, disable=other)
-        self.line = None  # in a notebook a line of text: tqdm's widget leaves a dead one in the saved file
+        self.line = None  # text in a notebook: tqdm's widget would stay dead in the saved file
 
     def update(self, done: int, note: str = "") -> None:
         """Show that `done` steps are done, with a few words such as the loss."""

@@ -389,7 +389,7 @@ def test_two_commands_cannot_work_in_one_folder(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="another kdlib run is at work here"), run.lock():
+        with pytest.raises(UserError, match="another kdlib run is using this folder"), run.lock():
             pass
     finally:
         holder.kill()

@@ -16,7 +16,7 @@ WORDS = (
 
 
 def tokenizer():
-    pieces = [
+    tokens = [
         "[PAD]",
         "[UNK]",
         "[CLS]",
@@ -26,7 +26,7 @@ def tokenizer():
         *"abcdefghijklmnopqrstuvwxyz",
         *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
     ]
-    backend = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    backend = Tokenizer(models.WordPiece({p: i for i, p in enumerate(tokens)}, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=False)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.post_processor = processors.TemplateProcessing(

@@ -29,9 +29,9 @@ SENTENCE_END = re.compile(
 )
 LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
 TEST_REGISTERS = ("everyday", "story")
-TEST_PER_CELL = 18  # documents of each topic and test register that the tasks are tested on
-HELDOUT_PER_CELL = 2  # documents of each topic and register that watch the distillation
-IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger one lies in files
+TEST_PER_CELL = 18  # test documents for each topic and test register
+HELDOUT_PER_CELL = 2  # held-out documents for each topic and register
+IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger corpus is kept in files
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[
     column, every row is a document.
     """
     column, several = spec.document or "document", bool(spec.document)
-    name, waiting, size = None, [], 0  # of the document that is being read: its name, and number and text of its rows
+    name, waiting, size = None, [], 0  # of the current document: its name, and number and text of its rows
     for number, row in enumerate(rows):
         text = row.get(spec.text)
         if not _has_text(text):
@@ -211,7 +211,7 @@ def _split(documents: list[Document], heldout: float) -> Corpus:
     train = [Document(d.id, [s for s in d.sentences if s not in held], d.meta) for d in ranked[count:]]
     train = [d for d in train if d.sentences]
     if not train:
-        raise UserError("corpus: every document repeats the same sentences; nothing is left to train on")
+        raise UserError("corpus: all documents have the same sentences; nothing is left to train on")
     return Corpus(train, ranked[:count], [])
 
 
@@ -234,8 +234,8 @@ def split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int
         write(everything, noted())
         if len(np.unique(np.frombuffer(names, np.uint64))) < len(names):
             raise UserError(
-                f"{spec.source}: rows of one document do not follow one another, which in a corpus of this size they "
-                f"have to; sort it by {spec.document or 'document'}"
+                f"{spec.source}: in a corpus of this size the rows of a document must follow one another; "
+                f"sort it by {spec.document or 'document'}"
             )
         order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
         count = max(1, round(len(order) * spec.heldout))
@@ -249,7 +249,7 @@ def split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int
         alive = np.fromiter((bool(left(d).sentences) for d in read(everything)), bool)
         order = order[alive[order]]
         if not len(order):
-            raise UserError("corpus: every document repeats the same sentences; nothing is left to train on")
+            raise UserError("corpus: all documents have the same sentences; nothing is left to train on")
         if spec.max_documents and len(order) > spec.max_documents:
             order = order[random.Random(seed).sample(range(len(order)), spec.max_documents)]
         write(work / "train", map(left, picked(everything, order)))
@@ -292,7 +292,7 @@ def check_leaks(corpus: Corpus) -> None:
         leaked = [s for document in getattr(corpus, name) for s in document.sentences if s in train]
         if leaked:
             raise UserError(
-                f"corpus: {len(leaked)} {name} sentences also stand in the training documents, such as {leaked[0]!r}"
+                f"corpus: {len(leaked)} {name} sentences are also in the training documents, such as {leaked[0]!r}"
             )
 
 

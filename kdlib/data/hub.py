@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 WAITS = (1, 2, 4)  # seconds before the second, third and fourth attempt
-PATIENCE = 20  # seconds; a call that fails later than that is not made again, the client has tried for long itself
-SILENCE = 60  # seconds for which a hub that was silent is asked once at a time only
+PATIENCE = 20  # seconds; a call that took longer to fail is not repeated, because the client has retried it already
+SILENCE = 60  # seconds without retries after the hub did not answer
 TIMEOUT = 10  # seconds without an answer
-LARGEST = 2 * 2**30  # bytes that an address or the files of a zip may have
+LARGEST = 2 * 2**30  # bytes that an address or the files of a zip may hold
 NAMES = {"model": "model", "dataset": "data set"}
 WAY_ON = ". Without a network: source=embedded, or a local file or folder"
-# transformers would hand a repository with pickled weights, and the user's token, to a service that converts them, and
-# take the weights from there
+# transformers would send the repository's name and the user's token to a service that converts pickled weights, and
+# would load the weights from there
 os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 T = TypeVar("T")
 _silent_since = float("-inf")
@@ -93,14 +93,14 @@ def dataset(
     """
     import datasets
 
-    for step in ("OPEN", "READ"):  # how often a stream tries again is set nowhere else
+    for step in ("OPEN", "READ"):  # the retries of a stream can only be set here
         setattr(datasets.config, f"STREAMING_{step}_MAX_RETRIES", len(WAITS))
     for step in ("OPEN_RETRY", "READ_RETRY", "READ_SERVER_UNAVAILABLE_RETRY", "READ_RATE_LIMIT_RETRY"):
         setattr(datasets.config, f"STREAMING_{step}_INTERVAL", WAITS[-1])
     repo = find(repo_id, "dataset", revision)
     name = f"data set {repo_id!r}" + (f", subset {subset!r}" if subset else "") + f", split {split!r}"
     if f"{repo_id.split('/')[1]}.py" in repo.files:
-        raise UserError(f"{name}: a loading script, which is not run; {_other_ways(repo_id, repo)}")
+        raise UserError(f"{name}: has a loading script, which we do not run; {_other_ways(repo_id, repo)}")
 
     def load() -> tuple["Dataset | IterableDataset", str | None]:
         builder = datasets.load_dataset_builder(repo_id, subset, revision=repo.commit or revision)
@@ -117,12 +117,12 @@ def dataset(
             raise UserError(f"{name}: {repo.silent}, and it is not in the hub's cache{WAY_ON}") from None
         raise UserError(f"{name}: {reason(error)}{WAY_ON if passes(error) else ''}") from None
     wanted = repo.commit or _last_commit(repo_id, revision)
-    if commit != wanted:  # where the client fails, it takes whatever commit is in its cache
+    if commit != wanted:  # when the client fails, it uses any commit in its cache
         asked = f"revision {revision!r}" if revision else "its main branch"
         why = f"{repo.silent}, and" if repo.silent else f"the client cannot read {asked}; {_other_ways(repo_id, repo)};"
         raise UserError(f"{name}: {why} the hub's cache has commit {str(commit)[:7]}, not {asked}")
     if repo.commit:
-        with contextlib.suppress(Exception), quiet():  # notes in the hub's cache which commit the branch is at
+        with contextlib.suppress(Exception), quiet():  # writes into the hub's cache which commit the branch is at
             hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=revision)
     return rows, commit
 
@@ -170,12 +170,12 @@ def fetch(address: str) -> Path:
                 raise UserError(f"{address}: the server answers {_status(error)}") from None
             why = reason(error)
     if not target.is_file():
-        raise UserError(f"{address}: {why}, and it was not loaded before{WAY_ON}")
+        raise UserError(f"{address}: {why}, and there is no earlier download{WAY_ON}")
     return target
 
 
 def _download(address: str, target: Path) -> None:
-    headers = {"accept-encoding": "identity"}  # a .gz file is wanted as it is
+    headers = {"accept-encoding": "identity"}  # a .gz file must not be unpacked on the way
     with get_session().stream("GET", address, headers=headers, follow_redirects=True, timeout=TIMEOUT) as response:
         response.raise_for_status()
         with new_file(target) as work, work.open("wb") as out:
@@ -200,16 +200,18 @@ def push(folder: Path, repo_id: str, public: bool = False) -> str:
     if is_offline_mode():
         raise UserError(f"{where}: HF_HUB_OFFLINE is set; nothing was uploaded")
     if not get_token():
-        raise UserError(f"{where}: no token to write with; `hf auth login`, or set HF_TOKEN")
+        raise UserError(f"{where}: no token with write access; use `hf auth login`, or set HF_TOKEN")
     api = HfApi()
     try:
         with quiet():
             retried(lambda: api.create_repo(repo_id, private=not public, exist_ok=True))
             message = "A student, distilled by kdlib"
             api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[SEAL], commit_message=message)
-    except Exception as error:  # as in find: the client raises a dozen kinds; people need one line
+    except Exception as error:  # the client raises a dozen kinds; people need one line
         if _status(error) in (401, 403):
-            raise UserError(f"{where}: the token may not write there; `hf auth login` with one that may") from None
+            raise UserError(
+                f"{where}: the token has no right to write there; use another one (`hf auth login`)"
+            ) from None
         raise UserError(f"{where}: not uploaded ({_answer(error, None)})") from None
     return f"{constants.ENDPOINT}/{repo_id}"
 
@@ -257,7 +259,7 @@ def _answer(error: Exception, revision: str | None) -> str:
     if isinstance(error, GatedRepoError):
         return "gated; ask for access on its page, then `hf auth login`"
     if isinstance(error, RepositoryNotFoundError):
-        return "not on the hub, or for members only (`hf auth login`)"
+        return "not on the hub, or private (`hf auth login`)"
     if isinstance(error, RevisionNotFoundError):
         return f"no revision {revision!r}"
     return reason(error)

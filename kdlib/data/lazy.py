@@ -10,7 +10,7 @@ import pyarrow as pa
 
 T = TypeVar("T")
 AT_ONCE = 1024  # documents that are written and read together
-TEXTS_AT_ONCE = 2048  # texts tokenised in one call: the records of a tokenizer take a hundred times the room of ids
+TEXTS_AT_ONCE = 2048  # texts tokenised in one call: a tokenizer's records need a hundred times the memory of the ids
 SCHEMA = pa.schema({"id": pa.string(), "sentences": pa.list_(pa.string())})
 
 

@@ -21,7 +21,7 @@ from kdlib.errors import UserError
 if TYPE_CHECKING:
     from datasets import Features
 
-MOST_PACKED = 200  # text packs to a tenth of its size, seldom to a hundredth; what unpacks to more is a trap
+MOST_PACKED = 200  # text shrinks to a tenth, rarely to a hundredth; a file that unpacks to more may be an attack
 MOST_COLUMNS = 10_000
 CHUNK = 2**23  # bytes of a file that are read at once
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -56,14 +56,14 @@ def chunks(path: Path, name: str | None = None) -> Iterator[pd.DataFrame]:
     most = unpacked_limit(size) if packed else sys.maxsize
     try:
         if kind == ".parquet":
-            yield from _parquet_pieces(path, unpacked_limit(size))
+            yield from _parquet_parts(path, unpacked_limit(size))
             return
         with gzip.open(path) if packed else open(path, "rb") as file:
             file = _Limited(file, most, where)
             if kind in (".csv", ".tsv"):
-                yield from _csv_pieces(file, "," if kind == ".csv" else "\t")
+                yield from _csv_parts(file, "," if kind == ".csv" else "\t")
             else:
-                yield from _line_pieces(file, kind, where)
+                yield from _line_parts(file, kind, where)
     except UserError:
         raise
     except UnicodeDecodeError:
@@ -91,7 +91,7 @@ class _Limited(io.RawIOBase):
         return count
 
 
-def _line_pieces(file: io.RawIOBase, kind: str, where: str) -> Iterator[pd.DataFrame]:
+def _line_parts(file: io.RawIOBase, kind: str, where: str) -> Iterator[pd.DataFrame]:
     line, documents = 1, 0
     for data in _cut(file, kind):
         rows = parse(kind, data, f"{where}, from line {line:,} on")
@@ -116,7 +116,7 @@ def _cut(file: io.RawIOBase, kind: str) -> Iterator[bytes]:
         yield rest
 
 
-def _csv_pieces(file: io.RawIOBase, separator: str) -> Iterator[pd.DataFrame]:
+def _csv_parts(file: io.RawIOBase, separator: str) -> Iterator[pd.DataFrame]:
     stream = io.BufferedReader(file, 2**20)
     columns = 1 + re.split(rb"[\r\n]", stream.peek().lstrip(b"\r\n"), maxsplit=1)[0].count(separator.encode())
     if columns > MOST_COLUMNS:
@@ -130,7 +130,7 @@ def _csv_pieces(file: io.RawIOBase, separator: str) -> Iterator[pd.DataFrame]:
         )  # fmt: skip
 
 
-def _parquet_pieces(path: Path, most: int) -> Iterator[pd.DataFrame]:
+def _parquet_parts(path: Path, most: int) -> Iterator[pd.DataFrame]:
     with pyarrow.parquet.ParquetFile(path) as file:
         size = 0
         for batch in _batches(file, 8192):
@@ -157,7 +157,7 @@ def parse(name: str, data: bytes, where: str, limit: int | None = None) -> pd.Da
     """
     kind = suffix(Path(name))
     if kind is None:
-        raise UserError(f"{where}: cannot read this kind of file; known are {', '.join(SUFFIXES)}, each also .gz")
+        raise UserError(f"{where}: cannot read this kind of file; supported are {', '.join(SUFFIXES)}, each also .gz")
     try:
         if name.lower().endswith(".gz"):
             most = min(unpacked_limit(len(data)), limit or sys.maxsize)
@@ -199,7 +199,7 @@ def _batches(file: pyarrow.parquet.ParquetFile, rows: int) -> Iterator[pyarrow.R
     if len(set(file.schema_arrow.names)) < len(file.schema_arrow.names):
         raise ValueError("two of its columns have the same name")
     for batch in file.iter_batches(rows):
-        batch.validate(full=True)  # text that is no UTF-8 would fail later, wherever it is first looked at
+        batch.validate(full=True)  # invalid UTF-8 would fail later, at an unrelated place
         yield batch
 
 
@@ -244,7 +244,7 @@ def _read_json_lines(text: str) -> pd.DataFrame:
         try:
             row = json.loads(line)
             if "\\u" in line:
-                json.dumps(row, ensure_ascii=False).encode()  # half an emoji is no text, and no tokenizer takes it
+                json.dumps(row, ensure_ascii=False).encode()  # tokenizers refuse half an emoji (a lone surrogate)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {number}: {error}") from None
         if not isinstance(row, dict):
@@ -263,7 +263,7 @@ def _sparse(columns: int, rows: int, values: int) -> bool:
 
 def _read_csv(text: str, separator: str = ",") -> pd.DataFrame:
     columns = 1 + re.split(r"[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0].count(separator)
-    if columns > MOST_COLUMNS:  # pandas takes minutes to tell so many names apart
+    if columns > MOST_COLUMNS:  # pandas needs minutes for so many column names
         raise ValueError(f"its first line has {columns:,} columns")
     lines = text.count("\n") + text.count("\r")
     if _sparse(columns, lines, lines + text.count(separator)):

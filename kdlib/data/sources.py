@@ -32,7 +32,7 @@ HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
 ADDRESS = re.compile(r"https?://\S+")
 T = TypeVar("T")
 Spec = TypeVar("Spec", Corpus, Task)
-Files = dict[str, Callable[[], Iterable[pd.DataFrame]]]  # what reads each file of a place in pieces, by its path there
+Files = dict[str, Callable[[], Iterable[pd.DataFrame]]]  # path in the place -> a reader of that file in parts
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple
                 raise
             why = str(error).removesuffix(hub.WAY_ON)
             failures.append(why if place.source in why else f"{place.source}: {why}")
-    room = (LONGEST - len(what) - 120) // len(places)  # an error is cut in its middle; each place is to be told of
+    room = (LONGEST - len(what) - 120) // len(places)  # long errors are shortened so that every place is named
     listed = "; ".join(
         f"({number}) {why if len(why) <= room else why[: room - 4] + ' ...'}" for number, why in enumerate(failures, 1)
     )
@@ -243,8 +243,8 @@ def _zip_files(path: Path, name: str) -> Files:
         where = f"{name}: {member.filename}"
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-                data = b"".join(iter(lambda: stream.read(2**20), b""))  # no more than the size the member states
-        except Exception as error:  # broken, encrypted, or packed in a way that Python has no way for
+                data = b"".join(iter(lambda: stream.read(2**20), b""))  # no more than the stated size
+        except Exception as error:  # broken, encrypted, or packed with an unknown method
             raise UserError(f"{where}: cannot be unpacked ({hub.reason(error)})") from None
         return parse(member.filename, data, where, hub.LARGEST)
 

@@ -18,11 +18,11 @@ from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_row
 from kdlib.errors import UserError
 
 TEST_SHARE = 0.3
-OVERLAP = 0.05  # share of test rows that may also stand in train, as they do in real data by accident
+OVERLAP = 0.05  # share of test rows that may also be in train, since real data has such accidents
 DENGUE_LABELS = ["absent", "dengue", "health", "mosquito", "sick"]
 ENTITY = re.compile(r"\[(PER|LOC|ORG) ([^\]]+)\]|(\S+)")
 TAG = re.compile(r"O|[BIES]-.+")
-WORD = re.compile(r"[^ \t\r\n]+")  # in a string of words; a no-break space stands inside one
+WORD = re.compile(r"[^ \t\r\n]+")  # between words; a no-break space is part of a word
 TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
 
 
@@ -326,7 +326,7 @@ def _apart(task: Task) -> Task:
     count = sum(_key(text) in shared for text in task.test.texts)
     if count > OVERLAP * len(task.test):
         raise UserError(
-            f"task {task.name}: {count} test rows also stand in train, {count / len(task.test):.0%} of them, "
+            f"task {task.name}: {count} test rows are also in train, {count / len(task.test):.0%} of them, "
             f"such as {next(iter(shared))!r}"
         )
     kept = [i for i, text in enumerate(task.train.texts) if _key(text) not in shared]
@@ -404,13 +404,11 @@ def check(task: Task, distilled: set[str]) -> None:
     """
     shared = _shared(task)
     if shared:
-        raise UserError(
-            f"task {task.name}: {len(shared)} test rows also stand in train, such as {next(iter(shared))!r}"
-        )
+        raise UserError(f"task {task.name}: {len(shared)} test rows are also in train, such as {next(iter(shared))!r}")
     for text in task.test.texts:
         parts = _parts(text, task.kind)
         if any(part in distilled for part in parts):
-            raise UserError(f"task {task.name}: a test sentence stands in the distillation corpus: {parts[0]!r}")
+            raise UserError(f"task {task.name}: a test sentence is in the distillation corpus: {parts[0]!r}")
     for name, split in (("train", task.train), ("test", task.test)):
         seen = Counter(
             tuple(t) if isinstance(t, list) and task.kind == "multilabel" else t

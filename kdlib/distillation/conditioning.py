@@ -29,7 +29,7 @@ from kdlib.training.trainer import BudgetTrainer
 WARMUP = 0.1  # share of the steps in which the learning rate rises
 EVALUATIONS = 2  # held-out evaluations after the first, evenly spaced
 LOGS = 50  # points of the training curve
-STATES = 2**30  # bytes of the frozen encoder's states that are kept, so that a new head's later passes cost little
+STATES = 2**30  # bytes of the frozen encoder's states that are kept: later passes of a new head are then cheap
 UNSEEN = 0.1  # added to the count of every token, so that no frequency is 0
 
 
@@ -90,7 +90,7 @@ class MaskedTexts:
         self.words = found["words"].part(kept) if whole_words else None
         self.lengths = self.ids.lengths
         if not len(self.ids):
-            raise UserError("conditioning: the texts have no token that could be masked")
+            raise UserError("conditioning: the texts have no token to mask")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -30,7 +30,7 @@ from kdlib.training.callbacks import Curve
 from kdlib.training.trainer import BudgetTrainer
 
 LOGS = 50  # points of the training curve
-FIT_TOKENS = 4096  # that a projection is started on
+FIT_TOKENS = 4096  # texts that the projection's start is fitted on
 
 
 class DistillTrainer(BudgetTrainer):
@@ -104,7 +104,7 @@ class DistillTrainer(BudgetTrainer):
         loader = DataLoader(
             texts, batch_sampler=sampler, collate_fn=collate, pin_memory=self.args.device.type == "cuda"
         )
-        # As if alone: accelerate would deal out whole batches, and they are of different sizes.
+        # As in a single process: accelerate would distribute whole batches, and their sizes differ.
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
 
@@ -260,7 +260,7 @@ def distill(
     if spec.freeze_embeddings:
         student.get_input_embeddings().weight.requires_grad_(False)
     dropouts = {m: m.p for m in student.modules() if isinstance(m, nn.Dropout)}
-    for module in dropouts:  # the target is exact: noise in the student only blurs it
+    for module in dropouts:  # no dropout: the target is exact, and noise in the student only blurs it
         module.p = 0.0
     device = next(teacher.model.parameters()).device
     student.to(device)
@@ -283,9 +283,9 @@ def distill(
         work, steps, spec.learning_rate, device, seed, weight_decay=spec.weight_decay, adam_beta2=spec.beta2,
         warmup_steps=int(steps * spec.warmup), bf16=teacher.bf16, torch_compile=compile_,
         eval_steps=-(-steps // spec.evaluations),
-        ddp_static_graph=True, ddp_find_unused_parameters=False,  # the same parameters have no part in any step's loss
+        ddp_static_graph=True, ddp_find_unused_parameters=False,  # unused parameters are the same at every step
     )  # fmt: skip
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process a GPU: nn.DataParallel cannot take States apart
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one GPU a process: nn.DataParallel cannot split ModelOutputs
     trainer = DistillTrainer(
         model=watched, args=arguments, train_dataset=train, eval_dataset=heldout,
         callbacks=[checkpoints.Checkpoints(max(1, steps // LOGS))],
@@ -293,7 +293,7 @@ def distill(
         teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
         bf16=teacher.bf16,
     )  # fmt: skip
-    with distributed.main_process_first():  # the first removes those that are torn
+    with distributed.main_process_first():  # the first process removes torn ones
         last = checkpoints.newest(work)
     if watched.projection is not None and spec.projection == "auto" and last is None:
         _fit_projection(watched, trainer, train)

@@ -40,7 +40,7 @@ class ModelOutputs:
     targets: torch.Tensor | None = None
 
 
-torch.export.register_dataclass(ModelOutputs)  # training by several processes has to find the tensors in it
+torch.export.register_dataclass(ModelOutputs)  # training by several processes must find the tensors in it
 
 
 def hidden_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:

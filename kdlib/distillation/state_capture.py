@@ -36,8 +36,8 @@ class StateCapture(nn.Module):
         self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}}
         self.hooks = []
         if needs.attention:
-            # Queries and keys are caught where they are projected: the scores before the softmax follow from them under
-            # any attention implementation, whereas `output_attentions` gives probabilities, and nothing with sdpa.
+            # We record queries and keys at their projections. They give the scores before the softmax under
+            # any attention implementation; `output_attentions` gives probabilities only, and nothing with sdpa.
             for kind, modules in zip(self.caught, _projections(model)):
                 self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind, layer)) for layer in layers]
 

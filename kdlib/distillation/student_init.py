@@ -200,7 +200,7 @@ def _narrow(
     for name, value in start.state_dict().items():
         through = basis.square() if name in gains else basis
         for axis, (old, new) in enumerate(zip(state[name].shape, value.shape, strict=True)):
-            if old != new:  # after heads and neurons, the axes that still differ are the residual stream's
+            if old != new:  # heads and neurons fit now; the axes that still differ belong to the residual stream
                 state[name] = (state[name].movedim(axis, -1) @ through).movedim(-1, axis)
     start.load_state_dict(state)
     return start

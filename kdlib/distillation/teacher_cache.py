@@ -134,7 +134,7 @@ def _fits(folder: Path, missing: dict[int, Path], shape: tuple[int, int], budget
             budget,
         )
         return False
-    for file in missing.values():  # what processes that were killed left is as large as the cache
+    for file in missing.values():  # files of killed processes can be as large as the cache
         clear_unfinished(file.parent, file.stem, file.suffix)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ def write_states(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarr
     out = {}
     for layer, path in files.items():
         with open(path, "wb") as file:
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here and now, not a crash while writing
+            if hasattr(os, "posix_fallocate"):  # a full disk then raises an error here, not a crash later
                 os.posix_fallocate(file.fileno(), 0, 2 * shape[0] * shape[1])
             else:
                 file.truncate(2 * shape[0] * shape[1])

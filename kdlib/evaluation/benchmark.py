@@ -20,7 +20,7 @@ from kdlib.evaluation.probing import linear_probe, task_vectors, train_targets
 from kdlib.files import fingerprint, new_file, read_or_none
 from kdlib.models.encoder import Encoder
 
-# trains and tests once: seed, examples per class (few-shot), a folder for checkpoints -> the task's metrics
+# train and test once: seed, examples per class (few-shot), folder of checkpoints -> metrics
 Evaluate = Callable[[int, int | None, Path | None], list[Metric]]
 
 
@@ -66,9 +66,9 @@ def _finetune(encoder: Encoder, task: Task, spec: config.Benchmark) -> Evaluate:
 
 
 METHODS = {"probe": _probe, "finetune": _finetune, "fewshot": _finetune}
-# Settings that no trial depends on: seeds and sizes are in its key themselves, the others are read afterwards.
+# Settings that no trial depends on: the key has its own seed and size, and the others are used after the trials.
 UNREAD = ("seeds", "fewshot", "margin", "latency_runs", "bootstrap")
-UNREAD_BY = {  # and those that the trials of one method do not depend on, by the start of their names
+UNREAD_BY = {  # settings that the trials of one method do not depend on, by prefix
     "probe": ("finetune_", "fewshot_", "freeze_embeddings"),
     "finetune": ("probe_", "fewshot_"),
     "fewshot": ("probe_", "finetune_rows"),
@@ -94,7 +94,7 @@ def run_trials(
     What is drawn, training rows and order, depends on the seed alone, so that the trials of two encoders are paired.
 
     Args:
-        encoders: by the name to show. One that is given as a function is loaded when it is first needed, and not at
+        encoders: by display name. One that is given as a function is loaded when it is first needed, and not at
             all where all its trials are kept.
         tasks: what is trained and tested on.
         spec: seeds, sizes and settings.

@@ -26,8 +26,8 @@ from kdlib.training.callbacks import Curve
 from kdlib.training.trainer import BudgetTrainer
 
 IGNORE = -100
-HEAD_STEPS = 100  # of L-BFGS at most, which a head's start takes
-TEXTS_AT_ONCE = 4096  # texts tokenised in one call: the tokenizer's own records take a hundred times the room of ids
+HEAD_STEPS = 100  # steps of L-BFGS at most, for the start of a head
+TEXTS_AT_ONCE = 4096  # texts tokenised in one call: a tokenizer's records need a hundred times the memory of the ids
 
 
 class TaskModel(nn.Module):
@@ -199,7 +199,7 @@ def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
     with torch.no_grad():
         weight.zero_()
         bias.zero_()
-    # As scikit-learn weighs loss and penalty: each of several labels by itself; of two classes the difference.
+    # Loss and penalty as in scikit-learn: each label of several by itself; for two classes the difference.
     share = len(weight) if model.kind == "multilabel" else 1
     penalty = (2 if model.kind != "multilabel" and len(weight) == 2 else 1) / (2 * PENALTY * len(states))
     solver = torch.optim.LBFGS([weight, bias], max_iter=HEAD_STEPS, line_search_fn="strong_wolfe")

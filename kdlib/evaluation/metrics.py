@@ -14,7 +14,10 @@ METRICS = {  # the metrics of each kind of task, the headline first
     "classify": ("accuracy", "macro_f1"),
     "pair": ("accuracy", "macro_f1"),
     "multilabel": ("macro_f1", "micro_f1", "accuracy"),  # accuracy: all labels of an item are right
-    "tokens": ("f1", "accuracy"),  # of entities, as seqeval counts them: kind and both ends are right; of tags
+    "tokens": (
+        "f1",
+        "accuracy",
+    ),  # f1 and precision of entities, as in seqeval: kind and both ends are right; accuracy of tags
 }
 CHUNK = 100  # bootstrap resamples drawn at a time, so that memory does not grow with their number
 

@@ -183,7 +183,9 @@ def paired_rows(trials: Sequence[Trial], pairs: Sequence[tuple[str, str]], spec:
             for number, (task, models) in enumerate(both.items()):
                 these, those = models[first], models[second]
                 if these.keys() != those.keys():
-                    raise ValueError(f"trials of different seeds cannot be paired: {sorted(these)} and {sorted(those)}")
+                    raise ValueError(
+                        f"trials with different seeds cannot be paired: {sorted(these)} and {sorted(those)}"
+                    )
                 found.append(difference(list(these.values()), [those[seed] for seed in these], seed=number))
                 single.append((labels | dict(task=task), found[-1]))
             if both.keys() == tasks:

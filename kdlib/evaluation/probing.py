@@ -19,7 +19,7 @@ from kdlib.evaluation.metrics import Metric, score, share_interval, summary
 from kdlib.models.encoder import Encoder, first_tokens, text_vectors, word_vectors
 from kdlib.models.tokenizer_files import token_ids
 
-PENALTY = 0.05  # C of the logistic regression: strong, since there are as many features as texts
+PENALTY = 0.05  # C of the logistic regression: strong regularisation, since there are as many features as texts
 
 
 def segmentation(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> dict[str, float]:
@@ -117,7 +117,7 @@ def linear_probe(
         count = max(2, round(len(train) * share))
         chosen = np.random.default_rng(seed).permutation(len(train))[:count]
         train, targets = train[chosen], targets[chosen]
-    if targets.ndim == 1 and len(np.unique(targets)) < 2:  # so few items that there is one class only
+    if targets.ndim == 1 and len(np.unique(targets)) < 2:  # a small sample can hold one class only
         predicted = np.full(len(test), targets[0])
     else:
         predicted = np.asarray(classifier(task.kind).fit(train, targets).predict(test))

@@ -73,7 +73,7 @@ def speed_rows(encoders: dict[str, Encoder], texts: Sequence[str], runs: int = 3
     The encoders take turns within each round, so that noise of the machine is the same for all of them.
 
     Args:
-        encoders: by the name to show.
+        encoders: by display name.
         texts: what is timed; for latency those of middling length.
         runs: texts that are timed one at a time; of batches, a fifth as many and at least 3.
         batch: texts in a batch.

@@ -7,7 +7,7 @@ from transformers.initialization import no_init_weights
 
 def with_state(kind: type[PreTrainedModel], config: AutoConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A model of class `kind` with copies of all weights in `state`. Tied weights are tied again."""
-    with no_init_weights():  # drawing weights that are overwritten takes longer than all the rest
+    with no_init_weights():  # no random start: drawing weights that are overwritten would take most of the time
         model = kind._from_config(config)
     missing, unexpected = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

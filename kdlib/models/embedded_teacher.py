@@ -36,7 +36,7 @@ BLOCK = 32
 BLOCK_BYTES = 18
 MAX_PIECES = 4_000_000
 MAX_ROWS = 4_000_000
-CONVERSION = 3  # raise when the converted folder changes, so that an old one is not taken for it
+CONVERSION = 3  # increase when the converted folder changes, so that old folders are not reused
 LAYER_PARTS = {
     "q": "attention.self.query",
     "k": "attention.self.key",
@@ -72,7 +72,7 @@ class Contents:
     """
 
     header: Header
-    pieces: list[str]
+    tokens: list[str]
     scores: np.ndarray
     special: dict[str, int]
     normalisation: dict[int, str]
@@ -115,11 +115,11 @@ def read_file(path: Path) -> Contents:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     header, block = _read_header(reader)
     if block != BLOCK:
-        reader.fail(f"quantisation blocks of {block} weights; this reader knows {BLOCK}")
-    pieces, scores, special = _read_pieces(reader, header)
+        reader.fail(f"quantisation blocks of {block} weights; this reader supports {BLOCK}")
+    tokens, scores, special = _read_tokens(reader, header)
     normalisation = _read_normalisation(reader)
     tensors = _read_tensors(reader, _expected_shapes(header))
-    return Contents(header, pieces, scores, special, normalisation, tensors)
+    return Contents(header, tokens, scores, special, normalisation, tensors)
 
 
 def _read_header(reader: _Reader) -> tuple[Header, int]:
@@ -128,7 +128,7 @@ def _read_header(reader: _Reader) -> tuple[Header, int]:
         reader.fail(f"starts with {magic!r}, not with b'E5S1': not an embedded teacher")
     (version,) = reader.unpack("I", "the version")
     if version != 1:
-        reader.fail(f"format version {version}; this reader knows version 1")
+        reader.fail(f"format version {version}; this reader supports version 1")
     *sizes, eps, block = reader.unpack("7ifi", "the header")
     header = Header(*sizes, eps)
     limits = dict(
@@ -136,42 +136,42 @@ def _read_header(reader: _Reader) -> tuple[Header, int]:
     )
     for field, largest in limits.items():
         if not 1 <= getattr(header, field) <= largest:
-            reader.fail(f"header field {field!r} is {getattr(header, field)}; must lie in 1..{largest:,}")
+            reader.fail(f"header field {field!r} is {getattr(header, field)}; must be in 1..{largest:,}")
     if header.hidden % header.heads:
         reader.fail(f"{header.hidden} hidden units do not divide among {header.heads} heads")
     if not 0 < eps < 1:
-        reader.fail(f"header field 'eps' is {eps}; must lie between 0 and 1")
+        reader.fail(f"header field 'eps' is {eps}; must be between 0 and 1")
     return header, block
 
 
-def _read_pieces(reader: _Reader, header: Header) -> tuple[list[str], np.ndarray, dict[str, int]]:
+def _read_tokens(reader: _Reader, header: Header) -> tuple[list[str], np.ndarray, dict[str, int]]:
     count, *ids = reader.unpack("5i", "the special ids")
     if not 1 <= count <= min(header.rows, MAX_PIECES):
-        reader.fail(f"{count} pieces for {header.rows} embedding rows; must lie in 1..{header.rows}")
+        reader.fail(f"{count} tokens for {header.rows} embedding rows; must be in 1..{header.rows}")
     special = dict(zip(("bos", "eos", "pad", "unk"), ids))
     for name, value in special.items():
         if not 0 <= value < count:
-            reader.fail(f"special id {name} is {value}; must lie in 0..{count - 1}")
+            reader.fail(f"special id {name} is {value}; must be in 0..{count - 1}")
     if len(set(ids)) < len(ids):
         reader.fail(f"special ids are not distinct: {special}")
-    (length,) = reader.unpack("Q", "the length of the pieces")
-    offsets = reader.array("<u4", count + 1, "the offsets of the pieces").astype(np.int64)
-    scores = reader.array("<f4", count, "the scores of the pieces")
+    (length,) = reader.unpack("Q", "the length of the tokens")
+    offsets = reader.array("<u4", count + 1, "the offsets of the tokens").astype(np.int64)
+    scores = reader.array("<f4", count, "the scores of the tokens")
     if not np.isfinite(scores).all():
-        reader.fail(f"the score of piece {int(np.argmin(np.isfinite(scores)))} is not finite")
-    blob = bytes(reader.bytes(length, "the pieces"))
+        reader.fail(f"the score of token {int(np.argmin(np.isfinite(scores)))} is not finite")
+    blob = bytes(reader.bytes(length, "the tokens"))
     if offsets[0] != 0 or offsets[-1] != length or (np.diff(offsets) < 0).any():
-        reader.fail("the offsets of the pieces do not rise from 0 to their length")
+        reader.fail("the offsets of the tokens do not increase from 0 to their length")
     try:
-        pieces = [blob[a:b].decode() for a, b in itertools.pairwise(offsets)]
+        tokens = [blob[a:b].decode() for a, b in itertools.pairwise(offsets)]
     except UnicodeDecodeError:
-        reader.fail("a piece is not valid UTF-8")
-    if len(set(pieces)) < count:
-        reader.fail("the same piece stands twice in the vocabulary")
+        reader.fail("a token is not valid UTF-8")
+    if len(set(tokens)) < count:
+        reader.fail("the same token is twice in the vocabulary")
     for name, value in special.items():
-        if not re.fullmatch(r"[^\s$:]+", pieces[value]):  # these mean something in a post-processor's template
-            reader.fail(f"the piece of special id {name} is {pieces[value]!r}; must have no space, '$' or ':'")
-    return pieces, scores, special
+        if not re.fullmatch(r"[^\s$:]+", tokens[value]):  # these have a meaning in a post-processor's template
+            reader.fail(f"the token of special id {name} is {tokens[value]!r}; must have no space, '$' or ':'")
+    return tokens, scores, special
 
 
 def _read_normalisation(reader: _Reader) -> dict[int, str]:
@@ -230,7 +230,7 @@ def _read_tensors(reader: _Reader, shapes: dict[str, tuple[int, ...]]) -> dict[s
                 f"tensor {name!r} has {elements:,} weights; shape {shapes[name]} has {int(np.prod(shapes[name])):,}"
             )
         if dtype not in (0, 1):
-            reader.fail(f"tensor {name!r} has data type {dtype}; known are 0 (f32) and 1 (Q4_0)")
+            reader.fail(f"tensor {name!r} has data type {dtype}; supported are 0 (f32) and 1 (Q4_0)")
         if dtype == 1 and elements % BLOCK:
             reader.fail(f"tensor {name!r}: {elements:,} weights do not fill blocks of {BLOCK}")
         expected = elements // BLOCK * BLOCK_BYTES if dtype else elements * 4
@@ -277,9 +277,9 @@ def build_tokenizer(contents: Contents) -> PreTrainedTokenizerFast:
     characters). A base letter and a combining mark are composed, as in SentencePiece.
     """
     special = contents.special
-    name = {key: contents.pieces[value] for key, value in special.items()}
-    vocabulary = list(zip(contents.pieces, map(float, contents.scores)))
-    # The Unigram model indexes the vocabulary by bytes and takes no empty piece; rows beyond stay unnamed.
+    name = {key: contents.tokens[value] for key, value in special.items()}
+    vocabulary = list(zip(contents.tokens, map(float, contents.scores)))
+    # The Unigram model allows no empty token; rows without a token stay unnamed.
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=special["unk"], byte_fallback=False))
     by_target: dict[str, list[str]] = {}
     for code, target in contents.normalisation.items():
@@ -303,7 +303,7 @@ def build_tokenizer(contents: Contents) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos, eos_token=eos, cls_token=bos, sep_token=eos, unk_token=name["unk"], pad_token=name["pad"],
-        mask_token="<mask>" if "<mask>" in contents.pieces else None,
+        mask_token="<mask>" if "<mask>" in contents.tokens else None,
         model_max_length=contents.header.positions,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
@@ -328,7 +328,7 @@ def build_model(contents: Contents) -> BertModel:
     state = {_torch_name(name): torch.from_numpy(value) for name, value in contents.tensors.items()}
     state["pooler.dense.weight"], state["pooler.dense.bias"] = torch.eye(h.hidden), torch.zeros(h.hidden)
     model.load_state_dict(state, strict=True, assign=True)
-    # Buffers are no part of the state: on the meta device they hold nothing.
+    # Buffers are not in the state; on the meta device they are empty.
     model.embeddings.position_ids = torch.arange(h.positions).expand(1, -1)
     model.embeddings.token_type_ids = torch.zeros(1, h.positions, dtype=torch.long)
     return model.eval()

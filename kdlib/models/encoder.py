@@ -112,7 +112,7 @@ def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of the states over real tokens: [batch, tokens, hidden], mask [batch, tokens] -> [batch, hidden]."""
-    weights = mask.unsqueeze(1).to(states.dtype)  # the sum as a product, which keeps no weighted copy of the states
+    weights = mask.unsqueeze(1).to(states.dtype)  # a matrix product needs no weighted copy of the states
     return (weights @ states).squeeze(1) / weights.sum(2).clamp(min=1)
 
 

@@ -102,7 +102,7 @@ FAMILIES = {
 def family_of(kind: str, where: str = "this model") -> Family:
     """The row of a `model_type`. Raises UserError with the known families for an unknown one."""
     if kind not in FAMILIES:
-        raise UserError(f"{where}: a model of kind {kind!r}; known are {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: a model of kind {kind!r}; supported are {', '.join(FAMILIES)}")
     return FAMILIES[kind]
 
 

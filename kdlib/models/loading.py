@@ -33,7 +33,7 @@ from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors, weights_fo
 from kdlib.models.vector_cache import VectorCache, body_key
 
 MOST_LAYERS = 1000
-TIED_ROWS = 256  # rows of the output matrix that tell whether it is the embeddings: trained apart, all differ
+TIED_ROWS = 256  # rows of the output matrix compared with the embeddings: if they were trained separately, all differ
 
 
 def load_teacher(
@@ -117,15 +117,15 @@ def load_encoder(
     options = dict(revision=revision) if revision else {}
     if repo.silent:
         options["local_files_only"] = True
-    trusted = options | {"trust_remote_code": False}  # left unsaid, whoever sits at the keyboard is asked
+    trusted = options | {"trust_remote_code": False}  # without this argument the user would be asked
     quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         settings = hub.retried(lambda: AutoConfig.from_pretrained(source, **trusted))
         family_of(settings.model_type, str(source))
-        if not 1 <= settings.num_hidden_layers <= MOST_LAYERS:  # each is built before any weight is looked for
-            raise UserError(f"{source}: a model of {settings.num_hidden_layers} layers; must lie in 1..{MOST_LAYERS}")
+        if not 1 <= settings.num_hidden_layers <= MOST_LAYERS:  # every layer is built before any weight is read
+            raise UserError(f"{source}: a model of {settings.num_hidden_layers} layers; must be in 1..{MOST_LAYERS}")
         if local:
             _check_sizes(source, settings)
         model, info = hub.retried(
@@ -147,7 +147,7 @@ def load_encoder(
     except Exception as error:  # the hub client and the readers raise a dozen kinds; people need one line
         lacking = repo.silent and isinstance(error, OSError)
         reason = f"{repo.silent}, and the hub's cache lacks a part of it" if lacking else hub.reason(error)
-        if "tiktoken" in reason:  # what transformers says where sentencepiece is missing
+        if "tiktoken" in reason:  # transformers' message when sentencepiece is missing
             reason = "its tokenizer is a SentencePiece file; install sentencepiece to read it"
         raise UserError(
             f"model {str(source)!r} could not be loaded: {reason}{hub.WAY_ON if lacking or hub.passes(error) else ''}"
@@ -185,10 +185,12 @@ def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
 
 def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
     """Raise UserError for missing weights (they would be random), infinite ones, or the tokenizer of another model."""
-    missing = sorted(name for name in missing if not name.startswith("pooler."))  # no use is made of the pooler
+    missing = sorted(name for name in missing if not name.startswith("pooler."))  # the pooler is not used
     if missing:
         raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
-    sums = ((name, value.sum()) for name, value in encoder.model.named_parameters())  # much quicker than each number
+    sums = (
+        (name, value.sum()) for name, value in encoder.model.named_parameters()
+    )  # much faster than a check of each number
     if wrong := [name for name, total in sums if not total.isfinite()]:
         raise UserError(f"{source}: weight {wrong[0]} holds values that are not finite")
     tokenizer, rows = encoder.tokenizer, len(encoder.model.get_input_embeddings().weight)
@@ -202,7 +204,7 @@ def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
             encoder.model(torch.tensor([encoding.ids for encoding in encoder.tokenize(["a \U0001f600"])]))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # as of a tokenizer without its unknown token; a panic of its Rust is no Exception
+    except BaseException as error:  # such as a tokenizer without its unknown token; a Rust panic is not an Exception
         raise UserError(f"{source}: loaded, but cannot be used ({hub.reason(error)})") from None
 
 
@@ -249,7 +251,7 @@ def _checkpoint_head(
     state = {part: value.float() for part, value in found.items()}
     try:
         return build_head(state, model, head_eps(model), activation, str(source))
-    except UserError:  # a head left behind by embeddings that were resized
+    except UserError:  # a head left over from resized embeddings
         return None
 
 

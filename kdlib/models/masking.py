@@ -12,7 +12,7 @@ from kdlib.errors import UserError
 def mask_id(tokenizer: PreTrainedTokenizerFast, name: str) -> int:
     """The id of the mask token. Raises UserError with the model's name where the tokenizer has none."""
     if tokenizer.mask_token_id is None:
-        raise UserError(f"{name}: its tokenizer has no mask token, which masked-language modelling needs")
+        raise UserError(f"{name}: its tokenizer has no mask token; masked-language modelling needs one")
     return tokenizer.mask_token_id
 
 
@@ -72,7 +72,9 @@ def mask_tokens(
         owner = words.clamp(min=0)
         drawn = draw((len(ids), int(owner.max()) + 1)).gather(1, owner)
     drawn = drawn.masked_fill(~maskable, 2.0)  # beyond any share
-    chosen = ((drawn < share) | (drawn == drawn.min())) & maskable  # the smallest at least: something to learn from
+    chosen = (
+        (drawn < share) | (drawn == drawn.min())
+    ) & maskable  # the smallest at least, so that there is something to learn
     fate = draw(ids.shape)
     noise = torch.randint(0, rows, ids.shape, generator=generator).to(ids.device)
     masked = torch.where(chosen & (fate < 0.8), mask_id, ids)

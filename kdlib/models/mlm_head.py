@@ -92,7 +92,7 @@ def load_head(file: Path, model: PreTrainedModel) -> MaskedHead:
             state = {name: stored.get_tensor(name) for name in stored.keys()}
         eps, activation = float(settings["eps"]), str(settings["activation"])
         ACT2FN[activation]
-    except Exception as error:  # the reader and what is read raise many kinds; people need one line
+    except Exception as error:  # readers raise a dozen kinds; people need one line
         raise UserError(f"{file}: not a masked-language head ({str(error).splitlines()[0]})") from None
     return build_head(state, model, eps, activation, str(file))
 

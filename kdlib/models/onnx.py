@@ -140,7 +140,7 @@ class OnnxModel(nn.Module):
         runtime = _packages()[1]
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
-        # Waiting threads would keep the processors busy for a while after each call, to the harm of whoever is next.
+        # Waiting threads would keep the processors busy for a while after each call and slow down other work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         self.session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])

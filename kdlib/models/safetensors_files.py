@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from kdlib.errors import UserError
 
 NAMES = ("model.safetensors", "model.safetensors.index.json")
-HEAD_FILE = "mlm_head.safetensors"  # beside them: the head of the kit, see `mlm`
+HEAD_FILE = "mlm_head.safetensors"  # the masked-language head, beside them
 CHUNK = 1 << 22  # bytes
 SAMPLES, BLOCK = 64, 4096  # blocks of a file, and bytes of a block, that `weights_fingerprint` reads
 
@@ -97,7 +97,7 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 def runs(ids: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending ids as ranges (first, one past the last) of neighbours."""
     ids = np.asarray(ids)
-    last = np.append(np.diff(ids) != 1, True)  # of its range
+    last = np.append(np.diff(ids) != 1, True)  # the length of its range
     first = np.insert(last[:-1], 0, True)
     return list(zip(ids[first].tolist(), (ids[last] + 1).tolist()))
 
@@ -115,7 +115,7 @@ def copy_tensors(
     header: dict[str, dict] = {"__metadata__": dict(metadata)}
     pieces: list[tuple[Path, list[tuple[int, int]]]] = []  # file, and (first byte, number of bytes) in it
     end = 0
-    # Wide numbers first, as the library writes them: so every tensor begins at a multiple of its numbers' width.
+    # Wide numbers first, as in the safetensors library: then every tensor is aligned.
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].width, item[0])):
         shape, parts = tensor.shape, [(tensor.start, tensor.size)]
         if name in rows:

@@ -84,7 +84,7 @@ def encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> It
     """Flat arrays of some thousand texts at a time."""
     done = 0
     for some in parts(texts):
-        encodings = encoder.tokenize(some)  # by as many threads as the machine has cores
+        encodings = encoder.tokenize(some)  # with a thread per core
         rows = {"ids": [np.asarray(e.ids, np.int32) for e in encodings]}
         if "maskable" in fields:
             rows["maskable"] = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
@@ -100,7 +100,7 @@ def encoded(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> It
 def _key(encoder: Encoder, texts: Iterable[str], fields: Sequence[str]) -> str:
     """A hash of the texts, the tokenizer, the prefix and max_length."""
     backend = encoder.tokenizer.backend_tokenizer
-    backend.no_truncation()  # calls leave theirs on
+    backend.no_truncation()  # earlier calls may have left them on
     backend.no_padding()
     digest = hashlib.sha256(backend.to_str().encode())
     for some in parts(texts):

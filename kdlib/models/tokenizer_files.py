@@ -27,10 +27,10 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 def token_list(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """The tokenizer's tokens by id."""
     vocabulary = tokenizer.get_vocab()
-    pieces = [""] * (max(vocabulary.values()) + 1)
-    for piece, index in vocabulary.items():
-        pieces[index] = piece
-    return pieces
+    tokens = [""] * (max(vocabulary.values()) + 1)
+    for token, index in vocabulary.items():
+        tokens[index] = token
+    return tokens
 
 
 def token_ids(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], batch: int = 4096) -> Iterator[list[int]]:

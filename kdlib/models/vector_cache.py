@@ -11,7 +11,7 @@ from torch import nn
 from kdlib.files import fingerprint, new_file
 
 log = logging.getLogger(__name__)
-ROOM = 2**29  # bytes that are kept of one encoder; texts beyond that are read every time
+ROOM = 2**29  # bytes of vectors kept for one encoder; further texts are read every time
 
 
 class VectorCache:
@@ -117,7 +117,7 @@ class VectorCache:
                 with np.load(file, allow_pickle=False) as kept:  # zip files carry checksums
                     parts = np.split(kept["states"], np.cumsum(kept["counts"])[:-1])
                     self.known |= zip(map(bytes, kept["names"]), parts, strict=True)
-            except Exception:  # a dozen kinds, and for all of them the texts are read again
+            except Exception:  # readers raise a dozen kinds, and the texts are read again after any of them
                 log.warning("%s: torn or corrupted; its texts are read again", file)
 
     def _keep(self, names: list[bytes], made: list[np.ndarray]) -> None:

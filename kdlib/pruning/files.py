@@ -30,7 +30,7 @@ def prune_files(
 
     Args:
         source: the model folder.
-        target: the folder to write; it is whole or absent, and an older one is replaced.
+        target: the folder to write; it is complete or absent, and an older one is replaced.
         ids: token ids to keep, ascending.
         tokenizer: the full tokenizer, if it is loaded already.
 
@@ -39,7 +39,7 @@ def prune_files(
     """
     source, target = Path(source), Path(target)
     if target.resolve() == source.resolve():
-        raise UserError(f"{target}: cannot be pruned into itself")
+        raise UserError(f"{target}: source and target are the same folder")
     tensors, settings = stored_tensors(source), _config(source)
     family = family_of(settings["model_type"])
     old_rows = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("word_embeddings.weight")}
@@ -50,9 +50,9 @@ def prune_files(
     settings |= renumbered(settings, new)
     kept = runs(list(new))
     rows = {name: kept for name, t in tensors.items() if family.has_rows(name) and t.shape[0] in old_rows}
-    if family.positions_from_pad:  # they move with the pad id, as in `prune_model`
+    if family.positions_from_pad:  # positions move with the pad id, as in `prune_model`
         if settings["pad_token_id"] is None:
-            raise UserError(f"{source}: the padding piece, {old_pad}, must be kept: positions are counted from its id")
+            raise UserError(f"{source}: the padding token, {old_pad}, must be kept: positions are counted from its id")
         shift = old_pad - settings["pad_token_id"]
         settings["max_position_embeddings"] -= shift
         rows |= {n: [(shift, t.shape[0])] for n, t in tensors.items() if n.endswith("position_embeddings.weight")}
@@ -64,7 +64,7 @@ def prune_files(
             copy_tensors(folder / HEAD_FILE, head, {"bias": kept}, metadata)
         if tokenizer is not None or not _prune_stored_tokenizer(source, folder, new):
             from kdlib.models.tokenizer_files import (
-                full_tokenizer,  # which builds tokenizers, for those whose files do not say all
+                full_tokenizer,  # builds tokenizers, for those whose files are incomplete
             )
             from kdlib.pruning.tokenizer import save_pruned_tokenizer
 
@@ -108,19 +108,19 @@ def _prune_stored_tokenizer(source: Path, target: Path, new: dict[int, int]) -> 
         settings = {name: read_object((source / name).read_bytes()) for name in files}
         vocab = spec["model"]["vocab"]
         if isinstance(vocab, dict):
-            pieces = {i: piece for piece, i in vocab.items() if i in new}
+            tokens = {i: token for token, i in vocab.items() if i in new}
         else:
-            pieces = {i: vocab[i][0] for i in new if i < len(vocab)}
-        pieces |= {token["id"]: token["content"] for token in spec["added_tokens"] if token["id"] in new}
+            tokens = {i: vocab[i][0] for i in new if i < len(vocab)}
+        tokens |= {token["id"]: token["content"] for token in spec["added_tokens"] if token["id"] in new}
         for described in settings.values():
             added = described.pop("added_tokens_decoder", None)
             if added is not None:
                 kept = {int(i): token for i, token in added.items() if int(i) in new}
-                if any(pieces[i] != token["content"] for i, token in kept.items()):
+                if any(tokens[i] != token["content"] for i, token in kept.items()):
                     return False
                 described["added_tokens_decoder"] = {str(new[i]): token for i, token in kept.items()}
         named = set().union(*map(_special_tokens, settings.values()))
-        if len(pieces) < len(new) or not named <= set(pieces.values()):
+        if len(tokens) < len(new) or not named <= set(tokens.values()):
             return False
         spec = prune_spec(spec, new) | {"truncation": None, "padding": None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # old formats

@@ -48,7 +48,7 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
         config.max_position_embeddings -= shift
     state = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in by_row or family.has_rows(name):  # a head's bias need not be its decoder's own
+        if id(value) in by_row or family.has_rows(name):  # a head's bias may be separate from its decoder's
             value = value[rows]
         state[name] = (value[shift:] if name in shifted else value).detach()
     return with_state(type(model), config, state).train(model.training)
@@ -60,7 +60,7 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
     Args:
         encoder: the full encoder.
         ids: token ids to keep, ascending.
-        target: the folder to write; it is whole or absent.
+        target: the folder to write; it is complete or absent.
         source: the folder that the encoder was loaded from. Where its files hold the model's unchanged weights, they
             are copied from there (`prune_files`); else the weights in memory are pruned (`prune_model`).
 

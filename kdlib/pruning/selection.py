@@ -20,7 +20,7 @@ from kdlib.pruning.tokenizer_json import merged_pair
 
 NEUTRAL_SCRIPTS = {"Zyyy", "Zinh"}  # digits, punctuation, symbols, emoji; combining marks
 SPACE_MARKS = ("▁", "##", "Ġ")
-BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # pieces that spell unknown characters byte by byte
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # tokens that spell unknown characters byte by byte
 
 
 @dataclass
@@ -64,18 +64,18 @@ def _count(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], size: int, 
 _script = functools.cache(unicode_scripts.script)
 
 
-def script_of(piece: str) -> set[str]:
+def script_of(token: str) -> set[str]:
     """Unicode scripts (ISO 15924 codes) of a token, without digits, punctuation, symbols and combining marks."""
-    return {_script(char) for char in _bare(piece)} - NEUTRAL_SCRIPTS
+    return {_script(char) for char in _bare(token)} - NEUTRAL_SCRIPTS
 
 
-def _bare(piece: str) -> str:
-    if BYTE.fullmatch(piece):
+def _bare(token: str) -> str:
+    if BYTE.fullmatch(token):
         return ""
     for mark in SPACE_MARKS:
-        if piece.startswith(mark) and len(piece) > len(mark):
-            return piece[len(mark) :]
-    return piece
+        if token.startswith(mark) and len(token) > len(mark):
+            return token[len(mark) :]
+    return token
 
 
 def word_list(language: str, size: int | None = None) -> list[str]:
@@ -132,10 +132,10 @@ def select_tokens(
     """
     model = tokenizer_model(tokenizer)
     kind = model["type"]
-    pieces = token_list(tokenizer)
-    counts = _count(tokenizer, texts, len(pieces))
+    tokens = token_list(tokenizer)
+    counts = _count(tokenizer, texts, len(tokens))
     if not counts.any():
-        raise UserError("vocabulary: the corpus has no text to choose pieces by")
+        raise UserError("vocabulary: the corpus has no text to choose tokens from")
     reason: dict[int, str] = {}
 
     def claim(ids: Iterable[int], why: str, limit: int | None = None) -> bool:
@@ -152,11 +152,11 @@ def select_tokens(
     ancestors = _Merges(model) if kind == "BPE" else None
     claim(sorted(_specials(tokenizer, model)), "special")
     used = np.flatnonzero(counts)
-    scripts = set().union(*(script_of(pieces[i]) for i in used if i not in reason)) | NEUTRAL_SCRIPTS
+    scripts = set().union(*(script_of(tokens[i]) for i in used if i not in reason)) | NEUTRAL_SCRIPTS
     claim(
         (
             i
-            for i, p in enumerate(pieces)
+            for i, p in enumerate(tokens)
             if _is_character(p, kind) and (characters == "all" or _in_scripts(p, scripts, kind))
         ),
         "character",
@@ -170,8 +170,8 @@ def select_tokens(
     for i in sorted(used, key=lambda i: -counts[i]):
         if int(i) not in reason and not claim([int(i)], "corpus", max_rows):
             dropped += 1
-    for piece_ids in token_ids(tokenizer, words):
-        if not claim(piece_ids, "wordlist", max_rows):
+    for word_ids in token_ids(tokenizer, words):
+        if not claim(word_ids, "wordlist", max_rows):
             break
     return Selection(sorted(reason), reason, counts, dropped)
 
@@ -184,15 +184,15 @@ def _specials(tokenizer: PreTrainedTokenizerFast, model: dict) -> set[int]:
     return {*tokenizer.all_special_ids, *added, *around} | ({unknown} - {None})
 
 
-def _is_character(piece: str, kind: str) -> bool:
-    if kind == "WordPiece" and piece.startswith("##"):
-        return len(piece) == 3
-    return len(piece) == 1 or BYTE.fullmatch(piece) is not None
+def _is_character(token: str, kind: str) -> bool:
+    if kind == "WordPiece" and token.startswith("##"):
+        return len(token) == 3
+    return len(token) == 1 or BYTE.fullmatch(token) is not None
 
 
-def _in_scripts(piece: str, scripts: set[str], kind: str) -> bool:
-    # Byte-level BPE spells every byte with a letter of its own: those letters say nothing about scripts.
-    return kind == "BPE" or script_of(piece) <= scripts
+def _in_scripts(token: str, scripts: set[str], kind: str) -> bool:
+    # Byte-level BPE spells every byte with its own letter; those letters say nothing about scripts.
+    return kind == "BPE" or script_of(token) <= scripts
 
 
 class _Merges:
@@ -217,9 +217,9 @@ class _Merges:
         return list(found)
 
 
-def main_script(piece: str) -> str:
+def main_script(token: str) -> str:
     """The script of a token: "neutral" for digits, punctuation and symbols, "mixed" for several scripts."""
-    scripts = script_of(piece)
+    scripts = script_of(token)
     return "neutral" if not scripts else scripts.pop() if len(scripts) == 1 else "mixed"
 
 

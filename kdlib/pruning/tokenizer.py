@@ -32,7 +32,7 @@ def prune_tokenizer(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> P
     """
     spec = prune_spec(tokenizer_spec(tokenizer), new_ids(ids))
     backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(spec))
-    # The copy has the new backend wherever it had the old, which is slow to copy.
+    # The copy gets the new backend; copying the old one would be slow.
     return copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def read_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object. Raises ValueError for other JSON."""
-    found = from_json(text, cache_strings="none")  # twice as fast as json's, where there are a million strings
+    found = from_json(text, cache_strings="none")  # twice as fast as json for a million strings
     if not isinstance(found, dict):
         raise ValueError("not a JSON object")
     return found
@@ -28,7 +28,7 @@ def new_ids(ids: Sequence[int]) -> dict[int, int]:
 def parse_tokenizer(text: str | bytes) -> dict[str, Any]:
     """Parse a tokenizer.json. Raises UserError for a kind that cannot be pruned."""
     collecting = gc.isenabled()
-    gc.disable()  # hundreds of thousands of new objects would set it off again and again, for nine tenths of the time
+    gc.disable()  # garbage collection of so many new objects would take nine tenths of the time
     try:
         spec = read_object(text)
     finally:
@@ -36,7 +36,7 @@ def parse_tokenizer(text: str | bytes) -> dict[str, Any]:
             gc.enable()
     model = spec["model"]
     if model["type"] not in ("Unigram", "WordPiece", "BPE"):
-        raise UserError(f"cannot prune a {model['type']} tokenizer; known are Unigram, WordPiece and BPE")
+        raise UserError(f"cannot prune a {model['type']} tokenizer; supported are Unigram, WordPiece and BPE")
     marks = (model.get("continuing_subword_prefix") or "") + (model.get("end_of_word_suffix") or "")
     if marks != ("##" if model["type"] == "WordPiece" else ""):
         raise UserError(f"cannot prune a {model['type']} tokenizer that marks parts of words by {marks!r}")
@@ -51,7 +51,7 @@ def prune_spec(spec: dict, new: dict[int, int]) -> dict:
         if model["unk_id"] is not None:
             model["unk_id"] = new[model["unk_id"]]
     else:
-        model["vocab"] = {piece: new[i] for piece, i in model["vocab"].items() if i in new}
+        model["vocab"] = {token: new[i] for token, i in model["vocab"].items() if i in new}
     if model["type"] == "BPE":
         kept = model["vocab"]
         pairs = map(merged_pair, model["merges"])

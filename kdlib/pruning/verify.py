@@ -58,6 +58,6 @@ def _same_states(full: Encoder, pruned: Encoder, texts: Sequence[str]) -> int:
 
 def _same_weights(name: str, full: torch.Tensor, pruned: torch.Tensor | None, rows: torch.Tensor) -> bool:
     if pruned is not None and full.shape != pruned.shape:
-        # RoBERTa's positions are numbered from the pad id on and move with it; all else goes by vocabulary.
+        # RoBERTa's positions count from the pad id and move with it.
         full = full[-len(pruned) :] if "position_embeddings" in name else full[rows.to(full.device)]
     return pruned is not None and torch.equal(full, pruned)

@@ -59,7 +59,7 @@ def students(profile: config.Profile) -> dict[str, config.Profile]:
     for section, taken in (("students", [*RESERVED, *profile.baselines]), ("baselines", RESERVED)):
         for name in getattr(profile, section):
             if name in taken:
-                raise UserError(f"{section}.{name}: this name is taken; call it something else")
+                raise UserError(f"{section}.{name}: this name is used already; choose another")
     return {name: _changed(profile, changes, f"students.{name}") for name, changes in profile.students.items()}
 
 
@@ -68,5 +68,5 @@ def _changed(
 ) -> config.Profile:
     for key in changes:
         if key.split(".")[0] not in SECTIONS:
-            raise UserError(f"{where}: cannot change {key!r}; it may change keys of {', '.join(SECTIONS)}")
+            raise UserError(f"{where}: cannot change {key!r}; an arm may change keys of {', '.join(SECTIONS)}")
     return config.changed(profile, (shared or {}) | changes, where)

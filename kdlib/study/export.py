@@ -50,7 +50,7 @@ def export_run(folder: Path, int8: bool = True, runs: int = 30) -> pd.DataFrame:
     profile = run.profile
     probed = [task for task in profile.tasks if task.probe] or profile.tasks
     if not probed:
-        raise UserError(f"{folder}: its profile has no task to probe the student on")
+        raise UserError(f"{folder}: its profile has no task; at least one is needed")
     with run.lock():
         teacher, spec = profile.teacher, profile.benchmark
         encoder = load_encoder(student, "student", prefix_of(teacher), teacher.max_length)

@@ -14,10 +14,10 @@ from jupyter_client.utils import run_sync  # pyright: ignore[reportPrivateImport
 
 from kdlib import progress
 
-START_SECONDS = 300  # that a kernel may take to start: a laptop may be busy with others
+START_SECONDS = 300  # until a kernel must have started; a laptop may be busy
 ARGUMENTS = [
     "--IPKernelApp.log_level=40",
-    "--HistoryManager.enabled=False",  # what a person typed is not to be mixed with this, and a full disk not to matter
+    "--HistoryManager.enabled=False",  # keep this out of the user's history, and independent of a full disk
 ]
 
 

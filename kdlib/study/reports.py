@@ -212,8 +212,8 @@ class BenchmarkSettings(Settings):
     precision: config.Precision
 
 
-# Models that a method leaves out: the pruned teacher computes what the teacher computes; few-shot curves show no model
-# that was not distilled.
+# Models that a method leaves out: the pruned teacher equals the teacher; few-shot curves leave out models
+# that were not distilled.
 LEFT_OUT = {
     "probe": (),
     "finetune": ("pruned teacher",),

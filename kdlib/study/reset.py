@@ -8,7 +8,7 @@ from pathlib import Path
 from kdlib.errors import UserError
 
 WORK = ("notebooks", "runs")
-HANDOUT = "handout"  # in an offline bundle: the notebooks, and a finished small run
+HANDOUT = "handout"  # in an offline bundle: the notebooks and a finished small run
 ASIDE = "set_aside"
 
 

@@ -91,7 +91,7 @@ class Run:
             lock.acquire()
         except Timeout:
             raise UserError(
-                f"{self.path}: another kdlib run is at work here; wait for it, or choose another --out"
+                f"{self.path}: another kdlib run is using this folder; wait for it, or choose another --out"
             ) from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be locked ({error.strerror})") from None
@@ -158,7 +158,7 @@ def _refuse_links_out(folder: Path) -> None:
         for name in (*folders, *files):
             path = os.path.join(place, name)
             if os.path.islink(path) and not Path(os.path.realpath(path)).is_relative_to(root):
-                raise UserError(f"{path}: a link that leads out of the run folder; a run keeps its files in there")
+                raise UserError(f"{path}: a link to outside the run folder; a run keeps its files inside")
 
 
 def read_results(path: Path) -> pd.DataFrame:

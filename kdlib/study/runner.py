@@ -36,7 +36,7 @@ from kdlib.study.stage import contents
 from kdlib.study.study import NOTEBOOKS, STAGES, Study
 from kdlib.viz import tables
 
-MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that a user can mend, such as a full disk
+MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that the user can fix, such as a full disk
 PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
 
 
@@ -98,7 +98,7 @@ def run_study(
     console = console or Console()
     stages = wanted_stages(list(only), start)
     study = Study(out, profile, overrides)
-    reports = study.graph.reports  # reads corpus, tasks and sentences: what is wrong with them is said now
+    reports = study.graph.reports  # reads corpus, tasks and sentences, so that their errors are reported first
     check_arms(study.profile, arms)
     source = notebook_folder()
     target = study.run.folder("notebooks")
@@ -111,7 +111,7 @@ def run_study(
                 console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
                 continue
             if changed := study.run.changed(stage, data):
-                console.print(f"{NOTEBOOKS[stage]}: once more, the data changed ({', '.join(changed)})")
+                console.print(f"{NOTEBOOKS[stage]}: again, because the data changed ({', '.join(changed)})")
             started = time.time()
             name = f"{NOTEBOOKS[stage]}.ipynb"
             parameters = {"profile": profile, "run_dir": str(study.run.path), "overrides": overrides}
@@ -172,14 +172,14 @@ def execute(
         mendable, reason = False, "its kernel died (killed, or out of memory)"
     except CellTimeoutError:
         mendable, reason = False, "a cell took too long"
-    except RuntimeError as error:  # what the kernel's client raises
+    except RuntimeError as error:  # raised by the kernel's client
         mendable, reason = False, f"its kernel did not start ({error})"
     except OSError as error:
         mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
     else:
         return
     where = f"notebook {source.stem}, cell {_Engine.report.cell if _Engine.report else 0}"
-    raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command goes on from here)", mendable)
+    raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command resumes here)", mendable)
 
 
 class _Engine(NBClientEngine):

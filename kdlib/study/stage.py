@@ -134,7 +134,9 @@ class Context:
 
     def __init__(self, path: Path, device: torch.device, precision: str):
         self.path, self.device, self.precision = path, device, precision
-        auto = distributed.broadcast(use_bf16("auto", device)) if distributed.world_size() > 1 else None  # all agree
+        auto = (
+            distributed.broadcast(use_bf16("auto", device)) if distributed.world_size() > 1 else None
+        )  # all processes agree
         self._measured = lambda: use_bf16("auto", device) if auto is None else auto
         self._known: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
@@ -203,10 +205,10 @@ class Stage(ABC, Generic[S, A]):
     """
 
     name: ClassVar[str]
-    version: ClassVar[int] = 1  # raised when a change of the code changes the result
+    version: ClassVar[int] = 1  # increase when a change of the code changes the result
     room: ClassVar[str] = "artefacts"
     said: ClassVar[str] = "it is rebuilt"
-    collective: ClassVar[bool] = False  # whether all processes make it together, and the first one writes
+    collective: ClassVar[bool] = False  # whether all processes work on it; the first one writes
 
     def __init__(self, context: Context, settings: S, link: str = "", **inputs: Any):
         self.context, self.settings, self.link, self.inputs = context, settings, link, inputs
@@ -285,7 +287,7 @@ def link_folder(link: Path, target: Path) -> None:
         return
     seals = [folder / SEAL for folder in (link, target)]
     if not link.is_symlink() and all(seal.is_file() for seal in seals) and len({s.read_bytes() for s in seals}) == 1:
-        return  # a copy, and a current one
+        return  # there is a current copy
     try:
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
@@ -304,7 +306,7 @@ class Report(Generic[S]):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
-    makes: ClassVar[str] = ""  # the input that the notebook computes, where it computes one
+    makes: ClassVar[str] = ""  # an input that only the notebook computes
 
     def __init__(self, context: Context, settings: S, **inputs: Any):
         self.context, self.settings, self.inputs = context, settings, inputs

@@ -30,7 +30,7 @@ from kdlib.study.model_card import CardFacts, write_card
 from kdlib.study.stage import Context, Keyed, Settings, Source, Stage, Watch
 
 CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
-SAMPLE = 500  # sentences whose hidden states say which directions a narrower student keeps
+SAMPLE = 500  # sentences whose hidden states choose the directions that a narrower student keeps
 
 
 class Trained(NamedTuple):
@@ -111,7 +111,7 @@ class Condition(Stage[ConditionSettings, Trained]):
     def make(self, folder: Path, watch: Watch) -> None:
         """Train, from the last checkpoint where there is one."""
         if distributed.world_size() > 1:
-            raise UserError("condition.use: conditioning takes one process; first: kdlib run --only condition")
+            raise UserError("condition.use: conditioning runs in one process; first: kdlib run --only condition")
         spec, bf16 = self.settings, self.context.bf16(self.settings.precision)
         outcome = condition(
             in_precision(self.pruned.get(), bf16), self.texts.get(), self.heldout.get(), spec.condition, self.work,
@@ -196,7 +196,9 @@ class Distill(Stage[DistillSettings, Trained]):
         """Distil on `train`. An unfinished training under `work` is resumed."""
         spec, start = self.settings.distill, self.start().model
         if self.settings.student.init == "random" or start.config.hidden_size != self.teacher.hidden:
-            spec = spec.model_copy(update={"freeze_embeddings": False})  # they are not the teacher's: nothing to keep
+            spec = spec.model_copy(
+                update={"freeze_embeddings": False}
+            )  # the weights were drawn at random: nothing to keep
         label, seed = watch.label or "distilling the student", self.settings.seed
         return distill(self.teacher, start, train, heldout, spec, work, seed, label, watch.on_point, watch.should_stop)
 

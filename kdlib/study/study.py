@@ -61,7 +61,7 @@ class Study:
         overrides: Any = (),
         base: "Study | None" = None,
     ):
-        disable_progress_bar()  # of loading and saving, which take a second; long work shows its own
+        disable_progress_bar()  # loading and saving take a second; long work has its own progress bar
         if base is None:
             self.run = find_run(run_dir, profile, overrides)
             self.profile = self.run.profile

@@ -35,7 +35,7 @@ class Curve(TrainerCallback):
     def add(self, state, split: str, values: dict[str, float]) -> None:
         """Add a point to the curve."""
         point = {"split": split, "step": state.global_step, "seconds": self.seconds(), **values}
-        point = dict(sorted(point.items()))  # as it comes out of a checkpoint: columns keep their order
+        point = dict(sorted(point.items()))  # as read from a checkpoint: columns keep their order
         self.points.append(point)
         state.log_history.append(point)
 

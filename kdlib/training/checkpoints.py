@@ -20,8 +20,8 @@ from kdlib.errors import UserError
 from kdlib.files import flaw, seal
 
 log = logging.getLogger(__name__)
-SECONDS = 60.0  # of training between two checkpoints, at least
-SHARE = 0.02  # of the time that may go into writing them: large models are saved less often
+SECONDS = 60.0  # seconds of training between two checkpoints, at least
+SHARE = 0.02  # share of the time for writing checkpoints: large models are saved less often
 KEPT = 2
 
 
@@ -80,7 +80,7 @@ def newest(work: str | Path) -> Path | None:
         wrong = flaw(folder)
         if not wrong:
             return folder
-        log.warning("%s: %s; going on from before it", folder, wrong)
+        log.warning("%s: %s; resuming from the one before", folder, wrong)
         shutil.rmtree(folder, ignore_errors=True)
     return None
 
@@ -97,7 +97,7 @@ def train(trainer: Trainer, last: Path | None) -> list[dict]:
     work = Path(trainer.args.output_dir)
     try:
         state = last and TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-        if state and state.global_step >= trainer.args.max_steps:  # the Trainer would go one step further
+        if state and state.global_step >= trainer.args.max_steps:  # the Trainer would do one more step
             load_model(trainer.model, str(last / SAFE_WEIGHTS_NAME))
             trainer.state = state
         else:
@@ -113,7 +113,7 @@ def train(trainer: Trainer, last: Path | None) -> list[dict]:
         _remove_unsealed(work)
         raise
     points = [point for point in trainer.state.log_history if "split" in point]
-    return [dict(sorted(point.items())) for point in points]  # as they come out of a checkpoint
+    return [dict(sorted(point.items())) for point in points]  # as read from a checkpoint
 
 
 def _remove_unsealed(work: Path) -> None:

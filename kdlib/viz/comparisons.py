@@ -15,8 +15,8 @@ from kdlib.viz.tables import TEACHER_SHARE, benchmark_rows, headline_rows, need,
 FAMILIES = {  # a family of ablation arms: title of its figure, label of its axis
     "fraction": ("How much text does the student need?", "corpus used (%)"),
     "epochs": ("How long should a student learn?", "passes over the corpus"),
-    "init": ("From which of the teacher's layers should a student start?", "layers copied"),
-    "objective": ("What should the student have in common with the teacher?", "objectives"),
+    "init": ("Which of the teacher's layers should a student start from?", "layers copied"),
+    "objective": ("What should the student imitate?", "objectives"),
     "conditioning": ("Does it help to condition the teacher first?", "distilled from"),
     "depth": ("How deep must a student be?", "layers of the student"),
     "width": ("How wide must a student be?", "width of the student"),
@@ -108,7 +108,7 @@ def fewshot(table: pd.DataFrame) -> Figure:
         models = [model for model in looks if model in set(mine["model"])]
         for i, model in enumerate(models):
             points, look = mine[mine["model"] == model].sort_values("x"), looks[model]
-            aside = 2 ** (0.12 * (i - (len(models) - 1) / 2))  # or the intervals hide each other
+            aside = 2 ** (0.12 * (i - (len(models) - 1) / 2))  # so that intervals do not overlap
             ax.errorbar(
                 points["x"] * aside, points["value"], yerr=style.whiskers(points), color=look.colour,
                 marker=look.marker, markeredgecolor="white", capsize=3, elinewidth=1.5,
@@ -180,7 +180,7 @@ def efficiency(table: pd.DataFrame) -> Figure:
     if not devices:
         raise UserError("no latency and throughput on the same device; run the stage 'benchmark' first")
     height = max(3.4, 0.6 * len(looks))
-    figure = style.new_figure("What does each model cost, and what is it worth?", 1.8 + height * len(devices))
+    figure = style.new_figure("What does each model cost, and how good is it?", 1.8 + height * len(devices))
     axes = figure.subplot_mosaic(
         [["size", *(f"{metric} {device}" for metric in panels)] for device in devices], width_ratios=[1.5, 1, 1]
     )
@@ -254,7 +254,7 @@ def ablation(table: pd.DataFrame, family: str) -> Figure:
 
     A curve where every arm is a number (x), else a line per arm.
     """
-    title, label = FAMILIES.get(family, (f"What does it change? ({family})", family))
+    title, label = FAMILIES.get(family, (f"What does each choice change? ({family})", family))
     arms, reference = _ablation(table, family)
     looks, tasks = style.looks(table), tasks_of(arms)
     numeric = arms["x"].notna().all() and arms["x"].nunique() > 2

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from kdlib.viz import figures
 
-WIDTH = 820  # pixels on the page; the picture itself has twice as many
+WIDTH = 820  # pixels on the page; the image has twice as many
 
 
 def headless() -> bool:

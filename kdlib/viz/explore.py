@@ -34,41 +34,41 @@ LONGEST = 300  # tokens shown of one text
 
 
 def cut(tokenizer: PreTrainedTokenizerFast, text: str) -> pd.DataFrame:
-    """Tokenise a text, a row per token: piece, id, word (0 = first run of non-space), unknown, source (its text)."""
+    """Tokenise a text, a row per token: token, id, word (0 = first run of non-space), unknown, source (its text)."""
     encoding = tokenizer(text, add_special_tokens=False, verbose=False).encodings[0]
     starts = [match.start() for match in re.finditer(r"\S+", text)]
     rows = [
         dict(
-            piece=tokenizer.unk_token
+            token=tokenizer.unk_token
             if index == tokenizer.unk_token_id
-            else piece,  # some tokenizers give the letters instead
+            else token,  # some tokenizers give the letters instead
             id=index,
             word=max(0, int(np.searchsorted(starts, end - 1, side="right")) - 1),
             unknown=index == tokenizer.unk_token_id,
             source=text[start:end].strip(),
         )
-        for piece, index, (start, end) in zip(encoding.tokens, encoding.ids, encoding.offsets)
+        for token, index, (start, end) in zip(encoding.tokens, encoding.ids, encoding.offsets)
     ]
-    return pd.DataFrame(rows, columns=["piece", "id", "word", "unknown", "source"])
+    return pd.DataFrame(rows, columns=["token", "id", "word", "unknown", "source"])
 
 
-def pieces_html(encoders: Mapping[str, Encoder], text: str) -> str:
+def tokens_html(encoders: Mapping[str, Encoder], text: str) -> str:
     """How each tokenizer splits a text: tokens with ids, words in two tints, unknown tokens marked, fertility."""
     cuts = {name: cut(encoder.tokenizer, text) for name, encoder in encoders.items()}
     parts = []
     for name, encoder in encoders.items():
-        pieces, facts = cuts[name], segmentation(encoder.tokenizer, [text])
-        unknown = int(pieces["unknown"].sum())
+        tokens, facts = cuts[name], segmentation(encoder.tokenizer, [text])
+        unknown = int(tokens["unknown"].sum())
         count = f"{unknown} unknown token{'s' if unknown != 1 else ''}"
         parts.append(
             paragraph(
-                f"<b>{escape(name)}</b> ({len(encoder.tokenizer):,} pieces): {len(pieces)} tokens for "
+                f"<b>{escape(name)}</b> (vocabulary {len(encoder.tokenizer):,}): {len(tokens)} tokens for "
                 f"{len(text.split())} words, <b>{facts['fertility']:.2f} tokens per word</b>, "
                 f"{mark(count) if unknown else count}"
             )
         )
-        chips = " ".join(_chip(row) for row in pieces.head(LONGEST).itertuples())
-        rest = f" … and {len(pieces) - LONGEST:,} more" if len(pieces) > LONGEST else ""
+        chips = " ".join(_chip(row) for row in tokens.head(LONGEST).itertuples())
+        rest = f" … and {len(tokens) - LONGEST:,} more" if len(tokens) > LONGEST else ""
         parts.append(f"<div>{chips}{rest}</div>")
     return page(*parts, paragraph(_compare(cuts)))
 
@@ -80,23 +80,23 @@ def _chip(row) -> str:
         label = f"<b>unknown: {escape(row.source)}</b>"
     else:
         look += f"background:{tint(PALETTE[row.word % 2])};border:2px solid {tint(PALETTE[row.word % 2])}"
-        label = escape(row.piece)
+        label = escape(row.token)
     return f'<span style="{look}">{label}<sub style="display:block;font-size:11px;color:#444">{row.id}</sub></span>'
 
 
 def _compare(cuts: dict[str, pd.DataFrame]) -> str:
-    (first, pieces), *others = cuts.items()
+    (first, tokens), *others = cuts.items()
     said = []
     for name, other in others:
-        if list(pieces["piece"]) == list(other["piece"]):
-            same = list(pieces["id"]) == list(other["id"])
+        if list(tokens["token"]) == list(other["token"]):
+            same = list(tokens["id"]) == list(other["id"])
             ids = "with the same ids" if same else "only the ids differ"
-            said.append(f"{escape(name)} cuts it just as {escape(first)} does, {ids}.")
+            said.append(f"{escape(name)} splits it as {escape(first)} does, {ids}.")
         else:
-            lost = list(dict.fromkeys(piece for piece in pieces["piece"] if piece not in set(other["piece"])))
+            lost = list(dict.fromkeys(token for token in tokens["token"] if token not in set(other["token"])))
             said.append(
-                f"{escape(name)} cuts it otherwise: {len(other) - len(pieces):+d} tokens. Pieces of {escape(first)} "
-                f"that it does without: {', '.join(f'<code>{escape(piece)}</code>' for piece in lost[:20])}."
+                f"{escape(name)} splits it differently: {len(other) - len(tokens):+d} tokens. It does not use "
+                f"these tokens of {escape(first)}: {', '.join(f'<code>{escape(token)}</code>' for token in lost[:20])}."
             )
     return " ".join(said)
 
@@ -183,8 +183,8 @@ def size_html(table: pd.DataFrame, rows: int) -> str:
         paragraph(
             f"With <b>{rows:,} rows</b> the model has {here['parameters'] / 1e6:.1f} million parameters, "
             f"<b>{here['parameters'] / whole['parameters']:.0%}</b> of the teacher's. "
-            f"<b>{here['coverage']:.1%}</b> of the teacher's tokens still have their piece; the other "
-            f"{1 - here['coverage']:.1%} are spelled with smaller ones, so a word takes {here['fertility']:.2f} tokens "
+            f"<b>{here['coverage']:.1%}</b> of the teacher's tokens are kept; the other "
+            f"{1 - here['coverage']:.1%} are split into shorter tokens, so a word needs {here['fertility']:.2f} tokens "
             f"(teacher: {whole['fertility']:.2f}), or are unknown: {here['unknown_rate']:.2%} "
             f"(teacher: {whole['unknown_rate']:.2%})."
         )
@@ -269,14 +269,14 @@ def masked_logits(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
     mask = encoder.tokenizer.mask_token
     if encoder.head is None or mask is None:
         raise UserError(
-            f"{encoder.name} has no masked-language head, so it gives no soft targets over its vocabulary: its states "
-            "are what a student can learn from. A teacher with such a head, or one that was conditioned, has them."
+            f"{encoder.name} has no masked-language head, so it gives no soft targets over its vocabulary. "
+            "A student learns from its states. A conditioned teacher has such a head."
         )
     if GAP not in text and mask not in text:
-        raise UserError(f"Put {GAP} where a word should be guessed.")
+        raise UserError(f"Write {GAP} where a word should be guessed.")
     row = encoder.tokenize([text.replace(GAP, mask)])[0].ids
     if encoder.tokenizer.mask_token_id not in row:
-        raise UserError(f"The gap is beyond the first {encoder.max_length} tokens; the encoder reads no more.")
+        raise UserError(f"The gap is after the first {encoder.max_length} tokens; the encoder reads no more.")
     states = token_states(encoder, row)
     logits = encoder.head(
         states[row.index(encoder.tokenizer.mask_token_id)], encoder.model.get_input_embeddings().weight
@@ -303,26 +303,26 @@ def entropy(logits: np.ndarray, temperature: float) -> float:
     return float(-(np.exp(log) * log).sum() / np.log(2))
 
 
-def targets_html(pieces: Sequence[str], logits: np.ndarray, temperature: float, count: int = 10) -> str:
+def targets_html(tokens: Sequence[str], logits: np.ndarray, temperature: float, count: int = 10) -> str:
     """The most probable tokens with their probability at temperature 1 and at `temperature`."""
     plain, soft = soft_targets(logits, 1), soft_targets(logits, temperature)
     best = np.argsort(-plain, kind="stable")[:count]
     top = max(plain[best].max(), soft[best].max())
     rows = [
-        [f"<code>{escape(pieces[i])}</code>"]
+        [f"<code>{escape(tokens[i])}</code>"]
         + [bar(p / top, colour, f"{p:.2%}") for p, colour in ((plain[i], GREY), (soft[i], PALETTE[0]))]
         for i in best
     ]
     rest = [
-        f"all {len(pieces) - len(best):,} other pieces",
+        f"all {len(tokens) - len(best):,} other tokens",
         f"{1 - plain[best].sum():.2%}",
         f"{1 - soft[best].sum():.2%}",
     ]
     return page(
-        html_table(["piece", "temperature 1", f"temperature {temperature:g}"], [*rows, rest]),
+        html_table(["token", "temperature 1", f"temperature {temperature:g}"], [*rows, rest]),
         paragraph(
-            f"At temperature {temperature:g} the answer holds <b>{entropy(logits, temperature):.2f} bits</b> of doubt "
-            f"(at 1: {entropy(logits, 1):.2f}). The order of the pieces never changes."
+            f"At temperature {temperature:g} the answer has <b>{entropy(logits, temperature):.2f} bits</b> of entropy "
+            f"(at 1: {entropy(logits, 1):.2f}). The order of the tokens never changes."
         ),
     )
 
@@ -362,12 +362,12 @@ def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Fi
     """Attention of one head each: title -> tokens and probabilities [from, to]. Tokens are numbered along the axes."""
     figure, axes, _ = style.panels("Which token looks at which?", len(maps), 2, 3.4)
     most = max(matrix.max() for _, matrix in maps.values())
-    for ax, (title, (pieces, matrix)) in zip(axes, maps.items()):
+    for ax, (title, (tokens, matrix)) in zip(axes, maps.items()):
         # The square root shows small values beside the large attention on the first or last token.
         image = ax.imshow(matrix, cmap="Blues", norm=PowerNorm(0.5, 0, most))
-        named = range(0, len(pieces), -(-len(pieces) // 18))
+        named = range(0, len(tokens), -(-len(tokens) // 18))
         ax.set_xticks(named, [str(i + 1) for i in named], fontsize=10)
-        ax.set_yticks(named, [f"{style.legible(pieces[i])} {i + 1}" for i in named], fontsize=10)
+        ax.set_yticks(named, [f"{style.legible(tokens[i])} {i + 1}" for i in named], fontsize=10)
         ax.grid(False)
         ax.set(title=title, xlabel="token that is looked at")
     axes[0].set_ylabel("token that looks")
@@ -379,9 +379,9 @@ def attention_figure(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> Fi
 def attention_html(maps: Mapping[str, tuple[Sequence[str], np.ndarray]]) -> str:
     """Where each head looks most, and how far two heads agree."""
     rows = []
-    for title, (pieces, matrix) in maps.items():
+    for title, (tokens, matrix) in maps.items():
         most = matrix.mean(0).argsort(kind="stable")[::-1][:3]
-        named = ", ".join(f"<code>{escape(pieces[i])}</code> {matrix.mean(0)[i]:.0%}" for i in most)
+        named = ", ".join(f"<code>{escape(tokens[i])}</code> {matrix.mean(0)[i]:.0%}" for i in most)
         rows.append([escape(title), named])
     parts = [html_table(["head", "where its attention goes, averaged over the tokens that look"], rows)]
     (first, a), *others = maps.values()

@@ -87,7 +87,7 @@ def fertility(table: pd.DataFrame) -> Figure:
     values = rows.pivot(index="language", columns="metric", values="value").sort_values("fertility", ascending=False)
     found = [metric for metric in panels if metric in values]
     own = table["language"].mode().iloc[0]
-    figure = style.new_figure("Into how many pieces does the teacher's tokenizer cut a word?", 2.2 + 0.5 * len(values))
+    figure = style.new_figure("How many tokens does the teacher's tokenizer need for a word?", 2.2 + 0.5 * len(values))
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, metric in zip(axes, found):
         label, scale, number = panels[metric]
@@ -113,7 +113,7 @@ def layer_probe(table: pd.DataFrame) -> Figure:
     rows = select(table, "probe", "layer probe", method="layer probe")
     states, chance = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
     tasks = tasks_of(need(states, "probe", "layer probe"))
-    title = "In which layer does the teacher know most about each task?"
+    title = "Which layer of the teacher knows most about each task?"
     figure, axes, _ = style.panels(title, len(tasks), 3, 3.0, sharex=True, sharey=True)
     for ax, task in zip(axes, tasks):
         mine = states[states["task"] == task]
@@ -147,7 +147,7 @@ def retrieval(table: pd.DataFrame) -> Figure:
     colours = [colour for colour in PALETTE if colour != GREY]
     looks = {language: (colours[i % 9], MARKERS[i % 10]) for i, language in enumerate(languages)}
     methods = [method for method in panels if method in set(states["method"])]
-    title = "In which layer does a sentence find its translation?"
+    title = "In which layer is a sentence closest to its translation?"
     figure, axes, _ = style.panels(title, len(methods), 2, 3.9, sharey=True)
     for ax, method in zip(axes, methods):
         mine = states[states["method"] == method]
@@ -174,9 +174,11 @@ def cka(table: pd.DataFrame) -> Figure:
     """How similar the representations of every two layers are."""
     rows = select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
     values = rows.pivot_table(index="layer", columns="x", values="value")
-    figure = style.new_figure("Which layers of the teacher hold alike representations?", 6.4, 8)
+    figure = style.new_figure("Which layers of the teacher have similar representations?", 6.4, 8)
     ax = figure.subplots()
-    lowest = min(np.floor(values.min().min() * 10) / 10, 0.9)  # most pairs are close to 1: their differences must show
+    lowest = min(
+        np.floor(values.min().min() * 10) / 10, 0.9
+    )  # most pairs are close to 1; the scale must show their differences
     sns.heatmap(
         values, vmin=lowest, vmax=1, cmap="cividis", square=True, ax=ax, cbar_kws={"label": "linear CKA (1 = the same)"}
     )
@@ -334,7 +336,7 @@ def layer_map_figure(teacher_layers: int, student_layers: int, copied: list[int]
         for i, x in enumerate(columns, 1):
             ax.bar(x, height, 0.8, bottom=y - height / 2, color=colour, edgecolor=INK)
             ax.text(x, y, str(i), **look)
-    side = 0.16 if sum(copied) > sum(matched) else -0.16  # copies come from the side where their source is
+    side = 0.16 if sum(copied) > sum(matched) else -0.16  # arrows start on the side of their source
     for layers, shift, line, tip in ((copied, side, "-", "-|>"), (matched, -side if copied else 0, ":", "-")):
         for x, layer in zip(places, layers, strict=True) if layers else ():
             arrow = {"arrowstyle": tip, "linestyle": line, "color": INK, "linewidth": 2, "shrinkA": 2, "shrinkB": 2}

@@ -107,7 +107,7 @@ class Panel:
             view = quietly(self._view, **self.state)
         except UserError as error:
             view = View(page(paragraph(escape(error))))
-        except Exception as error:  # in a callback a traceback goes to a log that nobody reads
+        except Exception as error:  # a callback's traceback would go to a log
             view = View(page(paragraph(f"<b>{type(error).__name__}</b>: {escape(error)}")))
         finally:
             self._adapting = False

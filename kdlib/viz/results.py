@@ -46,7 +46,7 @@ def comparable(table: pd.DataFrame) -> pd.DataFrame:
     return summary[["what", "task", "metric", "name", "model", "value", "low", "high", "n"]]
 
 
-UNITS = {  # factor and label of what is no score
+UNITS = {  # factor and label of metrics that are not scores
     "parameters": (1e-6, "parameters (millions)"),
     "megabytes": (1, "size (MB)"),
     "rows": (1, "rows of the vocabulary"),

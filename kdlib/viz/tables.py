@@ -9,7 +9,7 @@ from kdlib.errors import UserError
 from kdlib.viz import style
 
 NUMBERS = ["x", "value", "low", "high", "n"]
-TEACHER_SHARE = 95  # percent of the teacher's score that a student is hoped to keep
+TEACHER_SHARE = 95  # percent of the teacher's score that a student should keep
 
 
 def check(table: pd.DataFrame) -> None:
@@ -63,7 +63,7 @@ def compare(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """The benchmarks of several runs as one table for any figure: the first run's teacher, and each run's student.
 
     Args:
-        tables: tables of results by the name to show. Speeds are comparable where the runs used one machine.
+        tables: tables of results by display name. Speeds are comparable where the runs used one machine.
     """
     benchmarks = {name: table[table["stage"] == "benchmark"] for name, table in tables.items()}
     students = [rows[rows["model"] == "student"].assign(model=name) for name, rows in benchmarks.items()]

@@ -70,8 +70,8 @@ class TrainingPanel:
             button.description, button.disabled = "Stopping …", True
 
         button.on_click(press)
-        # While a cell runs, only messages that come over a subshell arrive (JupyterLab sends those of widgets so).
-        # ipykernel 7.4 passes them on to where the widget last spoke, which is the cell: keep them where they came.
+        # While a cell runs, only messages over a subshell arrive; JupyterLab sends widgets' messages that way.
+        # ipykernel 7.4 routes the answer to the running cell; we route it back to the subshell.
         button.comm._reply_subshell_for = lambda data, default: default
         return button
 
@@ -126,7 +126,7 @@ class TrainingPanel:
         return W.VBox([self.button, self.panel.widget])
 
     def _interrupted(self, number: int, frame: Any) -> None:
-        # Only the flag: what was interrupted may be a message on its way to the widget.
+        # Set the flag only: the interrupt may have hit a message to the widget.
         signal.signal(signal.SIGINT, self._before)
         self.stop()
 

@@ -25,11 +25,11 @@ from kdlib.viz.explore import (
     layer_figure,
     layer_html,
     masked_logits,
-    pieces_html,
     size_figure,
     size_html,
     size_table,
     targets_html,
+    tokens_html,
 )
 from kdlib.viz.html import escape, page, paragraph
 from kdlib.viz.panel import Build, Panel, View
@@ -55,7 +55,7 @@ def tokeniser(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
     """How each encoder's tokenizer splits any sentence, as the reader types."""
 
     def view(sentence: str) -> View:
-        return View(pieces_html(encoders, _needs_text(sentence)))
+        return View(tokens_html(encoders, _needs_text(sentence)))
 
     return Panel(view, sentence=partial(text_box, value=sentence, continuous_update=True))
 
@@ -179,9 +179,9 @@ def attention_heads(encoders: Mapping[str, Encoder], sentence: str) -> Panel:
 
     def view(sentence: str, **place: int) -> View:
         maps = {}
-        for i, (name, (pieces, states)) in enumerate(probabilities(_needs_text(sentence)).items()):
+        for i, (name, (tokens, states)) in enumerate(probabilities(_needs_text(sentence)).items()):
             layer, head = place[f"layer_{i}"], place[f"head_{i}"]
-            maps[f"{name}, layer {layer}, head {head}"] = (pieces, states[layer - 1, head - 1])
+            maps[f"{name}, layer {layer}, head {head}"] = (tokens, states[layer - 1, head - 1])
         return View(attention_html(maps), attention_figure(maps))
 
     sliders: dict[str, Build] = {}
@@ -283,7 +283,7 @@ def neighbours(
     """The texts nearest to any sentence, by each encoder side by side.
 
     Args:
-        encoders: by the name to show.
+        encoders: by display name.
         texts: the texts to search.
         sentence: the first query.
         vectors: by encoder, float [texts, hidden]; computed when the panel is shown if not given.

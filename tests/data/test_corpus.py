@@ -324,7 +324,7 @@ def test_documents_that_lie_scattered_are_refused_where_they_cannot_be_joined(tm
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert all(len(d.sentences) == 5 for d in own(tmp_path / "a.jsonl", **{"corpus.document": "page"}).train)
     monkeypatch.setattr(module, "IN_MEMORY", 50)
-    with pytest.raises(UserError, match="do not follow one another.*sort it by page"):
+    with pytest.raises(UserError, match="must follow one another; sort it by page"):
         own(tmp_path / "a.jsonl", **{"corpus.document": "page"})
 
 

@@ -382,7 +382,7 @@ def test_fallback_may_name_other_columns(online, tmp_path):
 
 def test_mirror_whose_test_is_train_is_passed_over(online):
     text = refusal(online, task, source="tl/mirror", test="test")
-    assert "60 test rows also stand in train, 100%" in text
+    assert "60 test rows are also in train, 100%" in text
     found = online(task, source="tl/mirror", test="test", fallbacks=[{"source": "tl/hate", "test": "test"}])
     assert found.origin.source == "tl/hate" and "100%" in found.origin.passed_over[0]
 
@@ -493,7 +493,7 @@ def test_fetched_address_serves_when_the_server_fails(online, server, root):
     server.fail(4, path="web")
     assert online(table, source=address)[0] == rows == hate(0, 20)
     server.fail(4, path="web")
-    assert "was not loaded before" in refusal(online, table, source=address.replace("a.parquet", "b.parquet"))
+    assert "there is no earlier download" in refusal(online, table, source=address.replace("a.parquet", "b.parquet"))
 
 
 def test_no_hub_at_all_is_one_line_that_says_how_to_go_on(online, server):

@@ -66,7 +66,9 @@ class Refusing:
         raise error
 
 
-@pytest.mark.parametrize("status, says", [(401, "may not write there"), (403, "may not write there"), (0, "nobody is")])
+@pytest.mark.parametrize(
+    "status, says", [(401, "has no right to write there"), (403, "has no right to write there"), (0, "nobody is")]
+)
 def test_what_the_hub_answers_is_one_line(run, monkeypatch, status, says):
     monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
     monkeypatch.setattr(hub, "get_token", lambda: "hf_made_up")

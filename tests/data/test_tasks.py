@@ -200,7 +200,7 @@ def test_a_few_test_rows_in_train_are_taken_from_train(put, kind):
     assert task.origin.removed == 2 and task.origin.rows == {"train": 20, "test": 20}
     assert task == own(put(train, "clean.jsonl"), test=put(test, "test.jsonl"), **more)
     text = refusal(put([*repeated, test[5]]), test=put(test, "test.jsonl"), **more)
-    assert "2 test rows also stand in train, 10% of them" in text
+    assert "2 test rows are also in train, 10% of them" in text
 
 
 def test_overlap_counts_test_rows_however_often_they_repeat(put):
@@ -271,7 +271,7 @@ def test_embedded_tasks_say_what_was_read(tasks, corpus):
 def test_embedded_tasks_may_not_share_a_single_row(tasks):
     task = tasks["sentiment"]
     train = Split([*task.train.texts, task.test.texts[0]], [*task.train.targets, 0])
-    with pytest.raises(UserError, match="1 test rows also stand in train"):
+    with pytest.raises(UserError, match="1 test rows are also in train"):
         check(replace(task, train=train), set())
 
 
@@ -449,13 +449,13 @@ def test_tags_that_are_not_bio(put, tags):
 def test_test_rows_that_also_stand_in_train(put, kind):
     rows, more = KINDS[kind]
     text = refusal(put(rows), test=put(rows[:3], "test.jsonl"), **more)
-    assert "3 test rows also stand in train" in text
+    assert "3 test rows are also in train" in text
 
 
 def test_test_sentence_that_is_distilled_on(corpus, put):
     test = [{"text": "Bago ito.", "label": "a"}, {"text": corpus.train[0].sentences[1], "label": "b"}]
     tasks = [{"name": "mine", "source": put(PLAIN), "test": put(test, "t.jsonl")}]
-    with pytest.raises(UserError, match="mine: a test sentence stands in the distillation corpus"):
+    with pytest.raises(UserError, match="mine: a test sentence is in the distillation corpus"):
         load_tasks(load_profile("workshop", {"tasks": tasks}).tasks, corpus)
 
 

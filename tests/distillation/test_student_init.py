@@ -285,7 +285,7 @@ def test_student_survives_saving(init, family, tmp_path):
     ids=["albert", "modernbert"],
 )
 def test_teacher_whose_layers_are_not_known_is_refused(teacher):
-    with pytest.raises(UserError, match="a model of kind .*; known are bert"):
+    with pytest.raises(UserError, match="a model of kind .*; supported are bert"):
         start(teacher(), 2)
     student = start(teacher(), 2, "random")
     assert count_layers(student) == 2 and torch.isfinite(student(IDS).last_hidden_state).all()

@@ -307,7 +307,7 @@ FIELDS = {  # the arguments of test_embedded.tiny_file
     "sizes": st.tuples(*(st.just(getattr(test_embedded, name)) | INT32 | SMALL for name in NAMES)),
     "eps": st.floats(width=32),
     "block": INT32,
-    "pieces": st.lists(TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=14),
+    "tokens": st.lists(TEXT.map(lambda text: text.encode("utf-8", "surrogatepass")), max_size=14),
     "scores": st.lists(st.floats(width=32), max_size=20),
     "special": st.fixed_dictionaries({name: SMALL | INT32 for name in test_embedded.SPECIAL}),
     "count": INT32 | SMALL,

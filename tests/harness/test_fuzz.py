@@ -331,7 +331,7 @@ def test_run_folder_with_a_way_out_is_refused(name, to, tmp_path):
     link = tmp_path / "run" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / to)
-    with pytest.raises(UserError, match=f"{link}.*out of the run folder"):
+    with pytest.raises(UserError, match=f"{link}.*outside the run folder"):
         Run(tmp_path / "run", load_profile("smoke"))
     assert (tmp_path / "victim.txt").read_text() == "as it was" and not (tmp_path / "new").exists()
 

@@ -13,8 +13,8 @@ from kdlib.errors import UserError
 from kdlib.models import embedded_teacher
 
 HIDDEN, LAYERS, HEADS, FFN, POSITIONS, TYPES = 32, 2, 4, 64, 24, 2
-PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁ba", "ta", "a", "b", "t", "ñ", "<mask>"]
-ROWS = len(PIECES) + 2  # the real file, too, has rows without a piece
+TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁ba", "ta", "a", "b", "t", "ñ", "<mask>"]
+ROWS = len(TOKENS) + 2  # the real file, too, has rows without a token
 SCORES = [0.0, 0.0, 0.0, 0.0, -3.0, -4.0, -4.5, -5.0, -5.25, -5.5, -6.0, 0.0]
 SPECIAL = {"bos": 0, "eos": 2, "pad": 1, "unk": 3}
 NORMALISATION = {0x200B: " ", 0x07: "", 0xFB01: "fi"}
@@ -67,12 +67,12 @@ def tiny_tensors():
 
 def tiny_file(
     magic=b"E5S1", version=1, sizes=(HIDDEN, LAYERS, HEADS, FFN, ROWS, POSITIONS, TYPES), eps=1e-12, block=32,
-    pieces=PIECES, scores=SCORES, special=SPECIAL, count=None, offsets=None, table=NORMALISATION, entries=None,
+    tokens=TOKENS, scores=SCORES, special=SPECIAL, count=None, offsets=None, table=NORMALISATION, entries=None,
     table_bytes=None, tensors=None, number=None, sizes_in_bytes=None, past_end=0,
 ):  # fmt: skip
     """A whole file as bytes; every argument is a field that a test may spoil."""
     out = magic + struct.pack("<I7ifi", version, *sizes, eps, block)
-    texts = [p if isinstance(p, bytes) else p.encode() for p in pieces]
+    texts = [p if isinstance(p, bytes) else p.encode() for p in tokens]
     blob = b"".join(texts)
     count = len(texts) if count is None else count
     out += struct.pack("<5iQ", count, *(special[k] for k in ("bos", "eos", "pad", "unk")), len(blob))
@@ -123,13 +123,13 @@ def tiny_folder(tmp_path_factory):
 # reading what a writer wrote
 
 
-def test_header_pieces_scores_and_ids_come_back(tiny):
+def test_header_tokens_scores_and_ids_come_back(tiny):
     contents = embedded_teacher.read_file(tiny)
     header = contents.header
     assert (header.hidden, header.layers, header.heads, header.ffn) == (HIDDEN, LAYERS, HEADS, FFN)
     assert (header.rows, header.positions, header.types) == (ROWS, POSITIONS, TYPES)
     assert header.eps == pytest.approx(1e-12)
-    assert contents.pieces == PIECES
+    assert contents.tokens == TOKENS
     assert contents.scores.tolist() == SCORES
     assert contents.special == SPECIAL
     assert contents.normalisation == NORMALISATION
@@ -229,7 +229,7 @@ def at(index, value, values):
     return [value if i == index else v for i, v in enumerate(values)]
 
 
-OFFSETS = np.cumsum([0, *(len(p.encode()) for p in PIECES)]).tolist()
+OFFSETS = np.cumsum([0, *(len(p.encode()) for p in TOKENS)]).tolist()
 BROKEN = {
     "magic": (dict(magic=b"GGUF"), "GGUF"),
     "version": (dict(version=2), "version 2"),
@@ -245,23 +245,23 @@ BROKEN = {
     "eps zero": (dict(eps=0.0), "'eps'"),
     "eps NaN": (dict(eps=float("nan")), "'eps'"),
     "block size": (dict(block=64), "blocks of 64"),
-    "no pieces": (dict(pieces=[], scores=[]), "0 pieces"),
-    "more pieces than rows": (sizes(rows=len(PIECES) - 1), "12 pieces for 11"),
-    "piece count negative": (dict(count=-3), "-3 pieces"),
+    "no tokens": (dict(tokens=[], scores=[]), "0 tokens"),
+    "more tokens than rows": (sizes(rows=len(TOKENS) - 1), "12 tokens for 11"),
+    "token count negative": (dict(count=-3), "-3 tokens"),
     "special id too large": (dict(special=SPECIAL | {"unk": 99}), "unk is 99"),
     "special id negative": (dict(special=SPECIAL | {"pad": -1}), "pad is -1"),
     "special ids equal": (dict(special=SPECIAL | {"pad": 0}), "not distinct"),
-    "score NaN": (dict(scores=at(5, float("nan"), SCORES)), "score of piece 5"),
-    "score infinite": (dict(scores=at(6, float("-inf"), SCORES)), "score of piece 6"),
-    "piece not UTF-8": (dict(pieces=at(6, b"\xff\xfe", PIECES)), "UTF-8"),
-    "piece cut inside a letter": (dict(pieces=at(10, "ñ".encode()[:1], PIECES)), "UTF-8"),
-    "piece twice": (dict(pieces=at(7, "b", PIECES)), "twice"),
-    "special piece with a space": (dict(pieces=at(0, "a s", PIECES)), "special id bos is 'a s'"),
-    "special piece like a template": (dict(pieces=at(2, "$A", PIECES)), "special id eos is '$A'"),
-    "special piece empty": (dict(pieces=at(3, "", PIECES)), "special id unk is ''"),
+    "score NaN": (dict(scores=at(5, float("nan"), SCORES)), "score of token 5"),
+    "score infinite": (dict(scores=at(6, float("-inf"), SCORES)), "score of token 6"),
+    "token not UTF-8": (dict(tokens=at(6, b"\xff\xfe", TOKENS)), "UTF-8"),
+    "token cut inside a letter": (dict(tokens=at(10, "ñ".encode()[:1], TOKENS)), "UTF-8"),
+    "token twice": (dict(tokens=at(7, "b", TOKENS)), "twice"),
+    "special token with a space": (dict(tokens=at(0, "a s", TOKENS)), "special id bos is 'a s'"),
+    "special token like a template": (dict(tokens=at(2, "$A", TOKENS)), "special id eos is '$A'"),
+    "special token empty": (dict(tokens=at(3, "", TOKENS)), "special id unk is ''"),
     "offsets fall": (dict(offsets=at(4, 1, OFFSETS)), "offsets"),
     "offsets start late": (dict(offsets=at(0, 1, OFFSETS)), "offsets"),
-    "offsets past the end": (dict(offsets=at(len(PIECES), 10**6, OFFSETS)), "offsets"),
+    "offsets past the end": (dict(offsets=at(len(TOKENS), 10**6, OFFSETS)), "offsets"),
     "map entries negative": (dict(entries=-1), "-1 entries"),
     "map longer than said": (dict(table_bytes=3), "normalisation map"),
     "map names a surrogate": (dict(table={0xD800: "a"}), "0xd800"),

@@ -104,12 +104,12 @@ def test_maskable_tokens_are_neither_special_nor_of_the_prefix():
     texts = ["ang aso [MASK] kumain", "\u4e00 aso", "", "bata: aso", "xyz"]
     encodings = encoder.tokenize(texts)
     found = maskable_tokens(encoder.tokenizer, encodings, encoder.prefix)
-    pieces = [
+    tokens = [
         [encoder.tokenizer.convert_ids_to_tokens(i) for i, keep in zip(e.ids, row) if keep]
         for e, row in zip(encodings, found)
     ]
     # [UNK] stands for the colon, which the tiny tokenizer does not know.
-    assert pieces == [["ang", "aso", "kumain"], ["aso"], [], ["bata", "aso"], ["x", "##y", "##z"]]
+    assert tokens == [["ang", "aso", "kumain"], ["aso"], [], ["bata", "aso"], ["x", "##y", "##z"]]
     numbers = word_numbers(encodings)
     last = numbers[-1][found[-1]]
     assert len(set(last.tolist())) == 1 and numbers[-1][0] == -1

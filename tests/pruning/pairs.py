@@ -41,7 +41,7 @@ ACCENTED = [
 ]
 
 
-PIECES = 1600
+TOKENS = 1600
 
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
@@ -57,11 +57,11 @@ def edit(tokenizer, change):
     return Tokenizer.from_str(json.dumps(spec))
 
 
-def forget(*pieces):
-    """Some of the trainer's special tokens become ordinary pieces."""
+def forget(*tokens):
+    """Some of the trainer's special tokens become ordinary tokens."""
 
     def change(spec):
-        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in pieces]
+        spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in tokens]
 
     return change
 
@@ -73,7 +73,7 @@ def train_wordpiece(texts):
     backend.decoder = decoders.WordPiece(prefix="##")
     unused = [f"[unused{i}]" for i in range(9)]
     specials = ["[PAD]", *unused, "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=PIECES, special_tokens=specials, show_progress=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=TOKENS, special_tokens=specials, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     ids = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     backend.post_processor = processors.TemplateProcessing(
@@ -92,7 +92,7 @@ def train_unigram(texts, before=()):
     backend.decoder = decoders.Metaspace()
     specials = [*before, "<s>", "<pad>", "</s>", "<unk>"]
     trainer = trainers.UnigramTrainer(
-        vocab_size=PIECES, special_tokens=specials, unk_token="<unk>", show_progress=False, max_piece_length=12
+        vocab_size=TOKENS, special_tokens=specials, unk_token="<unk>", show_progress=False, max_piece_length=12
     )
     backend.train_from_iterator(texts, trainer)
     ids = [(name, backend.token_to_id(name)) for name in ("<s>", "</s>")]
@@ -112,7 +112,7 @@ def train_bpe(texts, before=()):
     specials = [*before, "<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=PIECES, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=TOKENS, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     ends = [(name, backend.token_to_id(name)) for name in ("</s>", "<s>")]
@@ -136,7 +136,7 @@ def config_ids(tokenizer):
 
 
 def build(kind, tokenizer):
-    rows = len(tokenizer) + 5  # some rows have no piece, as in mT5 and the embedded teacher
+    rows = len(tokenizer) + 5  # some rows have no token, as in mT5 and the embedded teacher
     if kind == "wordpiece":
         config = BertConfig(vocab_size=rows, **SHAPE, max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id)
         return fill(BertForMaskedLM(config))

@@ -84,7 +84,7 @@ def test_special_id_that_the_config_leaves_out_is_renumbered_too(full, tmp_path)
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}  # XLM-R's are 1, 0 and 2
     places = {"max_position_embeddings": bare["max_position_embeddings"] - 1}
     assert settings_of(tmp_path / "few") == settings_of(full) | special | places | {"vocab_size": 29}
-    with pytest.raises(UserError, match="padding piece, 1, must be kept"):
+    with pytest.raises(UserError, match="padding token, 1, must be kept"):
         prune_files(full, tmp_path / "fewer", [0, *range(2, 30)])
 
 
@@ -160,7 +160,7 @@ def test_truncation_that_a_call_left_on_is_off(full, tmp_path):
     assert spec["truncation"] is None and spec["padding"] is None
 
 
-def test_special_ids_of_a_config_follow_their_pieces():
+def test_special_ids_of_a_config_follow_their_tokens():
     settings = {"vocab_size": 9, "pad_token_id": 4, "eos_token_id": 7, "sep_token_id": None, "hidden_size": 4}
     assert renumbered(settings, {1: 0, 4: 1}) == {"vocab_size": 2, "pad_token_id": 1, "eos_token_id": None}
 
@@ -300,9 +300,9 @@ def test_full_tokenizer_is_not_built_where_the_file_says_all(own_class, study, t
 def test_folder_with_a_word_list_for_tokenizer_is_pruned(studies, tmp_path):
     study = studies("wordpiece")
     write_full(tmp_path / "full", study.model, native("wordpiece", study.tokenizer))
-    pieces = token_list(AutoTokenizer.from_pretrained(tmp_path / "full"))
+    tokens = token_list(AutoTokenizer.from_pretrained(tmp_path / "full"))
     (tmp_path / "full" / "tokenizer.json").unlink()
-    (tmp_path / "full" / "vocab.txt").write_text("\n".join(pieces), "utf-8")
+    (tmp_path / "full" / "vocab.txt").write_text("\n".join(tokens), "utf-8")
     full = AutoTokenizer.from_pretrained(tmp_path / "full")
     chosen = select_tokens(full, study.corpus)
     prune_files(tmp_path / "full", tmp_path / "few", chosen.ids)
@@ -343,7 +343,7 @@ def test_what_cannot_be_pruned_is_refused_and_leaves_nothing(studies, tmp_path):
     with pytest.raises(UserError, match="model.safetensors"):
         prune_files(full, few, ids)
     write_full(full, study.model, study.tokenizer)
-    with pytest.raises(UserError, match="into itself"):
+    with pytest.raises(UserError, match="are the same folder"):
         prune_files(full, tmp_path / "x" / ".." / "full", ids)
     with pytest.raises(UserError, match="embedding rows"):
         prune_files(full, few, [*ids, 10**6])

@@ -147,7 +147,7 @@ def test_other_models_and_heads_are_pruned_alike(kind, studies):
         torch.testing.assert_close(found.logits, expected.logits[..., study.ids], rtol=0, atol=1e-5)
 
 
-def test_model_with_fewer_rows_than_pieces_is_refused(studies):
+def test_model_with_fewer_rows_than_tokens_is_refused(studies):
     study = studies("wordpiece")
     model = BertModel(BertConfig(vocab_size=100, **SHAPE))
     with pytest.raises(UserError, match="only 100 embedding rows"):

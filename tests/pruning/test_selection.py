@@ -15,7 +15,7 @@ from kdlib.pruning.selection import count_tokens, coverage_curve, main_script, s
 from kdlib.pruning.tokenizer import prune_tokenizer
 
 
-def test_reasons_cover_exactly_the_kept_pieces(study):
+def test_reasons_cover_exactly_the_kept_tokens(study):
     chosen = study.chosen
     assert chosen.ids == sorted(set(chosen.ids)) == sorted(chosen.reason)
     assert set(chosen.reason.values()) <= {"special", "character", "corpus", "wordlist", "merge"}
@@ -41,12 +41,12 @@ def test_counts_do_not_depend_on_batches_or_padding(study):
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
 def test_characters_of_other_scripts_go_unless_all_are_asked_for(kind, studies):
     study = studies(kind)
-    pieces = token_list(study.tokenizer)
+    tokens = token_list(study.tokenizer)
     everything = set(select_tokens(study.tokenizer, study.corpus, characters="all").ids)
-    foreign = {i for i, piece in enumerate(pieces) if len(piece) == 1 and script_of(piece) & {"Cyrl", "Hani", "Thai"}}
+    foreign = {i for i, token in enumerate(tokens) if len(token) == 1 and script_of(token) & {"Cyrl", "Hani", "Thai"}}
     assert foreign and foreign <= everything and not foreign & set(study.chosen.ids)
-    neutral = {i for i, piece in enumerate(pieces) if len(piece) == 1 and not script_of(piece)}
-    assert {pieces[i] for i in neutral} >= set("0123.,:%") and neutral <= set(study.chosen.ids)
+    neutral = {i for i, token in enumerate(tokens) if len(token) == 1 and not script_of(token)}
+    assert {tokens[i] for i in neutral} >= set("0123.,:%") and neutral <= set(study.chosen.ids)
 
 
 def test_byte_alphabet_is_kept_whole(studies):
@@ -61,12 +61,12 @@ def test_bpe_piece_is_kept_with_all_it_is_merged_from(studies):
     model = json.loads(study.small.backend_tokenizer.to_str())["model"]
     made = {left + right for left, right in model["merges"]}
     special = set(study.small.all_special_tokens)
-    assert all(piece in made for piece in model["vocab"] if len(piece) > 1 and piece not in special)
+    assert all(token in made for token in model["vocab"] if len(token) > 1 and token not in special)
     merged = [i for i, why in study.chosen.reason.items() if why == "merge"]
     assert merged and not study.chosen.counts[merged].any()
 
 
-def test_rows_run_out_for_the_rarest_pieces_first(study):
+def test_rows_run_out_for_the_rarest_tokens_first(study):
     least = len(select_tokens(study.tokenizer, study.corpus[:1], characters="all").ids)
     limit = (least + len(study.chosen.ids)) // 2
     chosen = select_tokens(study.tokenizer, study.corpus, words=["magandang"], max_rows=limit)
@@ -130,7 +130,7 @@ def test_bpe_that_marks_the_ends_of_words_is_refused():
         select_tokens(PreTrainedTokenizerFast(tokenizer_object=backend), ["a b"])
 
 
-def test_byte_pieces_are_kept():
+def test_byte_tokens_are_kept():
     spelled = [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
     vocabulary = [("<unk>", 0.0), ("▁a", -2.0), ("▁", -3.0), ("b", -4.0), ("bb", -3.5), *spelled]
     backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
@@ -157,7 +157,7 @@ def test_special_tokens_that_nobody_declared_are_kept(tokenizers, corpus):
 def test_unknown_piece_says_nothing_about_scripts(tokenizers):
     tokenizer = tokenizers("wordpiece")
     chosen = select_tokens(tokenizer, ["Дождь", "ꙮꙮ"])
-    kept = {piece for i, piece in enumerate(token_list(tokenizer)) if i in chosen.reason and len(piece) == 1}
+    kept = {token for i, token in enumerate(token_list(tokenizer)) if i in chosen.reason and len(token) == 1}
     assert "ж" in kept and "a" not in kept
 
 
@@ -198,7 +198,7 @@ def test_what_is_no_language_code_is_refused(code):
 
 
 @pytest.mark.parametrize(
-    "piece, scripts",
+    "token, scripts",
     [
         ("a", {"Latn"}), ("ñ", {"Latn"}), ("▁a", {"Latn"}), ("##a", {"Latn"}), ("Ġa", {"Latn"}),
         ("▁Дож", {"Cyrl"}), ("漢", {"Hani"}), ("##漢", {"Hani"}), ("漢a", {"Hani", "Latn"}), ("ไทย", {"Thai"}),
@@ -206,6 +206,6 @@ def test_what_is_no_language_code_is_refused(code):
         ("\u0303", set()), ("", set()), ("<0x41>", set()),
     ],
 )  # fmt: skip
-def test_script_of_a_piece(piece, scripts):
-    assert script_of(piece) == scripts
-    assert main_script(piece) == ("mixed" if len(scripts) > 1 else (*scripts, "neutral")[0])
+def test_script_of_a_piece(token, scripts):
+    assert script_of(token) == scripts
+    assert main_script(token) == ("mixed" if len(scripts) > 1 else (*scripts, "neutral")[0])

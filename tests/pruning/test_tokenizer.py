@@ -78,7 +78,7 @@ def test_normaliser_and_the_rest_of_the_file_stay_as_they_were(study):
 
 
 def post_processor_ids(node):
-    """(piece, id) of every special token that a post-processor names."""
+    """(token, id) of every special token that a post-processor names."""
     if node["type"] == "TemplateProcessing":
         return [pair for token in node["special_tokens"].values() for pair in zip(token["tokens"], token["ids"])]
     return [tuple(node["sep"]), tuple(node["cls"])]
@@ -87,12 +87,12 @@ def post_processor_ids(node):
 def test_saved_file_reads_right_for_transformers_4(study):
     spec = json.loads((study.folder / "tokenizer.json").read_text("utf-8"))
     vocabulary = spec["model"]["vocab"]
-    ids = vocabulary if isinstance(vocabulary, dict) else {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    ids = vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
     for token in spec["added_tokens"]:
         assert ids.setdefault(token["content"], token["id"]) == token["id"]
     assert sorted(ids.values()) == list(range(len(study.chosen.ids)))
     named = post_processor_ids(spec["post_processor"])
-    assert named and all(ids[piece] == i for piece, i in named)
+    assert named and all(ids[token] == i for token, i in named)
     if spec["model"]["type"] == "Unigram":
         assert spec["model"]["vocab"][spec["model"]["unk_id"]][0] == study.tokenizer.unk_token
     raw = Tokenizer.from_file(str(study.folder / "tokenizer.json"))

@@ -67,7 +67,7 @@ def stopped(tmp_path, *cells):
     with pytest.raises(NotebookError) as error:
         execute(notebook(tmp_path, *cells), tmp_path / "out.ipynb", {}, QUIET)
     nbformat.validate(nbformat.read(tmp_path / "out.ipynb", 4))
-    assert "the same command goes on from here" in str(error.value) and "\n" not in str(error.value)
+    assert "the same command resumes here" in str(error.value) and "\n" not in str(error.value)
     return error.value
 
 
@@ -111,7 +111,7 @@ def test_papermill_stops(tmp_path, monkeypatch, error, said, user):
 
 def test_a_second_run_on_a_folder_is_told_of_the_first(tmp_path, own):
     with Run(tmp_path / "run", runner.Study(tmp_path / "run", "smoke", own).profile).lock():
-        with pytest.raises(UserError, match="another kdlib run is at work here"):
+        with pytest.raises(UserError, match="another kdlib run is using this folder"):
             runner.run_study(tmp_path / "run", "smoke", own, console=QUIET)
     assert not list((tmp_path / "run" / "notebooks").iterdir())
 

@@ -105,28 +105,28 @@ def test_escaped_text_holds_no_element_and_loses_nothing(text):
 def test_pieces_have_the_tokenizer_s_ids_words_and_unknown_tokens_with_their_letters(pair):
     tokenizer = pair["teacher"].tokenizer
     text = "ang bataxa  ΩΩ tubig"
-    pieces = explore.cut(tokenizer, text)
-    assert list(pieces["id"]) == tokenizer(text, add_special_tokens=False).input_ids
-    assert list(pieces["word"]) == [0, *[1] * (len(pieces) - 3), 2, 3]
-    assert list(pieces.loc[pieces["unknown"], "source"]) == ["ΩΩ"]
-    assert list(pieces.loc[pieces["unknown"], "piece"]) == ["[UNK]"]
+    tokens = explore.cut(tokenizer, text)
+    assert list(tokens["id"]) == tokenizer(text, add_special_tokens=False).input_ids
+    assert list(tokens["word"]) == [0, *[1] * (len(tokens) - 3), 2, 3]
+    assert list(tokens.loc[tokens["unknown"], "source"]) == ["ΩΩ"]
+    assert list(tokens.loc[tokens["unknown"], "token"]) == ["[UNK]"]
     assert explore.cut(tokenizer, "").empty
 
 
 def test_tokeniser_shows_fertility_unknown_words_and_what_differs(pair):
     teacher = pair["teacher"]
-    ids = [i for i, piece in enumerate(token_list(teacher.tokenizer)) if piece != "bata"]
+    ids = [i for i, token in enumerate(token_list(teacher.tokenizer)) if token != "bata"]
     other = encoder()
     other.tokenizer = prune_tokenizer(teacher.tokenizer, ids)
     text = "ang bata ΩΩ kumain"
-    shown = explore.pieces_html({"teacher": teacher, "pruned teacher": other}, text)
+    shown = explore.tokens_html({"teacher": teacher, "pruned teacher": other}, text)
     for tokenizer in (teacher.tokenizer, other.tokenizer):
         assert f"{segmentation(tokenizer, [text])['fertility']:.2f} tokens per word" in shown
     assert "unknown: ΩΩ" in body(shown) and "1 unknown token<" in shown
     assert "+3 tokens" in shown and "<code>bata</code>" in shown
-    assert "cuts it just as" in explore.pieces_html({"teacher": teacher, "pruned teacher": other}, "ang aso")
-    assert "<b>unknown: &lt;</b>" in explore.pieces_html({"teacher": teacher}, "<script>")
-    assert "and 700 more" in explore.pieces_html({"teacher": teacher}, "ang " * 1000)
+    assert "splits it as" in explore.tokens_html({"teacher": teacher, "pruned teacher": other}, "ang aso")
+    assert "<b>unknown: &lt;</b>" in explore.tokens_html({"teacher": teacher}, "<script>")
+    assert "and 700 more" in explore.tokens_html({"teacher": teacher}, "ang " * 1000)
 
 
 def test_size_table_agrees_with_coverage_with_a_pruned_model_and_with_the_whole_one(pair):
@@ -170,14 +170,14 @@ def test_soft_targets_are_a_distribution_in_the_logits_order(temperature):
 
 def test_masked_logits_are_the_head_s_on_the_gap():
     made = with_head()
-    pieces, logits = explore.masked_logits(made, "ang ___ ay kumain")
+    tokens, logits = explore.masked_logits(made, "ang ___ ay kumain")
     batch = made.tokenizer("ang [MASK] ay kumain", return_tensors="pt")
     with torch.no_grad():
         state = made.model(**batch).last_hidden_state[0, 2]
         expected = made.head(state, made.model.get_input_embeddings().weight)
-    assert logits == pytest.approx(expected.numpy(), abs=1e-5) and pieces[5] == "ang" and len(pieces) == len(logits)
-    shown = explore.targets_html(pieces, logits, 2.0)
-    assert all(f"<code>{pieces[i]}</code>" in shown for i in np.argsort(-logits)[:10])
+    assert logits == pytest.approx(expected.numpy(), abs=1e-5) and tokens[5] == "ang" and len(tokens) == len(logits)
+    shown = explore.targets_html(tokens, logits, 2.0)
+    assert all(f"<code>{tokens[i]}</code>" in shown for i in np.argsort(-logits)[:10])
 
 
 @pytest.mark.parametrize("text, word", [("ang bata", "___"), ("ang " * 40 + "___", "32 tokens")])
@@ -192,10 +192,10 @@ def test_the_gap_takes_the_longest_word():
 
 def test_attentions_are_those_of_an_eager_model_and_leave_the_model_as_it_was():
     fast, eager = encoder(attn="sdpa"), encoder(attn="eager")
-    pieces, states = explore.attentions(fast, SENTENCE)
+    tokens, states = explore.attentions(fast, SENTENCE)
     batch = eager.tokenizer(SENTENCE, return_tensors="pt")
     expected = torch.stack(eager.model(**batch, output_attentions=True).attentions)[:, 0].detach().numpy()
-    assert pieces == ["[CLS]", *SENTENCE.split(), "[SEP]"] and states == pytest.approx(expected, abs=1e-6)
+    assert tokens == ["[CLS]", *SENTENCE.split(), "[SEP]"] and states == pytest.approx(expected, abs=1e-6)
     assert states.sum(-1) == pytest.approx(np.ones(states.shape[:3]))
     assert fast.model.config._attn_implementation == "sdpa"
     with pytest.raises(TypeError):
@@ -322,7 +322,7 @@ def test_without_a_front_end_no_widget_is_made(pair, monkeypatch):
     assert display.headless() and set(widget_module._instances) == before
 
 
-def test_typing_a_sentence_shows_its_pieces_and_an_empty_one_a_hint(pair):
+def test_typing_a_sentence_shows_its_tokens_and_an_empty_one_a_hint(pair):
     panel = widgets.tokeniser(pair, SENTENCE)
     assert isinstance(panel.widget, ipywidgets.VBox) and "kumain" in panel.text.value
     panel.controls["sentence"].value = "aso ΩΩ"
@@ -405,7 +405,7 @@ def test_temperature_panel_softens_and_says_where_there_is_no_head(pair):
     panel.controls["temperature"].value = 8.0
     assert "temperature 8" in panel.text.value
     panel.controls["sentence"].value = "walang puwang"
-    assert "Put ___ where" in panel.text.value
+    assert "Write ___ where" in panel.text.value
     made = widgets.temperature(lambda text: (["a", "b"], np.array([1.0, 0.0])), "___")
     assert "<code>a</code>" in made.first.html
     without = widgets.temperature(pair["teacher"], "ang ___")
