@@ -1,7 +1,6 @@
 """Conditioning: train the teacher further on the target language by masked language modelling (Cruz and Aji 2025)."""
 
 import copy
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from kdlib.batching import BudgetSampler, budget_batches, pad, tokens_per_batch
 from kdlib.device import autocast
 from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
-from kdlib.models.masking import mask_id, mask_tokens
+from kdlib.models.masking import mask_id, mask_tokens, seeded_generator
 from kdlib.models.mlm_head import MaskedHead, new_head, perplexity
 from kdlib.models.token_store import tokenise
 from kdlib.training import checkpoints
@@ -120,8 +119,7 @@ class MaskedTexts:
 
     def mask(self, features: dict[str, torch.Tensor], share: float, key: str) -> dict[str, torch.Tensor]:
         """Mask a batch; `key` and the batch's shape decide the draw. Returns a MaskedModel's inputs and its targets."""
-        generator = torch.Generator().manual_seed(random.Random(key).getrandbits(32))
-        ids = features["input_ids"]
+        ids, generator = features["input_ids"], seeded_generator(key)
         masked, chosen = mask_tokens(
             ids, features["maskable"], self.mask_id, self.rows, share, features.get("words"), generator
         )

@@ -59,7 +59,7 @@ class DistillTrainer(BudgetTrainer):
         """The weighted sum of the objectives."""
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
-        student.targets, student.mask = inputs.get("targets"), inputs.get("counted", student.mask)
+        student = replace(student, targets=inputs.get("targets"), mask=inputs.get("counted", student.mask))
         loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)

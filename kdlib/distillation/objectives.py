@@ -7,7 +7,8 @@ outputs are those after the projection.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,51 +172,31 @@ def mlm_loss(student: ModelOutputs, teacher: ModelOutputs | None = None) -> torc
     return _over(F.cross_entropy(student.logits.float(), student.targets, reduction="sum"), len(student.targets))
 
 
-OBJECTIVES: dict[str, Callable[..., torch.Tensor]] = {
-    "hidden": hidden_loss,
-    "attention": attention_loss,
-    "sentence": sentence_loss,
-    "tinybert_hidden": tinybert_hidden_loss,
-    "tinybert_attention": tinybert_attention_loss,
-    "cosine": cosine_loss,
-    "kl": kl_loss,
-    "mlm": mlm_loss,
-}
-
-
 @dataclass(frozen=True)
 class RequiredOutputs:
     """What objectives need from a forward pass.
 
     Attributes:
+        states: states that go through the projection.
         layers: all compared layers, not only the last.
         embedded: the states after the embeddings.
-        states: states that go through the projection.
         attention: queries and keys.
         masked: masked text, and logits at its masked tokens.
         soft: the teacher's logits.
     """
 
-    layers: bool
-    embedded: bool
-    states: bool
-    attention: bool
-    masked: bool
-    soft: bool
+    states: bool = False
+    layers: bool = False
+    embedded: bool = False
+    attention: bool = False
+    masked: bool = False
+    soft: bool = False
 
     @classmethod
     def of(cls, weights: dict[str, float]) -> "RequiredOutputs":
-        """What these objectives need together."""
-        used = {name for name, weight in weights.items() if weight}
-        attention = {"attention", "tinybert_attention"}
-        return cls(
-            layers=bool(used & {"hidden", "tinybert_hidden", *attention}),
-            embedded="tinybert_hidden" in used,
-            states=bool(used & {"hidden", "tinybert_hidden", "sentence", "cosine"}),
-            attention=bool(used & attention),
-            masked=bool(used & {"kl", "mlm"}),
-            soft="kl" in used,
-        )
+        """What the objectives with a weight above 0 need together."""
+        used = [OBJECTIVES[name].needs for name, weight in weights.items() if weight]
+        return cls(**{field.name: any(getattr(needs, field.name) for needs in used) for field in fields(cls)})
 
     @property
     def teacher(self) -> bool:
@@ -226,6 +207,25 @@ class RequiredOutputs:
     def cacheable(self) -> bool:
         """Whether cached states of the unmasked text are all that the teacher has to give."""
         return self.states and not self.attention and not self.masked
+
+
+class Objective(NamedTuple):
+    """A loss of the outputs of student and teacher, and the outputs it needs."""
+
+    loss: Callable[..., torch.Tensor]
+    needs: RequiredOutputs
+
+
+OBJECTIVES = {
+    "hidden": Objective(hidden_loss, RequiredOutputs(states=True, layers=True)),
+    "attention": Objective(attention_loss, RequiredOutputs(attention=True, layers=True)),
+    "sentence": Objective(sentence_loss, RequiredOutputs(states=True)),
+    "tinybert_hidden": Objective(tinybert_hidden_loss, RequiredOutputs(states=True, layers=True, embedded=True)),
+    "tinybert_attention": Objective(tinybert_attention_loss, RequiredOutputs(attention=True, layers=True)),
+    "cosine": Objective(cosine_loss, RequiredOutputs(states=True)),
+    "kl": Objective(kl_loss, RequiredOutputs(masked=True, soft=True)),
+    "mlm": Objective(mlm_loss, RequiredOutputs(masked=True)),
+}
 
 
 def check_objectives(weights: dict[str, float]) -> None:
@@ -243,6 +243,8 @@ def total_loss(
     """The weighted sum, and each objective's own value. `temperature` is that of the soft targets (kl)."""
     settings = {"kl": {"temperature": temperature}}
     parts = {
-        name: OBJECTIVES[name](student, teacher, **settings.get(name, {})) for name, weight in weights.items() if weight
+        name: OBJECTIVES[name].loss(student, teacher, **settings.get(name, {}))
+        for name, weight in weights.items()
+        if weight
     }
     return sum(weights[name] * value for name, value in parts.items()), {n: v.detach() for n, v in parts.items()}

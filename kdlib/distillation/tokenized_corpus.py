@@ -1,6 +1,5 @@
 """The data a student is distilled on: tokens, masks, and the teacher's cached states."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from kdlib.distillation.teacher_cache import TeacherStates, teacher_states
 from kdlib.errors import UserError
 from kdlib.models import token_store
 from kdlib.models.encoder import Encoder
-from kdlib.models.masking import mask_tokens
+from kdlib.models.masking import mask_tokens, seeded_generator
 from kdlib.models.token_store import Ragged
 
 
@@ -90,16 +89,13 @@ class Masking:
         """Pad and mask texts.
 
         Returns:
-            As `TokenizedCorpus.collate`, with masked input_ids; masked, int64 [masked tokens], their positions in the
-                flattened
-            batch; and targets, the tokens before masking. `rows` selects rows of the masked batch.
+            As `TokenizedCorpus.collate`, with masked input_ids; masked, int64 [masked tokens], their positions in
+            the flattened batch; and targets, the tokens before masking. `rows` selects rows of the masked batch.
         """
         features = texts.collate(batch)
         ids = features["input_ids"]
         maskable = pad([texts.maskable[i] for i in batch], 0)[0].bool()
-        name = f"{self.seed}-{sampler.epoch}-{list(batch)}"
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
-        generator = torch.Generator().manual_seed(number)
+        generator = seeded_generator(f"{self.seed}-{sampler.epoch}-{list(batch)}")
         hidden, chosen = mask_tokens(ids, maskable, self.mask_id, self.rows, self.share, generator=generator)
         ids, places = ids[rows].flatten(), chosen[rows].flatten().nonzero().squeeze(1)
         mask = features["attention_mask"][rows]

@@ -1,5 +1,6 @@
 """Masking: the tokens that masked language modelling hides."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,6 +33,11 @@ def maskable_tokens(tokenizer: PreTrainedTokenizerFast, encodings: Sequence, pre
 def word_numbers(encodings: Sequence) -> list[np.ndarray]:
     """The word of its text that each token belongs to: int [tokens] for each encoding, -1 for none."""
     return [np.array([-1 if word is None else word for word in e.word_ids], int) for e in encodings]
+
+
+def seeded_generator(key: str) -> torch.Generator:
+    """A generator whose draws depend on nothing but `key`, so that a resumed run draws the same masks."""
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7]))
 
 
 def mask_tokens(
@@ -72,9 +78,8 @@ def mask_tokens(
         owner = words.clamp(min=0)
         drawn = draw((len(ids), int(owner.max()) + 1)).gather(1, owner)
     drawn = drawn.masked_fill(~maskable, 2.0)  # beyond any share
-    chosen = (
-        (drawn < share) | (drawn == drawn.min())
-    ) & maskable  # the smallest at least, so that there is something to learn
+    least = drawn == drawn.min()  # at least one token, so that there is something to learn
+    chosen = ((drawn < share) | least) & maskable
     fate = draw(ids.shape)
     noise = torch.randint(0, rows, ids.shape, generator=generator).to(ids.device)
     masked = torch.where(chosen & (fate < 0.8), mask_id, ids)
