@@ -27,6 +27,10 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             _fail(str(error), 2)
+        except ModuleNotFoundError as error:
+            if not error.name or error.name.startswith("kdlib"):
+                raise
+            _fail(f"this command needs the package {error.name}: pip install 'kdlib[notebooks]'", 2)
         except KeyboardInterrupt:
             _fail("stopped; the same command resumes", 130)
 
@@ -84,9 +88,10 @@ def distill(profile: Profile = "workshop", out: Out = None, set_: Overrides = No
     On several GPUs: torchrun --nproc_per_node 8 -m kdlib distill --out runs/x
     """
     overrides, folder = _checked(profile, set_, out)
-    from kdlib.study import runner
+    from kdlib.study.study import distill_run
 
-    runner.distill(folder, profile, overrides)
+    if said := distill_run(folder, profile, overrides):
+        typer.echo(said)
 
 
 @app.command()
@@ -121,10 +126,9 @@ def figures(
     to: Annotated[Path, typer.Option(help="where the README looks for its figures")] = Path("figures"),
 ) -> None:
     """Copy the figures of a finished run to where the README shows them."""
-    from kdlib.study import runner
-    from kdlib.study.run import Run
+    from kdlib.study.run import Run, copy_figures
 
-    for path in runner.refresh_figures(Run(run_dir), to):
+    for path in copy_figures(Run(run_dir), to):
         typer.echo(path)
 
 

@@ -2,13 +2,12 @@
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from IPython import get_ipython
-from IPython.display import display
 from tqdm import tqdm
 
 Item = TypeVar("Item")
@@ -29,7 +28,7 @@ class Progress:
 
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
-        kernel, other = hasattr(get_ipython(), "kernel"), distributed.rank() > 0
+        kernel, other = "ipykernel.zmqshell" in sys.modules, distributed.rank() > 0
         self.bar = None if self.file or kernel else tqdm(total=total, desc=label, leave=False, delay=1, disable=other)
         self.line = None  # text in a notebook: tqdm's widget would stay dead in the saved file
 
@@ -58,6 +57,8 @@ class Progress:
     def _show(self, text: str) -> None:
         bundle = {"text/plain": text}
         if self.line is None:
+            from IPython.display import display
+
             self.line = display(bundle, raw=True, display_id=True)
         else:
             self.line.update(bundle, raw=True)

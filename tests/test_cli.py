@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kdlib.cli import app
 from kdlib.config import load_profile
 from kdlib.files import flaw, seal
-from kdlib.study import runner
+from kdlib.study import run as run_module
 from kdlib.study.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +141,7 @@ def test_ctrl_c_ends_with_one_line_and_code_130(run, monkeypatch):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "refresh_figures", stopped)
+    monkeypatch.setattr(run_module, "copy_figures", stopped)
     result = invoke("figures", "--run", run)
     assert (result.exit_code, result.output) == (130, "kdlib: stopped; the same command resumes\n")
 

@@ -18,7 +18,7 @@ from kdlib.distillation.objectives import OBJECTIVES
 from kdlib.distillation.student_init import build_student
 from kdlib.distillation.tokenized_corpus import prepare
 from kdlib.models.mlm_head import new_head
-from kdlib.study import runner
+from kdlib.study.study import distill_run
 
 pytestmark = pytest.mark.slow
 
@@ -83,7 +83,7 @@ def test_curves_are_those_of_one_process(name, twins, tmp_path_factory):
 
 
 def test_the_study_of_two_processes_is_that_of_one(twins, tmp_path):
-    runner.distill(tmp_path / "run", "smoke", study(tmp_path))
+    distill_run(tmp_path / "run", "smoke", study(tmp_path))
     runs = [pd.read_csv(run / "student" / "curve.csv") for run in (tmp_path / "run", twins / "run")]
     assert np.allclose(runs[0]["loss"], runs[1]["loss"], rtol=1e-4)
     both = (tmp_path / "run", twins / "run")
@@ -99,7 +99,8 @@ def main(folder: Path) -> None:
         curve.to_csv(folder / f"{name}-{distributed.rank()}.csv")
     with distributed.main_process_first():
         sources = study(folder) if distributed.rank() == 0 else None
-    runner.distill(folder / "run", "smoke", distributed.broadcast(sources))
+    if said := distill_run(folder / "run", "smoke", distributed.broadcast(sources)):
+        print(said)
 
 
 if __name__ == "__main__":

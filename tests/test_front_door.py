@@ -3,7 +3,9 @@
 import doctest
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,26 @@ def test_the_example_of_a_name_runs(name):
     module = sys.modules[getattr(kdlib, name).__module__]
     [example] = [test for test in doctest.DocTestFinder().find(module) if test.name == f"{module.__name__}.{name}"]
     assert example.examples and doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
+
+
+@pytest.mark.slow
+def test_the_library_needs_no_package_of_the_notebooks():
+    """Everything but figures, widgets and `kdlib run` works after `pip install kdlib`."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    others = [*project["optional-dependencies"]["notebooks"], "IPython"]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({others!r}, None))
+import kdlib
+from kdlib.study import export, study
+from kdlib.progress import track
+[getattr(kdlib, name) for name in kdlib.__all__]
+list(track("ab", "letters"))
+from kdlib.cli import app
+app(["run", "--profile", "smoke"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.endswith("pip install 'kdlib[notebooks]'\n"), done.stderr
 
 
 @pytest.mark.slow

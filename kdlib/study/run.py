@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,15 @@ def run_folder(run_dir: str | Path | None, profile: str) -> Path:
     """
     base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
     return base / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))
+
+
+def copy_figures(run: Run, target: Path) -> list[Path]:
+    """Copy a finished run's figures to `target`. Raises UserError where there are none."""
+    files = sorted((run.path / "figures").glob("*.png"))
+    if not files:
+        raise UserError(f"{run.path}: no figures yet; finish the run first")
+    target.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(file, target / file.name)) for file in files]
 
 
 def find_run(run_dir: str | Path | None, profile: str = "workshop", overrides: Any = ()) -> Run:

@@ -5,7 +5,6 @@ After a failure the partial notebook stays, with a plain message.
 
 import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from kdlib import distributed, progress
-from kdlib.config import load_profile
-from kdlib.device import pick_device
+from kdlib import progress
 from kdlib.errors import UserError
 from kdlib.progress import clock
 from kdlib.study.arms import arms as check_arms
@@ -36,7 +33,7 @@ from kdlib.study.stage import contents
 from kdlib.study.study import NOTEBOOKS, STAGES, Study
 from kdlib.viz import tables
 
-MENDABLE = ("UserError", "OSError", "PermissionError")  # errors of a cell that the user can fix, such as a full disk
+USER_ERRORS = ("UserError", "OSError", "PermissionError")  # errors of a cell that the user can fix, such as a full disk
 PLAIN_SECONDS = 20  # how often a line is printed where there is no terminal
 
 
@@ -125,23 +122,6 @@ def run_study(
         summary(study.run, time.time() - begun, console)
 
 
-def distill(out: Path, profile: str, overrides: list[str], console: Console | None = None) -> None:
-    """Distil the student of a run outside the notebooks; they find it afterwards.
-
-    Under torchrun or `accelerate launch` the processes work together, in a folder that all of them see. Raises
-    UserError for bad input.
-    """
-    distributed.join(pick_device(load_profile(profile, overrides).device))
-    study = Study(out, profile, overrides)
-    with study.run.lock() if distributed.rank() == 0 else nullcontext():
-        _, curve, facts = study.distill()
-    if distributed.rank() == 0:
-        loss = curve.query("split == 'heldout'")["loss"].iloc[-1]
-        seconds = clock(facts["training_seconds"])
-        console = console or Console()
-        console.print(f"{study.run.path / 'student'}: held-out loss {loss:.4f}, trained {seconds}", soft_wrap=True)
-
-
 def execute(
     source: Path, target: Path, parameters: dict[str, Any], console: Console, shared: AsyncKernelManager | None = None
 ) -> None:
@@ -166,20 +146,20 @@ def execute(
                 progress_bar=False, start_timeout=START_SECONDS, extra_arguments=ARGUMENTS,
             )  # fmt: skip
     except PapermillExecutionError as error:
-        mendable = error.ename in MENDABLE
-        reason = error.evalue if mendable else f"{error.ename}: {error.evalue}"
+        user = error.ename in USER_ERRORS
+        reason = error.evalue if user else f"{error.ename}: {error.evalue}"
     except DeadKernelError:
-        mendable, reason = False, "its kernel died (killed, or out of memory)"
+        user, reason = False, "its kernel died (killed, or out of memory)"
     except CellTimeoutError:
-        mendable, reason = False, "a cell took too long"
+        user, reason = False, "a cell took too long"
     except RuntimeError as error:  # raised by the kernel's client
-        mendable, reason = False, f"its kernel did not start ({error})"
+        user, reason = False, f"its kernel did not start ({error})"
     except OSError as error:
-        mendable, reason = True, f"the notebook could not be written ({error.strerror or error})"
+        user, reason = True, f"the notebook could not be written ({error.strerror or error})"
     else:
         return
     where = f"notebook {source.stem}, cell {_Engine.report.cell if _Engine.report else 0}"
-    raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command resumes here)", mendable)
+    raise NotebookError(f"{where}: {reason} (partial notebook: {target}; the same command resumes here)", user)
 
 
 class _Engine(NBClientEngine):
@@ -272,12 +252,3 @@ def summary(run: Run, seconds: float, console: Console) -> None:
     for measure, values in headline.T.iterrows():
         table.add_row(str(measure), *("" if pd.isna(value) else f"{value:,.1f}" for value in values))
     console.print(table)
-
-
-def refresh_figures(run: Run, target: Path) -> list[Path]:
-    """Copy a finished run's figures to the project's `figures/`. Raises UserError where there are none."""
-    files = sorted((run.path / "figures").glob("*.png"))
-    if not files:
-        raise UserError(f"{run.path}: no figures yet; finish the run first")
-    target.mkdir(parents=True, exist_ok=True)
-    return [Path(shutil.copy(file, target / file.name)) for file in files]

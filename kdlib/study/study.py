@@ -1,16 +1,18 @@
 """A study as notebooks use it: the models, data and reports of one run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from transformers.utils.logging import disable_progress_bar
 
-from kdlib import config, device
+from kdlib import config, device, distributed
 from kdlib.data.corpus import Corpus
 from kdlib.data.tasks import Task
 from kdlib.models.encoder import Encoder
+from kdlib.progress import clock
 from kdlib.pruning.selection import Selection
 from kdlib.study.arms import arms
 from kdlib.study.model_card import write_card
@@ -157,3 +159,25 @@ class Study:
     def report(self, stage: str) -> Any:
         """The report of a stage; its methods give the rows that the notebook records."""
         return self.graph.reports[stage]
+
+
+def distill_run(out: Path, profile: str, overrides: list[str]) -> str | None:
+    """Distil the student of a run outside the notebooks; they find it afterwards.
+
+    Under torchrun or `accelerate launch` the processes work together, in a folder that all of them see.
+
+    Returns:
+        One line about the student; None in all processes but the first.
+
+    Raises:
+        UserError: for bad input.
+    """
+    distributed.join(device.pick_device(config.load_profile(profile, overrides).device))
+    study = Study(out, profile, overrides)
+    with study.run.lock() if distributed.rank() == 0 else nullcontext():
+        trained = study.distill()
+    if distributed.rank():
+        return None
+    loss = trained.curve.query("split == 'heldout'")["loss"].iloc[-1]
+    trained_for = clock(trained.facts["training_seconds"])
+    return f"{study.run.path / 'student'}: held-out loss {loss:.4f}, trained {trained_for}"
