@@ -20,6 +20,7 @@ from benchmarks.common import (
 )
 from benchmarks.reference import BATCH
 from kdlib.batching import BudgetSampler
+from kdlib.config import Distill
 from kdlib.distillation.objectives import RequiredOutputs, total_loss
 from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.tokenized_corpus import compared_layers, with_states
@@ -77,7 +78,7 @@ def write_job(job: Job, folder) -> list[dict[str, torch.Tensor]]:
     job.study.source.model.save_pretrained(folder / "teacher")
     sampler = BudgetSampler([len(ids) for ids in job.train.ids], job.spec.batch_tokens, job.study.profile.seed)
     batches = [job.train.collate(batch) for batch in sampler]
-    layers = compared_layers(RequiredOutputs.of(OBJECTIVE), student.config.num_hidden_layers, job.study.source.layers)
+    layers = compared_layers(_spec(job), student.config.num_hidden_layers, job.study.source.layers)
     pairs = [[0, 0], *([mine, theirs] for mine, theirs in zip(*layers))]
     facts = {"layers": pairs, "rate": job.spec.learning_rate, "decay": job.spec.weight_decay, "clip": 1.0}
     torch.save({"batches": batches, **facts}, folder / "job.pt")
@@ -85,10 +86,15 @@ def write_job(job: Job, folder) -> list[dict[str, torch.Tensor]]:
 
 
 @torch.no_grad()
+def _spec(job: Job) -> Distill:
+    """The job's settings with TextBrewer's objective."""
+    return job.spec.model_copy(update={"objectives": OBJECTIVE})
+
+
 def first_loss(job: Job, batch: dict[str, torch.Tensor]) -> float:
     """The kit's value of the objective for a batch, before any training."""
     needs, student, source = RequiredOutputs.of(OBJECTIVE), job.student().eval(), job.study.source
-    layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, source.layers)
+    layers, teacher_layers = compared_layers(_spec(job), student.config.num_hidden_layers, source.layers)
     watched = StateCapture(student, layers, needs), StateCapture(source.model, teacher_layers, needs)
     return float(total_loss(OBJECTIVE, *(one(batch["input_ids"], batch["attention_mask"]) for one in watched))[0])
 

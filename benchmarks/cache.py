@@ -39,7 +39,7 @@ def measure(quick: bool = False) -> list[dict]:
 def disagreement(job: Job, cached: TokenizedCorpus, count: int) -> tuple[float, int]:
     """The largest relative difference between the loss with cached and with live states, and over how many batches."""
     needs, student, source = RequiredOutputs.of(job.spec.objectives), job.student().eval(), job.study.source
-    layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, source.layers)
+    layers, teacher_layers = compared_layers(job.spec, student.config.num_hidden_layers, source.layers)
     mine, theirs = StateCapture(student, layers, needs), StateCapture(source.model, teacher_layers, needs)
     gaps = []
     for batch in list(BudgetSampler([len(ids) for ids in cached.ids], job.spec.batch_tokens))[:count]:

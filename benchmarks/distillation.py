@@ -7,6 +7,7 @@ import torch
 
 from benchmarks.common import Job, in_turns, keep_memory, main, row, seconds, workshop
 from benchmarks.reference import BATCH, LENGTH, Loop, batches
+from kdlib import config
 from kdlib.config import Student
 from kdlib.distillation.objectives import RequiredOutputs, total_loss
 from kdlib.distillation.state_capture import StateCapture
@@ -84,9 +85,9 @@ def disagreement(job: Job, rows: list[list[int]]) -> float:
 
 def kit_loss(teacher, student, projection, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The kit's value of the plain loop's loss."""
-    needs = RequiredOutputs.of(OBJECTIVES)
-    depth = student.config.num_hidden_layers
-    layers, teacher_layers = compared_layers(needs, depth, teacher.config.num_hidden_layers)
+    spec = config.Distill(objectives=OBJECTIVES)
+    depths = student.config.num_hidden_layers, teacher.config.num_hidden_layers
+    needs, (layers, teacher_layers) = RequiredOutputs.of(OBJECTIVES), compared_layers(spec, *depths)
     watched = StateCapture(student, layers, needs, projection), StateCapture(teacher, teacher_layers, needs)
     try:
         return total_loss(OBJECTIVES, *(one(ids, mask) for one in watched))[0]

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 from kdlib.errors import UserError
 from kdlib.files import parse_yaml
 
-Init = Literal["alternate", "first", "last", "random"] | list[int]
+Init = Literal["alternate", "late", "first", "last", "random"] | list[int]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -164,7 +164,7 @@ class Student(Section):
     hidden: int | None = Field(default=None, ge=8, description="width; null: the teacher's")
     ffn: int | None = Field(default=None, ge=8, description="width of the feed-forward layers; null: the teacher's")
     heads: int | None = Field(default=None, ge=1, description="attention heads; null: the teacher's")
-    init: Init = Field(default="alternate", description="layers to copy: alternate, first, last, a list; or random")
+    init: Init = Field(default="alternate", description="layers to copy: a rule or a list; or random")
     narrow: Literal["pca", "truncate", "random"] = Field(default="pca", description="start of a narrower student")
 
     @model_validator(mode="before")
@@ -179,6 +179,9 @@ class Distill(Section):
 
     objectives: dict[str, float] = Field(
         default={"hidden": 1.0, "sentence": 1.0}, description="weight of each objective"
+    )
+    layers: Literal["alternate", "late"] | list[int] = Field(
+        default="alternate", description="teacher layers that student layers are compared with: a rule or a list"
     )
     temperature: float = Field(default=2.0, gt=0, description="of the soft targets (objective kl)")
     mask: float = Field(default=0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")

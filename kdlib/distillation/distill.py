@@ -255,7 +255,7 @@ def distill(
     check_objectives(spec.objectives)
     needs = RequiredOutputs.of(spec.objectives)
     _check_pair(teacher, student, needs)
-    layers, teacher_layers = compared_layers(needs, student.config.num_hidden_layers, teacher.layers)
+    layers, teacher_layers = compared_layers(spec, student.config.num_hidden_layers, teacher.layers)
     train, heldout = (_usable(texts, needs, spec, teacher_layers) for texts in (train, heldout))
     if spec.freeze_embeddings:
         student.get_input_embeddings().weight.requires_grad_(False)

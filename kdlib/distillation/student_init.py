@@ -18,32 +18,38 @@ from kdlib.models.families import FAMILIES, Family, family_of
 SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
 
 
-def layer_map(init: str | list[int], student_layers: int, teacher_layers: int) -> list[int]:
-    """The teacher layer (1 = first) that each student layer is copied from and compared with.
+RULES = ("alternate", "late", "first", "last")
+
+
+def layer_map(rule: str | list[int], student_layers: int, teacher_layers: int, key: str = "student.init") -> list[int]:
+    """The teacher layer (1 = first) for each student layer: to copy it from, or to compare it with.
 
     Args:
-        init: "alternate" (every n-th, with the last), "first", "last", a list of layers, or "random", which is compared
-            with the alternate layers.
+        rule: "alternate": every n-th, with the last; "late": the last, and every n-th of those below it (as
+            "alternate" for fewer than 3 layers); "first", "last", or a list of layers.
         student_layers: l.
         teacher_layers: L.
+        key: the parameter that holds the rule, for errors.
 
     References:
         Cruz and Aji (2025): student layer i is compared with teacher layer i * L / l, which is "alternate".
     """
-    if isinstance(init, list):
-        if len(init) != student_layers:
-            raise UserError(f"student.init names {len(init)} layers for a student of {student_layers}")
-        if not all(1 <= layer <= teacher_layers for layer in init):
-            raise UserError(f"student.init is {init}; the teacher's layers are 1 to {teacher_layers}")
-        return init
-    if init not in ("alternate", "first", "last", "random"):
-        raise UserError(f"student.init is {init!r}; must be alternate, first, last, random or a list of layers")
+    if isinstance(rule, list):
+        if len(rule) != student_layers:
+            raise UserError(f"{key} names {len(rule)} layers for a student of {student_layers}")
+        if not all(1 <= layer <= teacher_layers for layer in rule):
+            raise UserError(f"{key} is {rule}; the teacher's layers are 1 to {teacher_layers}")
+        return rule
     if student_layers > teacher_layers:
         raise UserError(f"student.layers is {student_layers}; the teacher has only {teacher_layers}")
-    if init == "first":
+    if rule == "late" and student_layers > 2:
+        return [*layer_map("alternate", student_layers - 1, teacher_layers - 1), teacher_layers]
+    if rule == "first":
         return list(range(1, student_layers + 1))
-    if init == "last":
+    if rule == "last":
         return list(range(teacher_layers - student_layers + 1, teacher_layers + 1))
+    if rule not in ("alternate", "late"):
+        raise UserError(f"{key} is {rule!r}; must be alternate, late, first, last, random or a list of layers")
     return [(i + 1) * teacher_layers // student_layers for i in range(student_layers)]
 
 

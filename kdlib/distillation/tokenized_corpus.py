@@ -158,7 +158,7 @@ def with_states(
     needs = RequiredOutputs.of(spec.objectives)
     if not spec.cache or cache_root is None or spec.teacher_noise or not needs.cacheable:
         return texts.live()
-    layers = [0] * needs.embedded + compared_layers(needs, depth, encoder.layers)[1]
+    layers = [0] * needs.embedded + compared_layers(spec, depth, encoder.layers)[1]
     return replace(texts, cached=teacher_states(cache_root, encoder, texts.ids, layers, spec.cache_gigabytes))
 
 
@@ -168,12 +168,8 @@ def training_size(train: TokenizedCorpus, spec: config.Distill, seed: int = 0) -
     return int(batches * spec.epochs) or 1, round(train.tokens * spec.epochs)
 
 
-def compared_layers(needs: RequiredOutputs, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
-    """The layers of student and teacher that are compared.
-
-    Student layer i is compared with teacher layer i * L / l, as in TinyBERT; only the last ones where no objective
-    needs more.
-    """
-    if not needs.layers:
+def compared_layers(spec: config.Distill, depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
+    """The layers of student and teacher that are compared: those of `spec.layers`, or the last where that is enough."""
+    if not RequiredOutputs.of(spec.objectives).layers:
         return [depth], [teacher_depth]
-    return list(range(1, depth + 1)), layer_map("alternate", depth, teacher_depth)
+    return list(range(1, depth + 1)), layer_map(spec.layers, depth, teacher_depth, "distill.layers")

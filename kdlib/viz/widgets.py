@@ -11,6 +11,7 @@ import ipywidgets as W
 import numpy as np
 import pandas as pd
 
+from kdlib.distillation.student_init import RULES, layer_map
 from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.selection import Selection
@@ -115,7 +116,9 @@ class LayerMapEditor(Panel):
         return [state[f"layer_{i + 1}"] for i in range(state["depth"])]
 
 
-def layer_map_editor(teacher_layers: int, layers: Sequence[int]) -> LayerMapEditor:
+def layer_map_editor(
+    teacher_layers: int, layers: Sequence[int], compared: str | list[int] = "alternate"
+) -> LayerMapEditor:
     """Choose depth and copied layers of a student; `.value` is the list for `student.init`.
 
     Dotted lines show what distillation compares.
@@ -123,20 +126,17 @@ def layer_map_editor(teacher_layers: int, layers: Sequence[int]) -> LayerMapEdit
     Args:
         teacher_layers: number of layers.
         layers: the layers first shown, one teacher layer (1 = first) per student layer.
+        compared: the profile's `distill.layers`. A list holds for its own depth only; other depths show "alternate".
     """
+    presets = {rule: partial(layer_map, rule, teacher_layers=teacher_layers) for rule in RULES}
 
-    def spread(depth: int) -> list[int]:
-        return [(i + 1) * teacher_layers // depth for i in range(depth)]
-
-    presets = {
-        "alternate": spread,
-        "first": lambda depth: list(range(1, depth + 1)),
-        "last": lambda depth: list(range(teacher_layers - depth + 1, teacher_layers + 1)),
-    }
+    def matched(depth: int) -> list[int]:
+        fits = isinstance(compared, str) or len(compared) == depth
+        return layer_map(compared if fits else "alternate", depth, teacher_layers)
 
     def view(depth: int, start: str, **chosen: int) -> View:
         copied = [chosen[f"layer_{i + 1}"] for i in range(depth)]
-        picture = figures.layer_map_figure(teacher_layers, depth, copied, spread(depth))
+        picture = figures.layer_map_figure(teacher_layers, depth, copied, matched(depth))
         return View(layer_choice_html(copied), picture)
 
     def adapt(name: str, controls: dict[str, W.ValueWidget]) -> None:

@@ -112,6 +112,19 @@ def test_loss_of_cached_and_live_runs_agrees(tmp_path):
     assert np.allclose(*curves, rtol=5e-3)
 
 
+def test_the_student_learns_the_layers_that_the_profile_names(tmp_path):
+    teacher, settings = tiny.encoder(), spec(objectives={"hidden": 1.0}, layers=[3, 4], learning_rate=1e-9, epochs=1)
+    student = start(teacher, 2, init=[3, 4])
+    sets = data(teacher, settings, tmp_path / "c")
+    curve = distill(teacher, student, *sets, settings, tmp_path / "w").curve
+    captures = [StateCapture(m, layers, HIDDEN) for m, layers in ((student, [1, 2]), (teacher.model, [3, 4]))]
+    batch = sets[1].collate(range(len(sets[1])))
+    with torch.no_grad():
+        outputs = [one(batch["input_ids"], batch["attention_mask"]) for one in captures]
+    expected = OBJECTIVES["hidden"].loss(*outputs).item()
+    assert curve.query("split == 'heldout'")["hidden"].iloc[-1] == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("objectives", [{"hidden": 1.0, "sentence": 0.25}, {"attention": 1.0, "hidden": 1.0}])
 def test_heldout_loss_falls(tmp_path, objectives):
@@ -438,6 +451,10 @@ def test_only_layers_that_are_compared_are_read(tmp_path):
         cached = with_states(texts, teacher, spec(objectives={name: 1.0}), tmp_path, 2).cached
         assert (cached and set(cached.layers)) == layers, name
     assert len(list(tmp_path.rglob("layer-*.f16"))) == 3
+    late = with_states(texts, teacher, spec(objectives={"hidden": 1.0}, layers="late"), tmp_path, 3).cached
+    assert set(late.layers) == {1, 3, 4}
+    with pytest.raises(UserError, match="distill.layers names 1 layers for a student of 2"):
+        with_states(texts, teacher, spec(objectives={"hidden": 1.0}, layers=[4]), tmp_path, 2)
     assert with_states(texts, teacher, spec(teacher_noise=True), tmp_path, 2).cached is None
     assert with_states(texts, teacher, spec(cache=False), tmp_path, 2).cached is None
 

@@ -109,7 +109,12 @@ def states(model):
         ("alternate", 5, 12, [2, 4, 7, 9, 12]),
         ("alternate", 1, 12, [12]),
         ("alternate", 12, 12, list(range(1, 13))),
-        ("random", 4, 12, [3, 6, 9, 12]),
+        ("late", 4, 12, [3, 7, 11, 12]),
+        ("late", 5, 12, [2, 5, 8, 11, 12]),
+        ("late", 3, 12, [5, 11, 12]),
+        ("late", 2, 12, [6, 12]),
+        ("late", 1, 12, [12]),
+        ("late", 12, 12, list(range(1, 13))),
         ("first", 4, 12, [1, 2, 3, 4]),
         ("first", 1, 12, [1]),
         ("last", 4, 12, [9, 10, 11, 12]),
@@ -124,9 +129,9 @@ def test_layer_map(init, student, teacher, expected):
 
 
 @pytest.mark.parametrize("teacher", [6, 7, 12, 24])
-def test_alternate_layers_rise_and_end_with_the_last(teacher):
-    for student in range(1, teacher + 1):
-        layers = layer_map("alternate", student, teacher)
+def test_spread_layers_rise_and_end_with_the_last(teacher):
+    for student, rule in itertools.product(range(1, teacher + 1), ("alternate", "late")):
+        layers = layer_map(rule, student, teacher)
         assert len(layers) == student and layers[-1] == teacher and layers[0] >= 1
         assert all(a < b for a, b in itertools.pairwise(layers))
 
@@ -142,6 +147,7 @@ def test_alternate_layers_rise_and_end_with_the_last(teacher):
         ("alternate", 13, "the teacher has only 12"),
         ("first", 13, "the teacher has only 12"),
         ("last", 20, "the teacher has only 12"),
+        ("late", 13, "the teacher has only 12"),
         ("middle", 4, "student.init is 'middle'"),
     ],
 )

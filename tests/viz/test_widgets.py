@@ -388,6 +388,9 @@ def test_layer_map_editor_gives_the_list_for_the_profile():
     controls["depth"].value = 2
     assert editor.value == [1, 11] and controls["layer_3"].layout.display == "none"
     assert "student.layers=2" in editor.text.value
+    controls["start"].value = "late"
+    assert editor.value == [6, 12]
+    assert widgets.layer_map_editor(12, [3, 7, 11, 12], "late").state["start"] == "late"
 
 
 @pytest.mark.slow
