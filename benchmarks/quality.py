@@ -32,8 +32,8 @@ SEEDS = (0, 1)
 LIMIT = 2.5  # minutes for the ways without cached states
 MOMENTS = 7  # evaluations of a training, ever further apart
 LEVELS = (0.90, 0.95, 0.98)  # shares of the teacher's score above chance
-TASKS = ("topic", "sentiment")  # embedded tasks on which the teacher is well above the baselines
-ROWS = (300, 300)  # training and test rows of a probe
+TASKS = ("topic", "entities")  # embedded tasks on which the teacher is well above the baselines
+ROWS = (500, 500)  # training and test rows of a probe
 
 
 class Way(NamedTuple):
@@ -102,7 +102,7 @@ def train(
     source = study.source
     student = build_student(source.model, way.student, seed)
     steps = training_size(texts, way.spec, seed)[0]
-    moments = set(np.unique(np.geomspace(max(1, steps / 60), steps, MOMENTS).round().astype(int)))
+    moments = set(np.geomspace(max(1, steps / 60), steps, MOMENTS).round().astype(int)[:-1])
     rows: list[dict] = []
     clock = {"start": time.perf_counter() - spent, "step": 0.0}
 
@@ -126,6 +126,7 @@ def train(
     with tempfile.TemporaryDirectory() as work:
         try:
             outcome = distill(source, student, texts, heldout, way.spec, Path(work), seed, should_stop=should_stop)
+            look()
             loss = outcome.curve.query("split == 'heldout'")["loss"].iloc[-1]
         except Stopped:
             loss = float("nan")

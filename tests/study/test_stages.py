@@ -118,6 +118,7 @@ SPECIAL = {  # values that a rule on the type alone does not give
     "parallel.languages": {"parallel.languages": ["tgl", "eng"]},
     "student.preset": {"student.preset": "tiny"},
     "student.init": {"student.init": "last"},
+    "distill.layers": {"distill.layers": "late"},
     "language": {"language": "ceb"},
 }
 LEAVES = leaves(config.Profile)
