@@ -38,11 +38,11 @@ def matmul_speed(dtype: torch.dtype, size: int = 768, seconds: float = 0.5, devi
     """Measure matrix products of `size` x `size` for so many seconds. Returns FLOP/s."""
     a = torch.randn(size, size, dtype=dtype, device=device)
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    a @ a
+    torch.mm(a, a)
     wait()
     start, runs = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        a @ a
+        torch.mm(a, a)
         wait()
         runs += 1
     return 2 * size**3 * runs / (time.perf_counter() - start)

@@ -194,13 +194,13 @@ def _split_embedded(documents: list[Document]) -> Corpus:
     cells: dict[tuple, list[Document]] = {}
     for document in sorted(documents, key=_rank):
         cells.setdefault((document.meta["topic"], document.meta["register"]), []).append(document)
-    corpus = Corpus([], [], [])
+    train, heldout, test = [], [], []
     for (_, register), cell in sorted(cells.items()):
         tests = TEST_PER_CELL if register in TEST_REGISTERS else 0
-        corpus.test += cell[:tests]
-        corpus.heldout += cell[tests : tests + HELDOUT_PER_CELL]
-        corpus.train += cell[tests + HELDOUT_PER_CELL :]
-    return corpus
+        test += cell[:tests]
+        heldout += cell[tests : tests + HELDOUT_PER_CELL]
+        train += cell[tests + HELDOUT_PER_CELL :]
+    return Corpus(train, heldout, test)
 
 
 def _split(documents: list[Document], heldout: float) -> Corpus:

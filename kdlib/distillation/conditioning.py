@@ -198,7 +198,8 @@ class ConditionCurve(Curve):
             self.add(state, self.split, {"loss": loss, "perplexity": float(np.exp(loss))})
         if self.evaluate and (end or state.global_step % args.eval_steps == 0):
             self.add(state, "heldout", self.evaluate())
-            self.on_point(self.points)
+            if self.on_point:
+                self.on_point(self.points)
 
 
 def condition(

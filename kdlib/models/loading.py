@@ -13,14 +13,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-    logging,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
+from transformers.utils.hub import cached_file
 
 from kdlib import config
 from kdlib.data import hub
@@ -185,13 +179,10 @@ def _check_sizes(source: str | Path, settings: PreTrainedConfig) -> None:
 
 def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
     """Raise UserError for missing weights (they would be random), infinite ones, or the tokenizer of another model."""
-    missing = sorted(name for name in missing if not name.startswith("pooler."))  # the pooler is not used
-    if missing:
-        raise UserError(f"{source}: {len(missing)} weights are missing, such as {missing[0]}")
-    sums = (
-        (name, value.sum()) for name, value in encoder.model.named_parameters()
-    )  # much faster than a check of each number
-    if wrong := [name for name, total in sums if not total.isfinite()]:
+    if absent := sorted(name for name in missing if not name.startswith("pooler.")):  # the pooler is not used
+        raise UserError(f"{source}: {len(absent)} weights are missing, such as {absent[0]}")
+    # A sum is finite only if every number is, and is much faster than a check of each.
+    if wrong := [name for name, value in encoder.model.named_parameters() if not value.sum().isfinite()]:
         raise UserError(f"{source}: weight {wrong[0]} holds values that are not finite")
     tokenizer, rows = encoder.tokenizer, len(encoder.model.get_input_embeddings().weight)
     if tokenizer.pad_token_id is None:

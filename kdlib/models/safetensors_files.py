@@ -96,10 +96,10 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def runs(ids: Sequence[int]) -> list[tuple[int, int]]:
     """Ascending ids as ranges (first, one past the last) of neighbours."""
-    ids = np.asarray(ids)
-    last = np.append(np.diff(ids) != 1, True)  # the length of its range
+    found = np.asarray(ids)
+    last = np.append(np.diff(found) != 1, True)  # of its range
     first = np.insert(last[:-1], 0, True)
-    return list(zip(ids[first].tolist(), (ids[last] + 1).tolist()))
+    return list(zip(found[first].tolist(), (found[last] + 1).tolist()))
 
 
 def copy_tensors(

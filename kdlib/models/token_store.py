@@ -41,8 +41,8 @@ class Ragged(Sequence):
 
     def part(self, places: Sequence[int]) -> "Ragged":
         """Some of the rows, with the same values."""
-        places = np.asarray(places, int)
-        return Ragged(self.values, self.starts[places], self.lengths[places])
+        chosen = np.asarray(places, int)
+        return Ragged(self.values, self.starts[chosen], self.lengths[chosen])
 
 
 def tokenise(

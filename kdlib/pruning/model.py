@@ -33,7 +33,7 @@ def prune_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ids:
     """
     new, family = new_ids(ids), family_of(model.config.model_type)
     rows = torch.tensor(list(new))
-    old_rows = model.get_input_embeddings().weight.shape[0]
+    old_rows = len(model.get_input_embeddings().weight)
     check_rows(new, old_rows)
     config = copy.deepcopy(model.config)
     for key, value in renumbered(config.to_dict(), new).items():

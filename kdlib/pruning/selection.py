@@ -93,10 +93,11 @@ def word_list(language: str, size: int | None = None) -> list[str]:
     """
     import langcodes
     import wordfreq
+    from langcodes.tag_parser import LanguageTagError
 
     try:
         code, _distance = langcodes.closest_match(language, list(wordfreq.available_languages()), max_distance=9)
-    except langcodes.LanguageTagError:
+    except LanguageTagError:
         raise UserError(f"language {language!r} is not an ISO 639 code (such as tgl, ceb or id)") from None
     if code == "und":
         return []

@@ -196,9 +196,7 @@ class Distill(Stage[DistillSettings, Trained]):
         """Distil on `train`. An unfinished training under `work` is resumed."""
         spec, start = self.settings.distill, self.start().model
         if self.settings.student.init == "random" or start.config.hidden_size != self.teacher.hidden:
-            spec = spec.model_copy(
-                update={"freeze_embeddings": False}
-            )  # the weights were drawn at random: nothing to keep
+            spec = spec.model_copy(update={"freeze_embeddings": False})  # drawn at random: nothing to keep
         label, seed = watch.label or "distilling the student", self.settings.seed
         return distill(self.teacher, start, train, heldout, spec, work, seed, label, watch.on_point, watch.should_stop)
 

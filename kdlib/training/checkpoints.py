@@ -97,7 +97,7 @@ def train(trainer: Trainer, last: Path | None) -> list[dict]:
     work = Path(trainer.args.output_dir)
     try:
         state = last and TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))
-        if state and state.global_step >= trainer.args.max_steps:  # the Trainer would do one more step
+        if last and state and state.global_step >= trainer.args.max_steps:  # the Trainer would do one more step
             load_model(trainer.model, str(last / SAFE_WEIGHTS_NAME))
             trainer.state = state
         else:

@@ -72,7 +72,7 @@ def retention(table: pd.DataFrame) -> Figure:
     labels = _task_labels(rows)
     teacher = rows[rows["model"] == "teacher"].set_index("task")["value"]
     student = rows[rows["model"] == "student"].set_index("task")
-    both = [task for task in labels if teacher.get(task, 0) > 0 and task in student.index]
+    both = [task for task in labels if task in student.index and (teacher.get(task) or 0) > 0]
     if not both:
         raise UserError("no probe score of student and teacher on the same task; run the stage 'benchmark' first")
     shares = student.loc[both, ["value", "low", "high"]].div(teacher[both], axis=0)

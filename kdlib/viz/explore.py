@@ -130,7 +130,7 @@ def size_table(teacher: Encoder, selection: Selection, texts: Sequence[str], poi
     table = []
     for size, coverage, tokenizer in rows:
         facts = segmentation(tokenizer, texts)
-        parameters = teacher.parameters - (len(embeddings) - size) * embeddings.shape[1]
+        parameters = teacher.parameters - (len(embeddings) - size) * embeddings.size(1)
         table.append(dict(rows=size, coverage=coverage, parameters=parameters) | facts)
     return pd.DataFrame(table)[["rows", "coverage", "parameters", "fertility", "unknown_rate"]]
 
@@ -267,7 +267,7 @@ def masked_logits(encoder: Encoder, text: str) -> tuple[list[str], np.ndarray]:
         UserError: where the model has no masked-language head, the tokenizer no mask token, or the text no gap.
     """
     mask = encoder.tokenizer.mask_token
-    if encoder.head is None or mask is None:
+    if encoder.head is None or not isinstance(mask, str):
         raise UserError(
             f"{encoder.name} has no masked-language head, so it gives no soft targets over its vocabulary. "
             "A student learns from its states. A conditioned teacher has such a head."

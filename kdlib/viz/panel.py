@@ -141,7 +141,7 @@ def show_still(view: View, controls: Sequence[str] = ()) -> None:
 def bundle(widget: W.Widget, view: View) -> dict[str, Any]:
     """One output in two forms: the widget in a running notebook, else the still view."""
     still = {"image/png": b64encode(view.png).decode()} if view.figure is not None else {"text/html": view.html}
-    return widget._repr_mimebundle_() | still
+    return {**(widget._repr_mimebundle_() or {}), **still}
 
 
 def label_of(name: str, build: partial) -> str:

@@ -40,7 +40,7 @@ def comparable(table: pd.DataFrame) -> pd.DataFrame:
         for arm, model, language in zip(rows["arm"], rows["model"], rows["language"])
     ]
     summary = tables.summary(rows, "what", "task", "name", "model")
-    summary = summary[summary.groupby(["what", "task", "metric"])["name"].transform("size") > 1]
+    summary = summary[summary.groupby(["what", "task", "metric"])["name"].transform("size").gt(1)]
     if summary.empty:
         raise UserError(NOTHING)
     return summary[["what", "task", "metric", "name", "model", "value", "low", "high", "n"]]

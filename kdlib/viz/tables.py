@@ -82,7 +82,7 @@ def headline(table: pd.DataFrame) -> pd.DataFrame:
 
     def column(part: pd.DataFrame, **where: str) -> pd.Series:
         for name, wanted in where.items():
-            part = part[part[name] == wanted]
+            part = part.loc[part[name] == wanted]
         return part.drop_duplicates("model").set_index("model")["value"]
 
     probe = column(average, method="probe") * 100

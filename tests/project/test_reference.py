@@ -39,7 +39,8 @@ def test_a_table_tells_type_limits_and_default(parameters):
     table = parameters.reference_table()
     assert "| `distill.warmup` | number (≥ 0, < 1) | `0.06` | " in table
     assert (
-        "| `student.init` | `alternate`, `late`, `first`, `last`, `random` or list of whole numbers | `alternate` | " in table
+        "| `student.init` | `alternate`, `late`, `first`, `last`, `random` or list of whole numbers | `alternate` | "
+        in table
     )
     assert "| `tasks[].name` | text | (required) | " in table
     assert "The same keys as `teacher`." in table  # of baselines
