@@ -8,7 +8,6 @@ import torch
 from benchmarks.common import Job, in_turns, keep_memory, main, row, seconds, workshop
 from benchmarks.reference import BATCH, LENGTH, Loop, batches
 from kdlib import config
-from kdlib.config import Student
 from kdlib.distillation.objectives import RequiredOutputs, total_loss
 from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.student_init import build_student
@@ -25,7 +24,7 @@ def measure(quick: bool = False) -> list[dict]:
     }
     job, rounds = jobs["single sentences"], 1 if quick else 3
     full, depth = job.study.teacher, job.study.profile.student.layers
-    loop = Loop(full.model, build_student(full.model, Student(layers=depth)))
+    loop = Loop(full.model, build_student(full.model, config.Student(layers=depth)))
     rows = {kind: [encoding.ids for encoding in full.tokenize(job.texts)] for kind, job in jobs.items()}
     feed = batches(rows["single sentences"], full.tokenizer.pad_token_id)
     for _ in range(2):  # the first step makes the optimiser's state, the second is the first to find its memory there
@@ -74,7 +73,7 @@ def disagreement(job: Job, rows: list[list[int]]) -> float:
     pruned_ids = torch.searchsorted(kept, full_ids)
     assert torch.equal(kept[pruned_ids], full_ids), "the corpus has a piece that was pruned"
     mask = torch.ones_like(full_ids)
-    loop = Loop(full.model, build_student(full.model, Student(layers=depth)))
+    loop = Loop(full.model, build_student(full.model, config.Student(layers=depth)))
     loop.teacher.eval()
     loop.student.eval()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from benchmarks.common import HERE, WORK, keep_memory, machine, main, row, secon
 from kdlib.config import Distill, Student
 from kdlib.data.corpus import load_parallel, sentences, windows
 from kdlib.distillation.distill import Stopped, distill
-from kdlib.distillation.student_init import build_student
+from kdlib.distillation.student_init import build_student, layer_map
 from kdlib.distillation.tokenized_corpus import TokenizedCorpus, prepare, training_size
 from kdlib.evaluation.baselines import majority
 from kdlib.evaluation.probing import linear_probe, retrieval, similarity, task_vectors, train_targets
@@ -33,7 +33,7 @@ LIMIT = 2.5  # minutes for the ways without cached states
 MOMENTS = 7  # evaluations of a training, ever further apart
 LEVELS = (0.90, 0.95, 0.98)  # shares of the teacher's score above chance
 TASKS = ("topic", "entities")  # embedded tasks on which the teacher is well above the baselines
-ROWS = (500, 500)  # training and test rows of a probe
+ROWS = 500  # training rows of a probe, and test rows
 
 
 class Way(NamedTuple):
@@ -66,9 +66,9 @@ def ways(spec: Distill, limit: float) -> dict[str, Way]:
 class Judge:
     """Compares an encoder with the teacher: probes above chance, similarity, and retrieval of translations."""
 
-    def __init__(self, study: Study):
+    def __init__(self, study: Study, rows: int):
         self.teacher = study.source
-        self.tasks = [task.small(*ROWS) for task in study.tasks if task.name in TASKS]
+        self.tasks = [task.small(rows, rows) for task in study.tasks if task.name in TASKS]
         self.heldout = sentences(study.corpus.heldout)[:200]
         pairs = load_parallel(study.profile.parallel, study.profile.language, 200)
         self.pairs = {code: pairs[code] for code in ("tgl", "eng")}
@@ -108,10 +108,9 @@ def train(
 
     def look() -> None:
         begun = time.perf_counter()
-        mode, attention = student.training, student.config._attn_implementation
+        mode = student.training
         scores = judge.scores(replace(source, model=student.eval(), name="student", head=None, vector_cache=None))
         student.train(mode)
-        student.set_attn_implementation(attention)
         rows.append({"seconds": begun - clock["start"], "step": clock["step"], "kept": judge.kept(scores), **scores})
         clock["start"] += time.perf_counter() - begun
 
@@ -135,9 +134,8 @@ def train(
 
 def seconds_to(curve: pd.DataFrame, level: float) -> float | None:
     """Seconds until the share kept first reaches `level`, between two moments by interpolation; None if never."""
-    best = curve.sort_values("seconds")
-    share, at = np.maximum.accumulate(best["kept"].to_numpy()), best["seconds"].to_numpy()
-    return float(np.interp(level, share, at)) if share[-1] >= level else None
+    share = np.maximum.accumulate(curve["kept"].to_numpy())
+    return float(np.interp(level, share, curve["seconds"])) if share[-1] >= level else None
 
 
 def measure(quick: bool = False) -> list[dict]:
@@ -147,12 +145,13 @@ def measure(quick: bool = False) -> list[dict]:
     every, held = windows(study.corpus.train, spec.windows), sentences(study.corpus.heldout)[:100]
     some = np.random.default_rng(0).permutation(len(every))[: 60 if quick else spec.max_texts]
     texts = [every[i] for i in some]
-    judge, found = Judge(study), []
+    judge, found = Judge(study, 30 if quick else ROWS), []
     with tempfile.TemporaryDirectory() as cache:
-        both = spec.model_copy(update={"layers": [3, 6, 7, 9, 11, 12]})  # those of both layer maps, in one pass
+        layers = sorted({layer for rule in ("late", "alternate") for layer in layer_map(rule, 4, source.layers)})
+        both = spec.model_copy(update={"layers": layers})  # those of both layer maps, in one pass
         made: list[TokenizedCorpus] = []
-        making = seconds(lambda: made.append(prepare(source, texts, both, Path(cache), 6)))
-        cached = [made[0], prepare(source, held, both, Path(cache), 6)]
+        making = seconds(lambda: made.append(prepare(source, texts, both, Path(cache), len(layers))))
+        cached = [made[0], prepare(source, held, both, Path(cache), len(layers))]
         for name, way in ways(spec, LIMIT / 20 if quick else LIMIT).items():
             sets = [prepare(source, some, way.spec, None, 4) for some in (texts, held)] if way.live else cached
             for seed in SEEDS[: 1 if quick else None]:
@@ -161,7 +160,7 @@ def measure(quick: bool = False) -> list[dict]:
     table = pd.DataFrame(found)
     if not quick:
         table.to_csv(HERE / "quality.csv", index=False)
-        report(table, judge, making)
+        report(table, making)
     return rows_of(table)
 
 
@@ -184,7 +183,7 @@ def rows_of(table: pd.DataFrame) -> list[dict]:
     return rows
 
 
-def report(table: pd.DataFrame, judge: Judge, making: float) -> None:
+def report(table: pd.DataFrame, making: float) -> None:
     """Write the picture and the page."""
     figure = style.new_figure("How much of the teacher does a student keep, after how many minutes?", 5)
     ax = figure.subplots()

@@ -28,7 +28,8 @@ class Progress:
 
         self.label, self.total, self.started, self.last = label, total, time.time(), 0.0
         self.file = os.environ.get(FILE)
-        kernel, other = "ipykernel.zmqshell" in sys.modules, distributed.rank() > 0
+        ipython = sys.modules.get("IPython")  # the library works without it
+        kernel, other = ipython is not None and hasattr(ipython.get_ipython(), "kernel"), distributed.rank() > 0
         self.bar = None if self.file or kernel else tqdm(total=total, desc=label, leave=False, delay=1, disable=other)
         self.line = None  # text in a notebook: tqdm's widget would stay dead in the saved file
 

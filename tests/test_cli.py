@@ -55,6 +55,9 @@ BAD = {
     "unknown objective": ["distill.objectives={hiden: 1.0}"],
     "unknown task": ["tasks=[{name: topics}]"],
     "embedded corpus in another language": ["language=ceb"],
+    "layers to compare for another depth": ["distill.layers=[4]"],
+    "layers to copy for another depth": ["student.init=[4]"],
+    "unknown rule of layers": ["distill.layers=middle"],
     "not an assignment": ["distill.epochs"],
 }
 

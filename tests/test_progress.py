@@ -1,7 +1,6 @@
 """How far a piece of work is, told where somebody looks."""
 
 import json
-import sys
 from types import SimpleNamespace
 
 import IPython.display
@@ -30,7 +29,7 @@ def test_runner_reads_a_report(tmp_path, monkeypatch, clock):
 
 def test_notebook_shows_one_line_that_goes_when_the_work_is_done(monkeypatch, clock):
     monkeypatch.delenv(progress.FILE, raising=False)
-    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace())
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=True))
     shown = []
     handle = SimpleNamespace(update=lambda bundle, raw: shown.append(bundle))
     monkeypatch.setattr(IPython.display, "display", lambda bundle, raw, display_id: shown.append(bundle) or handle)
@@ -45,13 +44,12 @@ def test_notebook_shows_one_line_that_goes_when_the_work_is_done(monkeypatch, cl
 
 def test_work_of_a_moment_shows_nothing(monkeypatch, clock):
     monkeypatch.delenv(progress.FILE, raising=False)
-    monkeypatch.setitem(sys.modules, "ipykernel.zmqshell", SimpleNamespace())
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(kernel=True))
     monkeypatch.setattr(IPython.display, "display", lambda *a, **k: pytest.fail("shown"))
     assert list(progress.track("ab", "encoding")) == ["a", "b"]
 
 
 def test_elsewhere_there_is_a_bar(monkeypatch):
-    monkeypatch.delitem(sys.modules, "ipykernel.zmqshell", raising=False)
     monkeypatch.delenv(progress.FILE, raising=False)
     report = progress.Progress("encoding", 2)
     report.update(1, "half")

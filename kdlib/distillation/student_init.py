@@ -40,6 +40,8 @@ def layer_map(rule: str | list[int], student_layers: int, teacher_layers: int, k
         if not all(1 <= layer <= teacher_layers for layer in rule):
             raise UserError(f"{key} is {rule}; the teacher's layers are 1 to {teacher_layers}")
         return rule
+    if rule not in RULES:
+        raise UserError(f"{key} is {rule!r}; must be {', '.join(RULES)}, random or a list of layers")
     if student_layers > teacher_layers:
         raise UserError(f"student.layers is {student_layers}; the teacher has only {teacher_layers}")
     if rule == "late" and student_layers > 2:
@@ -48,8 +50,6 @@ def layer_map(rule: str | list[int], student_layers: int, teacher_layers: int, k
         return list(range(1, student_layers + 1))
     if rule == "last":
         return list(range(teacher_layers - student_layers + 1, teacher_layers + 1))
-    if rule not in ("alternate", "late"):
-        raise UserError(f"{key} is {rule!r}; must be alternate, late, first, last, random or a list of layers")
     return [(i + 1) * teacher_layers // student_layers for i in range(student_layers)]
 
 

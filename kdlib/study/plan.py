@@ -11,6 +11,7 @@ from kdlib.data.lazy import Document
 from kdlib.data.sources import digest
 from kdlib.data.tasks import Task, load_tasks, origins, training_documents
 from kdlib.distillation.objectives import check_objectives
+from kdlib.distillation.student_init import layer_map
 from kdlib.files import fingerprint, write_json
 from kdlib.models.encoder import Encoder
 from kdlib.models.loading import load_teacher, prefix_of
@@ -66,6 +67,10 @@ class Graph:
         graded = [self.profile, *(arm.profile for arm in arms(self.profile)), *students(self.profile).values()]
         for profile in graded:
             check_objectives(profile.distill.objectives)
+            depth = profile.student.layers
+            for key, rule in (("student.init", profile.student.init), ("distill.layers", profile.distill.layers)):
+                if isinstance(rule, list):  # the teacher's depth is not known yet
+                    layer_map(rule, depth, max([depth, *rule]), key)
 
     # -- what is read
 

@@ -168,7 +168,9 @@ class Distill(Stage[DistillSettings, Trained]):
     @property
     def compared_layers(self) -> list[int]:
         """The teacher layer that each student layer is compared with, 1 = first."""
-        return layer_map(self.settings.distill.layers, self.settings.student.layers, self.teacher.layers)
+        return layer_map(
+            self.settings.distill.layers, self.settings.student.layers, self.teacher.layers, "distill.layers"
+        )
 
     def start(self, init: config.Init | None = None) -> Encoder:
         """The student before distillation; `init` replaces the student's own start."""

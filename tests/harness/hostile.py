@@ -57,8 +57,8 @@ CANARY = "KDLIB_FUZZ_CANARY"  # the variable that names the file which code of t
 
 @dataclass
 class Case:
-    """files: what lies in the folder, None for a folder, a Link for a symbolic link; about: what the reader is called
-    with besides; names: one of them must stand in an error."""
+    """files: the folder's content, None for a folder, a Link for a symbolic link; about: other arguments of the reader;
+    names: an error must contain one of them."""
 
     files: dict[str, "bytes | Link | None"]
     about: Any = None

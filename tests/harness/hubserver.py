@@ -1,4 +1,4 @@
-"""A model hub on loopback: serves repositories that lie in a local folder to the real clients of a real hub.
+"""A model hub on loopback: serves repositories of a local folder to the real clients of a real hub.
 
     root/models/owner/name/config.json ...              a model, its branch main
     root/datasets/owner/name/data/train-0.parquet ...   a data set

@@ -1,4 +1,4 @@
-"""Tokenised texts: the same from memory and from files, made once, made anew where anything they depend on changes."""
+"""Tokenised texts: the same from memory and from files, made once, rebuilt where anything they depend on changes."""
 
 import numpy as np
 import pytest

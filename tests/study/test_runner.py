@@ -1,4 +1,4 @@
-"""What stops a run from outside: each ends in one line and the right code, and the same command goes on."""
+"""What stops a run from outside: each ends in one line and the right code, and the same command resumes."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ QUIET = Console(quiet=True)
 
 @pytest.fixture
 def own(tmp_path):
-    """The overrides of a very small study that lies in tmp_path."""
+    """The overrides of a very small study in tmp_path."""
     soak.write_study(tmp_path)
     return soak.own_overrides(tmp_path)
 
