@@ -67,10 +67,10 @@ class Graph:
         graded = [self.profile, *(arm.profile for arm in arms(self.profile)), *students(self.profile).values()]
         for profile in graded:
             check_objectives(profile.distill.objectives)
-            depth = profile.student.layers
-            for key, rule in (("student.init", profile.student.init), ("distill.layers", profile.distill.layers)):
-                if isinstance(rule, list):  # the teacher's depth is not known yet
-                    layer_map(rule, depth, max([depth, *rule]), key)
+        depth = self.profile.student.layers
+        for key, rule in (("student.init", self.profile.student.init), ("distill.layers", self.profile.distill.layers)):
+            if isinstance(rule, list):  # the teacher's depth is not known yet
+                layer_map(rule, depth, max([depth, *rule]), key)
 
     # -- what is read
 
