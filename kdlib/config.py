@@ -180,8 +180,11 @@ class Distill(Section):
     objectives: dict[str, float] = Field(
         default={"hidden": 1.0, "sentence": 1.0}, description="weight of each objective"
     )
-    layers: Literal["alternate", "late"] | list[int] = Field(
+    layers: Literal["alternate", "late", "first", "last"] | list[int] = Field(
         default="alternate", description="teacher layers that student layers are compared with: a rule or a list"
+    )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**32, description="of the order of the texts and of new weights; null: the study's seed"
     )
     temperature: float = Field(default=2.0, gt=0, description="of the soft targets (objective kl)")
     mask: float = Field(default=0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
@@ -240,12 +243,18 @@ class Benchmark(Section):
 
 
 class Ablations(Section):
-    """The experiments. A family is one question; an arm is one setting: the parameters that it changes."""
+    """The experiments. A family is one question; an arm is one setting: the parameters that it changes.
+
+    The first arm of a family is its base, which the others are compared with.
+    """
 
     epochs: float = Field(default=1.0, gt=0, description="distill.epochs of every arm that does not change it")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default=[0], min_length=1, description="distill.seed of each student of an arm"
+    )
     max_texts: int | None = Field(default=None, ge=50, description="texts that arms are distilled on at most")
     arms: dict[Annotated[str, Field(pattern=r"^\w[\w +.-]*$")], dict[str, dict[str, Any]]] = {
-        "fraction": {f"{share:.0%}": {"distill.fraction": share} for share in (0.1, 0.3, 0.5, 1.0)},
+        "fraction": {f"{share:.0%}": {"distill.fraction": share} for share in (1.0, 0.5, 0.3, 0.1)},
         "init": {init: {"student.init": init} for init in ("alternate", "last", "first", "random")},
         "objective": {
             "hidden": {"distill.objectives": {"hidden": 1.0}},

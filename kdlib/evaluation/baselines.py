@@ -1,4 +1,4 @@
-"""Baselines that need no transformer."""
+"""Baselines that read no text: guesses, and shared words."""
 
 from collections.abc import Sequence
 
@@ -17,6 +17,24 @@ def majority(task: Task) -> list[Metric]:
         answer = (targets.mean(0) > 0.5).astype(int)
         return score(task, np.tile(answer, (len(task.test), 1)))
     return score(task, np.full(len(task.test), np.bincount(targets).argmax()))
+
+
+def chance(task: Task, seed: int = 0) -> list[Metric]:
+    """The best score of three guesses that read no text: what a score must be compared with.
+
+    The guesses are the most frequent answer in training, every label (kind multilabel, where it has a high F1), and
+    answers drawn as often as they are in training.
+    """
+    rng, targets = np.random.default_rng(seed), task.train.targets
+    guesses = [majority(task)]
+    if task.kind == "multilabel":
+        guesses.append(score(task, np.ones((len(task.test), len(task.labels)), int)))
+    if task.kind == "tokens":
+        tags = np.array([tag for row in targets for tag in row])
+        guesses.append(score(task, [rng.choice(tags, len(words)).tolist() for words in task.test.texts]))
+    else:
+        guesses.append(score(task, np.asarray(targets)[rng.integers(len(targets), size=len(task.test))]))
+    return max(guesses, key=lambda metrics: metrics[0].value)
 
 
 def word_overlap_retrieval(queries: Sequence[str], targets: Sequence[str]) -> np.ndarray:

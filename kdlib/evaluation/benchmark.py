@@ -16,9 +16,12 @@ from kdlib import config
 from kdlib.data.tasks import Task
 from kdlib.evaluation.finetuning import Tokens, finetune
 from kdlib.evaluation.metrics import Metric, resampled, summary
-from kdlib.evaluation.probing import linear_probe, task_vectors, train_targets
+from kdlib.evaluation.probing import best_layer, linear_probe, task_vectors, train_targets
+from kdlib.evaluation.tf_idf import TfIdf, tf_idf
 from kdlib.files import fingerprint, new_file, read_or_none
 from kdlib.models.encoder import Encoder
+
+Model = Encoder | TfIdf  # a contestant
 
 # train and test once: seed, examples per class (few-shot), folder of checkpoints -> metrics
 Evaluate = Callable[[int, int | None, Path | None], list[Metric]]
@@ -31,7 +34,7 @@ class Trial:
     Args:
         model: the name that results show.
         task: the task's name.
-        method: "probe", "finetune" or "fewshot".
+        method: one of `METHODS`.
         seed: of the trial.
         metrics: the headline first; they hold what each test item adds to the score.
         x: examples per class where the method is "fewshot", else None.
@@ -45,31 +48,49 @@ class Trial:
     x: int | None = None
 
 
-def _probe(encoder: Encoder, task: Task, spec: config.Benchmark) -> Evaluate:
+def _probe(encoder: Model, task: Task, spec: config.Benchmark) -> Evaluate:
     task = task.small(spec.probe_rows, spec.probe_test_rows)
+    if isinstance(encoder, TfIdf):
+        evaluate = tf_idf(task, spec.probe_share)
+        return lambda seed, *_: evaluate(seed)
     train, test, places = task_vectors(encoder, task)
     targets = train_targets(encoder, task)
     return lambda seed, *_: linear_probe(task, train[:, 0], targets, test[:, 0], places, seed, spec.probe_share)
 
 
-def _finetune(encoder: Encoder, task: Task, spec: config.Benchmark) -> Evaluate:
-    tokens = Tokens(encoder, spec.finetune_max_length)
+def _best_layer(encoder: Model, task: Task, spec: config.Benchmark) -> Evaluate:
+    assert isinstance(encoder, Encoder)
+    task = task.small(spec.probe_rows, spec.probe_test_rows)
+    train, test, places = task_vectors(encoder, task, range(encoder.layers + 1))
+    targets = train_targets(encoder, task)
+    best = best_layer(task, train, targets)
+    layer = Metric("layer", np.array([[best, 1.0]]))
+    return lambda seed, *_: [
+        *linear_probe(task, train[:, best], targets, test[:, best], places, seed, spec.probe_share), layer
+    ]  # fmt: skip
+
+
+def _finetune(encoder: Model, task: Task, spec: config.Benchmark) -> Evaluate:
+    tokens = None if isinstance(encoder, TfIdf) else Tokens(encoder, spec.finetune_max_length)
 
     def evaluate(seed: int, examples: int | None, work: Path | None) -> list[Metric]:
         if examples is None:
             drawn, steps = task.small(spec.finetune_rows, spec.finetune_test_rows, seed), 0
         else:
             drawn, steps = task.few(examples, spec.finetune_test_rows, seed), spec.fewshot_steps
+        if isinstance(encoder, TfIdf) or tokens is None:
+            return tf_idf(drawn)(seed)
         return finetune(encoder, drawn, spec, seed, tokens, steps, work)
 
     return evaluate
 
 
-METHODS = {"probe": _probe, "finetune": _finetune, "fewshot": _finetune}
+METHODS = {"probe": _probe, "best layer": _best_layer, "finetune": _finetune, "fewshot": _finetune}
 # Settings that no trial depends on: the key has its own seed and size, and the others are used after the trials.
 UNREAD = ("seeds", "fewshot", "margin", "latency_runs", "bootstrap")
 UNREAD_BY = {  # settings that the trials of one method do not depend on, by prefix
     "probe": ("finetune_", "fewshot_", "freeze_embeddings"),
+    "best layer": ("finetune_", "fewshot_", "freeze_embeddings"),
     "finetune": ("probe_", "fewshot_"),
     "fewshot": ("probe_", "finetune_rows"),
 }
@@ -82,7 +103,7 @@ def trial_settings(spec: config.Benchmark, method: str) -> dict[str, Any]:
 
 
 def run_trials(
-    encoders: Mapping[str, Encoder | Callable[[], Encoder]],
+    encoders: Mapping[str, Model | Callable[[], Model]],
     tasks: Sequence[Task],
     spec: config.Benchmark,
     method: str,
@@ -98,7 +119,8 @@ def run_trials(
             all where all its trials are kept.
         tasks: what is trained and tested on.
         spec: seeds, sizes and settings.
-        method: "probe" (a linear probe on the last layer), "finetune", or "fewshot" (fine-tuning on `spec.fewshot`
+        method: "probe" (a linear probe on the last layer), "best layer" (on the layer that does best on a quarter of
+            the training rows; its number is a metric too), "finetune", or "fewshot" (fine-tuning on `spec.fewshot`
             examples per class, see `Task.few` and `fewshot_sizes`).
         folder: where each trial is kept as soon as it is done; what is there is not run again.
         keys: with a folder, for each encoder a fingerprint of all that its vectors depend on. Task rows and settings
@@ -156,6 +178,22 @@ def load_metrics(file: Path) -> list[Metric] | None:
             return [Metric(name, kept[name]) for name in kept.files if name != "about"]
 
     return read_or_none(file, read, "the trial is run again")
+
+
+def save_trials(file: Path, trials: Sequence[Trial]) -> None:
+    """Write trials with their metrics' items into one file."""
+    about = [dict(vars(trial), metrics=[metric.name for metric in trial.metrics]) for trial in trials]
+    items = {f"{i} {metric.name}": metric.items for i, trial in enumerate(trials) for metric in trial.metrics}
+    np.savez_compressed(file, about=np.array(json.dumps(about)), **items)
+
+
+def load_trials(file: Path) -> list[Trial]:
+    """Read what `save_trials` wrote."""
+    with np.load(file, allow_pickle=False) as kept:
+        about = json.loads(str(kept["about"]))
+        for i, trial in enumerate(about):
+            trial["metrics"] = [Metric(name, kept[f"{i} {name}"]) for name in trial["metrics"]]
+    return [Trial(**trial) for trial in about]
 
 
 def trial_rows(trials: Sequence[Trial], spec: config.Benchmark) -> list[dict]:

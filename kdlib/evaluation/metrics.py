@@ -27,9 +27,9 @@ class Metric:
     """A score as a function of sums over test items, so that items can be resampled.
 
     Args:
-        name: "accuracy", "f1", "macro_f1" or "micro_f1".
-        items: float [items, k], what each test item adds to the sums. Accuracy: how many are right, and of how many.
-            F1: for each class the true positives, the predicted and the gold.
+        name: "accuracy", "f1", "macro_f1" or "micro_f1"; or a mean, such as "similarity".
+        items: float [items, k], what each test item adds to the sums. F1: for each class the true positives, the
+            predicted and the gold. Accuracy: how many are right, and of how many. Other means: the value, and 1.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Metric:
 
     def score(self, sums: np.ndarray) -> np.ndarray:
         """Sums [..., k] -> score [...]. Macro F1 counts a class that is nowhere as 0."""
-        if self.name == "accuracy":
+        if not self.name.endswith("f1"):
             return sums[..., 0] / sums[..., 1]
         hits, predicted, gold = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
         return (2 * hits / np.maximum(predicted + gold, 1)).mean(-1)

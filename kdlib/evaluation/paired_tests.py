@@ -55,6 +55,16 @@ class Difference:
         total = self.variance + between
         return total**0.5, total**2 / between**2 * (count - 1) if between else np.inf
 
+    def detectable(self, tests: int = 1, power: float = 0.8) -> float:
+        """The smallest true difference that this comparison finds with the given power.
+
+        Args:
+            tests: how many comparisons share the level of 5% (Bonferroni, at most what Holm asks for).
+            power: chance of finding it.
+        """
+        error, freedom = self.error
+        return float(error * (student_t.ppf(1 - LEVEL / (2 * tests), freedom) + student_t.ppf(power, freedom)))
+
     def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Student's t interval, limited to -1 and 1."""
         error, freedom = self.error
@@ -159,7 +169,9 @@ def paired_rows(trials: Sequence[Trial], pairs: Sequence[tuple[str, str]], spec:
 
     Returns:
         Rows with model (first), arm (second), task, method, x (few-shot), n, and as metric one of: difference, the
-        mean over seeds of first minus second with its 95% interval; p_value, of no difference; p_holm, corrected;
+        mean over seeds of first minus second with its 95% interval; difference_90, the same with the 90% interval that
+        the TOST asks to be within the margin; detectable, the smallest difference that the corrected test finds with a
+        power of 80%; p_value, of no difference; p_holm, corrected;
         tost_p, of a difference of the margin or more; tost_p_holm, corrected.
 
     Raises:
@@ -200,8 +212,10 @@ def _test_rows(found: list[tuple[dict, Difference]], margin: float) -> list[dict
     tests = {"p_value": p_values, "p_holm": holm(p_values), "tost_p": tost, "tost_p_holm": holm(tost)}
     rows = []
     for i, (labels, one) in enumerate(found):
-        low, high = one.interval()
-        rows.append(labels | dict(metric="difference", value=one.value, low=low, high=high, n=one.n))
+        for metric, level in (("difference", 0.95), ("difference_90", 0.9)):
+            low, high = one.interval(level)
+            rows.append(labels | dict(metric=metric, value=one.value, low=low, high=high, n=one.n))
+        rows.append(labels | dict(metric="detectable", value=one.detectable(len(found)), n=one.n))
         rows += [labels | dict(metric=name, value=float(values[i]), n=one.n) for name, values in tests.items()]
     return rows
 
@@ -214,24 +228,24 @@ def verdicts(table: pd.DataFrame, margin: float) -> pd.DataFrame:
         margin: that of the rows.
 
     Returns:
-        Columns model, arm, task, method, x, difference, low, high, p_holm, tost_p_holm, n and verdict: "on par (within
-        <margin>)" where the corrected TOST is significant at 5%; else "better" or "worse" (model than arm) where the
-        corrected test of no difference is; else "undecided".
+        Columns model, arm, task, method, x, difference, low, high, p_holm, tost_p_holm, detectable, n and verdict:
+        "on par (within <margin>)" where the corrected TOST is significant at 5%; else "better" or "worse" (model than
+        arm) where the corrected test of no difference is; else "undecided".
     """
     compared = ["model", "arm", "task", "method", "x"]
     tested = table.reindex(columns=[*compared, "metric", "value", "low", "high", "n"])
-    tested = tested[tested["metric"].isin(["difference", "p_holm", "tost_p_holm"])]
+    tested = tested[tested["metric"].isin(["difference", "detectable", "p_holm", "tost_p_holm"])]
     lines = []
     for _, rows in tested.groupby(compared, dropna=False, sort=False):
         by = rows.set_index("metric")
-        gap, p, tost = by["value"].loc[["difference", "p_holm", "tost_p_holm"]]
+        gap, least, p, tost = by["value"].loc[["difference", "detectable", "p_holm", "tost_p_holm"]]
         words = "undecided"
         if tost < LEVEL:
             words = f"on par (within {margin:g})"
         elif p < LEVEL:
             words = "better" if gap > 0 else "worse"
         found = dict(difference=gap, low=by["low"]["difference"], high=by["high"]["difference"], p_holm=p)
-        found |= dict(tost_p_holm=tost, n=by["n"]["difference"], verdict=words)
+        found |= dict(tost_p_holm=tost, detectable=least, n=by["n"]["difference"], verdict=words)
         lines.append(rows.iloc[0][compared].to_dict() | found)
-    columns = [*compared, "difference", "low", "high", "p_holm", "tost_p_holm", "n", "verdict"]
+    columns = [*compared, "difference", "low", "high", "p_holm", "tost_p_holm", "detectable", "n", "verdict"]
     return pd.DataFrame(lines, columns=columns)

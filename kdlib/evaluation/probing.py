@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from sklearn.base import BaseEstimator, clone
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import get_scorer
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -101,8 +103,9 @@ def linear_probe(
     places: np.ndarray,
     seed: int = 0,
     share: float = 1.0,
+    probe: BaseEstimator | None = None,
 ) -> list[Metric]:
-    """Fit a logistic regression on standardised frozen features; the task's metrics on its test rows.
+    """Fit a logistic regression on frozen features; the task's metrics on its test rows.
 
     Args:
         task: says what the labels are, and holds the gold answers.
@@ -112,21 +115,46 @@ def linear_probe(
         places: of the test words, see `task_vectors`. A word that was truncated counts as the first label.
         seed: draws the share. The regression itself has no randomness.
         share: train on so large a random share of the items.
+        probe: the regression, not fitted; default `classifier`, on standardised features.
     """
     if share < 1:
-        count = max(2, round(len(train) * share))
-        chosen = np.random.default_rng(seed).permutation(len(train))[:count]
+        rows = train.shape[0]  # a sparse matrix has no length
+        count = max(2, round(rows * share))
+        chosen = np.random.default_rng(seed).permutation(rows)[:count]
         train, targets = train[chosen], targets[chosen]
     if targets.ndim == 1 and len(np.unique(targets)) < 2:  # a small sample can hold one class only
-        predicted = np.full(len(test), targets[0])
+        predicted = np.full(test.shape[0], targets[0])
     else:
-        predicted = np.asarray(classifier(task.kind).fit(train, targets).predict(test))
+        fitted = clone(probe or classifier(task.kind)).fit(train, targets)
+        predicted = np.asarray(fitted.predict(test))
     if task.kind == "tokens":
         rows = [[0] * len(words) for words in task.test.texts]
         for (text, word), label in zip(places, predicted, strict=True):
             rows[text][word] = int(label)
         return score(task, rows)
     return score(task, predicted)
+
+
+def best_layer(task: Task, train: np.ndarray, targets: np.ndarray, seed: int = 0) -> int:
+    """The layer whose probe does best on a quarter of the training rows, which it is not trained on.
+
+    Args:
+        task: its kind says what the probe is.
+        train: [items, layers, features].
+        targets: of the training items.
+        seed: draws the quarter.
+    """
+    order = np.random.default_rng(seed).permutation(len(train))
+    held, fitted = np.split(order, [max(1, len(order) // 4)])
+    if targets.ndim == 1 and len(np.unique(targets[fitted])) < 2:
+        return train.shape[1] - 1
+    average = "accuracy" if task.kind in ("classify", "pair") else "f1_macro"
+    scorer = get_scorer(average)
+    scores = [
+        scorer(classifier(task.kind).fit(train[fitted, k], targets[fitted]), train[held, k], targets[held])
+        for k in range(train.shape[1])
+    ]
+    return int(np.argmax(scores))
 
 
 def classifier(kind: str) -> Pipeline:
@@ -209,7 +237,12 @@ def cka_rows(encoder: Encoder, texts: Sequence[str]) -> list[dict]:
     return [shared | dict(layer=i, x=j, value=value) for (i, j), value in np.ndenumerate(table)]
 
 
-def similarity(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean cosine of two encoders' vectors of the same texts, each centred on its mean: 1 is a perfect copy."""
+def similarities(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine of two encoders' vectors of each text, [texts, hidden] each, centred on their means: float [texts]."""
     x, y = (torch.from_numpy(vectors - vectors.mean(0)) for vectors in (a, b))
-    return float(torch.cosine_similarity(x, y).mean())
+    return torch.cosine_similarity(x, y).numpy()
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """The mean of `similarities`: 1 is a perfect copy."""
+    return float(similarities(a, b).mean())

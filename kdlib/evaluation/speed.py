@@ -12,7 +12,7 @@ from kdlib.data.tasks import Task
 from kdlib.evaluation.metrics import summary
 from kdlib.evaluation.probing import linear_probe, similarity, task_vectors, train_targets
 from kdlib.models.encoder import Encoder, text_vectors
-from kdlib.models.onnx import FILES, FOLDER, load_exported
+from kdlib.models.onnx import FILES, OnnxEncoder, load_exported
 from kdlib.progress import track
 
 LENGTHS = (8, 16, 32, 64, 128)
@@ -53,17 +53,18 @@ def export_rows(
         metrics = linear_probe(task, train[:, 0], train_targets(one, task), test[:, 0], places)
         rows += [dict(method=method, task=task.name) | summary([metric]) for metric in metrics]
         same = similarity(text_vectors(one, texts)[:, 0], reference)
-        stored = encoder.parameters * 4 if one is encoder else (Path(folder) / FOLDER / FILES[method]).stat().st_size
         rows.append(dict(method=method, metric="similarity", value=same, n=len(texts)))
-        rows.append(dict(method=method, metric="megabytes", value=stored / 1e6))
+        rows.append(dict(method=method, metric="megabytes", value=one.megabytes))
     timed = speed_rows(encoders, texts, runs) + length_rows(encoders, texts, lengths, runs)
     return [dict(row, model="student") for row in rows + [dict(row, method=row["model"]) for row in timed]]
 
 
 def size_rows(encoder: Encoder, name: str) -> list[dict]:
-    """Parameters, megabytes of fp32 weights, and embedding rows."""
-    parameters, rows = encoder.parameters, len(encoder.model.get_input_embeddings().get_parameter("weight"))
-    sizes = {"parameters": parameters, "megabytes": parameters * 4 / 1e6, "rows": rows}
+    """Parameters and embedding rows, and megabytes of the weights; of an ONNX file its megabytes alone."""
+    sizes = {"megabytes": encoder.megabytes}
+    if not isinstance(encoder, OnnxEncoder):
+        rows = len(encoder.model.get_input_embeddings().get_parameter("weight"))
+        sizes = {"parameters": encoder.parameters, **sizes, "rows": rows}
     return [dict(model=name, metric=metric, value=value) for metric, value in sizes.items()]
 
 

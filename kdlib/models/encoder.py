@@ -56,6 +56,11 @@ class Encoder:
         return sum(p.numel() for p in self.model.parameters())
 
     @property
+    def megabytes(self) -> float:
+        """Size of the weights, in 32 bits unless a subclass knows better."""
+        return self.parameters * 4 / 1e6
+
+    @property
     def token_types(self) -> bool:
         """Whether the model distinguishes the texts of a pair by token types, as BERT does.
 

@@ -5,6 +5,7 @@ The optional packages are installed by `pip install 'kdlib[onnx]'`.
 
 import contextlib
 import copy
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,11 @@ def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> N
             _quantise(file, work / FILES["onnx int8"])
         encoder.model.config.save_pretrained(work)
         save_tokenizer(encoder.tokenizer, work)
+
+
+def available() -> bool:
+    """Whether the optional packages are installed."""
+    return all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript"))
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:
@@ -143,6 +149,7 @@ class OnnxModel(nn.Module):
         # Waiting threads would keep the processors busy for a while after each call and slow down other work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        self.size = Path(file).stat().st_size
         self.session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         self.config = settings
         self.names = [entry.name for entry in self.session.get_inputs()]
@@ -162,6 +169,11 @@ class OnnxModel(nn.Module):
 @dataclass
 class OnnxEncoder(Encoder):
     """An encoder that ONNX Runtime runs on the CPU. It is probed and timed like any other, at its last layer."""
+
+    @property
+    def megabytes(self) -> float:
+        """Size of the file."""
+        return self.model.size / 1e6
 
     def vectors(self, texts: Sequence) -> np.ndarray:
         """Sentence vectors: float32 [texts, hidden]."""

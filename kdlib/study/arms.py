@@ -9,7 +9,12 @@ from kdlib import config
 from kdlib.errors import UserError
 
 SECTIONS = ("vocabulary", "condition", "student", "distill")  # what an arm may change
-RESERVED = ("teacher", "pruned teacher", "conditioned teacher", "student", "no distillation", "from scratch")
+INT8 = ("pruned teacher, int8", "student, int8")
+UNDISTILLED = ("no distillation", "random weights")
+STATIC = ("static", "static, SIF")
+RESERVED = (
+    "teacher", "pruned teacher", "conditioned teacher", "student", "tf-idf", "chance", *INT8, *UNDISTILLED, *STATIC
+)  # fmt: skip
 
 
 @dataclass
@@ -20,6 +25,10 @@ class Arm:
     name: str
     changes: dict[str, Any]
     profile: config.Profile
+
+    def with_seed(self, seed: int) -> config.Profile:
+        """The arm's profile for one of its students."""
+        return config.changed(self.profile, {"distill.seed": seed}, f"ablations.seeds {seed}")
 
     @property
     def x(self) -> float | None:

@@ -12,14 +12,18 @@ from kdlib.data.sources import digest
 from kdlib.data.tasks import Task, load_tasks, origins, training_documents
 from kdlib.distillation.objectives import check_objectives
 from kdlib.distillation.student_init import layer_map
+from kdlib.evaluation.tf_idf import TfIdf
 from kdlib.files import fingerprint, write_json
+from kdlib.models import onnx
 from kdlib.models.encoder import Encoder
 from kdlib.models.loading import load_teacher, prefix_of
 from kdlib.models.safetensors_files import weights_fingerprint
-from kdlib.study.arms import Arm, arms, students
+from kdlib.models.static import static_encoder
+from kdlib.study.arms import INT8, Arm, arms, students
 from kdlib.study.model_card import CardFacts
 from kdlib.study.reports import (
     AblationReport,
+    AblationSettings,
     BenchmarkReport,
     BenchmarkSettings,
     ClozeSettings,
@@ -39,6 +43,7 @@ from kdlib.study.stages import (
     ConditionSettings,
     Distill,
     DistillSettings,
+    Int8,
     Prune,
     PruneSettings,
     Reference,
@@ -186,8 +191,8 @@ class Graph:
         """The student."""
         profile, spec = self.profile, self.profile.distill
         settings = DistillSettings(
-            student=profile.student, distill=spec, device=profile.device, seed=profile.seed, teacher=profile.teacher,
-            card=card_facts(profile),
+            student=profile.student, distill=spec.model_copy(update={"seed": None}), device=profile.device,
+            seed=profile.seed if spec.seed is None else spec.seed, teacher=profile.teacher, card=card_facts(profile),
         )  # fmt: skip
         source = self.condition if profile.condition.use else self.prune
         texts = self.texts(spec.max_texts, share=spec.fraction)
@@ -221,9 +226,27 @@ class Graph:
             found["conditioned teacher"] = Derived(
                 "encoder", [], lambda: self.condition.get().encoder, conditioned=self.condition
             )
-        found |= {"student": self.student(), "no distillation": self.start(), "from scratch": self.start("random")}
+        found |= {"student": self.student(), "no distillation": self.start(), "random weights": self.start("random")}
         found |= {name: graph.student() for name, graph in self.others.items()}
-        return found | {name: self._encoder("baseline", spec) for name, spec in self.profile.baselines.items()}
+        found |= {name: self._encoder("baseline", spec) for name, spec in self.profile.baselines.items()}
+        return found | self.controls
+
+    @cached_property
+    def controls(self) -> dict[str, Keyed[Any]]:
+        """The contestants that need no transformer, or eight bits instead of 32."""
+        prune = self.prune
+        found: dict[str, Keyed[Any]] = {
+            "tf-idf": Derived("tf-idf", [], TfIdf),
+            "static": Derived("static", [], lambda: static_encoder(prune.get()), pruned=prune),
+            "static, SIF": Derived(
+                "static", ["SIF"],
+                lambda: static_encoder(prune.get(), prune.selection.counts[prune.kept_ids()]), pruned=prune,
+            ),
+        }  # fmt: skip
+        if onnx.available() and self.context.device.type == "cpu":
+            for name, model in zip(INT8, (prune, self.student()), strict=True):
+                found[name] = self.context.stage(Int8(self.context, NoSettings(), model=model))
+        return found
 
     def named(self, flag: str) -> list[str]:
         """The profile's tasks for a method; for "probe" and "ablate" all tasks where it lists none."""
@@ -231,24 +254,30 @@ class Graph:
         return wanted or ([spec.name for spec in self.profile.tasks] if flag in ("probe", "ablate") else [])
 
     @cached_property
-    def grid(self) -> list[tuple[Arm, ArmScores]]:
-        """The ablation grid, each arm with its scores."""
-        return [(arm, self._arm(Graph(arm.profile, self.context))) for arm in arms(self.profile)]
+    def grid(self) -> list[tuple[Arm, list[ArmScores]]]:
+        """The ablation grid, each arm with its scores for each seed."""
+        seeds = self.profile.ablations.seeds
+        return [(arm, [self._arm(Graph(arm.with_seed(seed), self.context), seed) for seed in seeds])
+                for arm in arms(self.profile)]  # fmt: skip
 
-    def _arm(self, graph: "Graph") -> ArmScores:
+    def _arm(self, graph: "Graph", seed: int) -> ArmScores:
+        """The scores of an arm's student of one seed. Its probes draw their rows with the same seed."""
         texts = graph.texts(graph.profile.distill.max_texts, self.profile.ablations.max_texts)
         more: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
         return self.context.stage(
-            ArmScores(self.context, self._scores(), student=graph.distill, arm_texts=texts, **more)
+            ArmScores(self.context, self._scores([seed]), student=graph.distill, arm_texts=texts, **more)
         )
 
-    def _scores(self) -> ScoreSettings:
-        probes = config.Benchmark(**{name: getattr(self.profile.benchmark, name) for name in PROBES})
+    def _scores(self, seeds: Sequence[int]) -> ScoreSettings:
+        read = {name: getattr(self.profile.benchmark, name) for name in PROBES}
+        probes = config.Benchmark(**read | {"seeds": list(seeds)})
         return ScoreSettings(probes=probes, tasks=self.named("ablate"), precision=self.profile.distill.precision)
 
     def _reference(self, model: Keyed[Encoder]) -> Reference:
         more: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
-        return self.context.stage(Reference(self.context, self._scores(), model=model, **more))
+        return self.context.stage(
+            Reference(self.context, self._scores(self.profile.benchmark.seeds), model=model, **more)
+        )
 
     @cached_property
     def reports(self) -> dict[str, Report[Any]]:
@@ -258,6 +287,7 @@ class Graph:
         probe = ProbeSettings(probe=profile.probe, language=profile.language, seed=profile.seed, precision=precision)
         cloze = ClozeSettings(cloze_sentences=profile.probe.cloze_sentences, precision=precision)
         methods = {method: self.named(method) for method in ("probe", "finetune", "fewshot")}
+        methods["best layer"] = methods["probe"]
         benchmark = BenchmarkSettings(benchmark=profile.benchmark, tasks=methods, precision=precision)
         references = {"teacher": self._reference(self.prune), "no distillation": self._reference(self.start())}
         found: list[Report[Any]] = [
@@ -266,7 +296,7 @@ class Graph:
             ConditionReport(context, cloze, pruned=self.prune, conditioned=self.condition, corpus=self.corpus),
             DistillReport(context, NoSettings(), student=self.distill, heldout=self.heldout),
             BenchmarkReport(context, benchmark, self.models, tasks=self.tasks, corpus=self.corpus),
-            AblationReport(context, self.grid, references),
+            AblationReport(context, AblationSettings(benchmark=profile.benchmark), self.grid, references),
         ]
         reports = {report.name: report for report in found}
         return reports | {"figures": FigureReport(context, NoSettings(), **reports)}

@@ -1,23 +1,29 @@
 """The reports: rows of results, one class for each notebook that records some."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from kdlib import config
 from kdlib.data.corpus import Corpus, sentences
 from kdlib.data.tasks import Task
-from kdlib.evaluation.benchmark import Trial, run_trials
+from kdlib.errors import UserError
+from kdlib.evaluation.benchmark import Trial, run_trials, trial_rows
 from kdlib.evaluation.cloze import mlm_rows
 from kdlib.evaluation.paired_tests import paired_rows
 from kdlib.evaluation.probing import cka_rows, layer_probe, retrieval_rows, segmentation, similarity
+from kdlib.evaluation.retention import retention_rows
 from kdlib.evaluation.speed import size_rows, speed_rows
 from kdlib.models.encoder import Encoder, text_vectors
 from kdlib.models.tokenizer_files import token_list
 from kdlib.pruning.selection import count_tokens, coverage_curve, main_script
 from kdlib.pruning.verify import verify
-from kdlib.study.arms import Arm
+from kdlib.study.arms import INT8, STATIC, UNDISTILLED, Arm
 from kdlib.study.stage import Context, Keyed, Report, Settings, Source, Watch
 from kdlib.study.stages import ArmScores, Condition, Distill, Prune, Reference, trial_key
 
@@ -212,14 +218,21 @@ class BenchmarkSettings(Settings):
     precision: config.Precision
 
 
-# Models that a method leaves out: the pruned teacher equals the teacher; few-shot curves leave out models
-# that were not distilled.
+# Models that a method leaves out. The pruned teacher computes what the teacher does on text of the corpus; files with
+# 8-bit weights and tables of token vectors are not trained, and have one layer to look at.
 LEFT_OUT = {
     "probe": (),
-    "finetune": ("pruned teacher",),
-    "fewshot": ("pruned teacher", "no distillation", "from scratch"),
+    "best layer": ("pruned teacher", "tf-idf", *STATIC, *INT8, *UNDISTILLED),
+    "finetune": ("pruned teacher", *STATIC, *INT8),
+    "fewshot": ("pruned teacher", *STATIC, *INT8, *UNDISTILLED),
 }
-AS_FAST = ("conditioned teacher", "no distillation", "from scratch")  # as the pruned teacher, and as the student
+# As fast as the pruned teacher and the student; TF-IDF has no weights to count.
+UNTIMED = ("conditioned teacher", "blank", "tf-idf", *UNDISTILLED)
+PAIRS = (
+    ("pruned teacher", "teacher"),
+    (INT8[0], "pruned teacher"),
+    (INT8[1], "student"),
+)  # compared besides the student
 
 
 class BenchmarkReport(Report[BenchmarkSettings]):
@@ -236,62 +249,136 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         self.inputs |= {f"model {name}": model for name, model in models.items()}
         self.models = models
 
+    @cached_property
+    def contestants(self) -> dict[str, Keyed[Any]]:
+        """The models that can be made: not every family of models can be written with 8-bit weights."""
+        found = dict(self.models)
+        for name in INT8:
+            try:
+                if name in found:
+                    found[name].get()
+            except UserError as error:
+                warnings.warn(f"{name}: left out ({error})", stacklevel=2)
+                del found[name]
+        return found
+
     def trials(self, method: str) -> list[Trial]:
         """Every model on every task with every seed. A finished trial is kept in `benchmark/`.
 
         Args:
-            method: "probe" (linear probe), "finetune" or "fewshot" (fine-tuning on a few rows per class).
+            method: "probe" (linear probe), "best layer", "finetune" or "fewshot" (fine-tuning on a few rows per class).
         """
-        models = {name: model for name, model in self.models.items() if name not in LEFT_OUT[method]}
+        models = {name: model for name, model in self.contestants.items() if name not in LEFT_OUT[method]}
         keys = {name: trial_key(self.context, name, model) for name, model in models.items()}
         tasks = [task for task in self.tasks.get() if task.name in self.settings.tasks[method]]
         encoders = {name: model.get for name, model in models.items()}
         return run_trials(encoders, tasks, self.settings.benchmark, method, self.context.path / "benchmark", keys)
 
     def paired_rows(self, trials: Sequence[Trial]) -> list[dict]:
-        """The student against every other model, tested on the same seeds and items."""
-        spec, others = self.settings.benchmark, [name for name in self.models if name != "student"]
-        rows = paired_rows(trials, [("student", name) for name in others], spec)
+        """The student against every other model, and `PAIRS`, tested on the same seeds and items."""
+        spec, names = self.settings.benchmark, list(self.contestants)
+        pairs = [("student", name) for name in names if name not in ("student", INT8[1])]
+        rows = paired_rows(trials, pairs + [pair for pair in PAIRS if pair[0] in names], spec)
         return [*rows, dict(model="student", metric="margin", value=spec.margin)]
+
+    def retention_rows(self, trials: Sequence[Trial]) -> list[dict]:
+        """Chance, room and retention by linear probe; see `retention.retention_rows`."""
+        return retention_rows(trials, self.tasks.get(), self.settings.benchmark)
 
     def efficiency_rows(self) -> list[dict]:
         """Sizes of all models, and speeds of those whose speeds differ."""
-        encoders = {name: model.get() for name, model in self.models.items()}
+        encoders = {name: model.get() for name, model in self.contestants.items() if name != "tf-idf"}
         rows = [row for name, encoder in encoders.items() for row in size_rows(encoder, name)]
-        timed = {name: encoder for name, encoder in encoders.items() if name not in AS_FAST}
+        timed = {name: encoder for name, encoder in encoders.items() if name not in UNTIMED}
         texts = sentences(self.corpus.get().heldout)[:1000]
         return rows + speed_rows(timed, texts, self.settings.benchmark.latency_runs)
 
 
-class AblationReport(Report[NoSettings]):
-    """The ablations (notebook 05). arms: the grid, each arm with its scores; references: models to compare with."""
+class AblationSettings(Settings):
+    """The settings of the report on the ablations. benchmark: margin and resamples of comparisons."""
+
+    benchmark: config.Benchmark
+
+
+class AblationReport(Report[AblationSettings]):
+    """The ablations (notebook 05).
+
+    Args:
+        arms: the grid, each arm with its scores, one for each seed.
+        references: models to compare with.
+    """
 
     name = "ablations"
 
-    def __init__(self, context: Context, arms: Sequence[tuple[Arm, ArmScores]], references: Mapping[str, Reference]):
-        super().__init__(context, NoSettings())
-        self.inputs |= {f"{arm.family}/{arm.name}": scores for arm, scores in arms} | dict(references)
+    def __init__(
+        self,
+        context: Context,
+        settings: AblationSettings,
+        arms: Sequence[tuple[Arm, list[ArmScores]]],
+        references: Mapping[str, Reference],
+    ):
+        super().__init__(context, settings)
+        self.inputs |= {f"{arm.family}/{arm.name}/{i}": s for arm, seeds in arms for i, s in enumerate(seeds)}
+        self.inputs |= dict(references)
         self.arms, self.references = arms, references
 
     def rows(self, wanted: Sequence[str] = (), on_arm: Callable[[Arm, list[dict]], None] | None = None) -> list[dict]:
-        """Distil and score every arm. The teacher and the undistilled student are shown for reference.
+        """Distil and score every arm, and compare it with the first arm of its family.
+
+        The teacher and the undistilled student are shown for reference. Scores of the probes are averaged over tasks;
+        the similarity to the teacher is a task by itself.
 
         Args:
             wanted: run only these arms, "family" or "family/arm"; of the others, finished ones are shown.
             on_arm: called with each arm and its rows.
         """
         rows = [
-            row | dict(model=name, method="reference") for name, stage in self.references.items() for row in stage.get()
+            row | dict(model=name, method="reference")
+            for name, stage in self.references.items()
+            for row in self._rows(stage.get().trials, [stage.get().numbers])
         ]
-        for arm, stage in self.arms:
-            if wanted and not {arm.family, f"{arm.family}/{arm.name}"} & set(wanted) and not stage.intact():
+        families: dict[str, list[Trial]] = {}
+        for arm, stages in self.arms:
+            asked = not wanted or bool({arm.family, f"{arm.family}/{arm.name}"} & set(wanted))
+            if not asked and not all(stage.intact() for stage in stages):
                 continue
-            made = stage.get(Watch(label=f"arm {arm.family} {arm.name}"))
+            label = f"arm {arm.family} {arm.name}"
+            found = [stage.get(Watch(label=f"{label}, {i} of {len(stages)}")) for i, stage in enumerate(stages, 1)]
+            trials = [replace(trial, model=arm.name) for scores in found for trial in scores.trials]
+            families.setdefault(arm.family, []).extend(trials)
+            made = self._rows(trials, [scores.numbers for scores in found])
             made = [row | dict(model="student", method=arm.family, arm=arm.name, x=arm.x) for row in made]
             rows += made
             if on_arm:
                 on_arm(arm, made)
+        for family, trials in families.items():
+            for part in _parts(trials):
+                names = list(dict.fromkeys(trial.model for trial in part))  # a narrower student has no similarity
+                pairs = [(name, names[0]) for name in names[1:] if names[0] == trials[0].model]
+                compared = _bare(paired_rows(part, pairs, self.settings.benchmark))
+                rows += [row | dict(model="student", method=family, arm=row["model"], x=None) for row in compared]
         return rows
+
+    def _rows(self, trials: Sequence[Trial], numbers: Sequence[Mapping[str, float]]) -> list[dict]:
+        """Rows of a model's trials, and of its other numbers, averaged over seeds."""
+        seeds = list(dict.fromkeys(trial.seed for trial in trials))
+        spec = self.settings.benchmark.model_copy(update={"seeds": seeds})
+        probes, same = _parts(trials)
+        rows = [*trial_rows(probes, spec), *_bare(trial_rows(same, spec))]
+        return rows + [dict(metric=name, value=float(np.mean([n[name] for n in numbers]))) for name in numbers[0]]
+
+
+def _bare(rows: Sequence[dict]) -> list[dict]:
+    """Rows of the similarity: without a task, and without an average, which it is itself."""
+    same = any(row["task"] == "similarity" for row in rows)
+    kept = [row for row in rows if not same or row["task"] != "average"]
+    return [row | dict(task=None) if row["task"] == "similarity" else row for row in kept]
+
+
+def _parts(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
+    """The trials of probes, and those of the similarity to the teacher."""
+    probes = [trial for trial in trials if trial.task != "similarity"]
+    return probes, [trial for trial in trials if trial.task == "similarity"]
 
 
 class FigureReport(Report[NoSettings]):

@@ -17,12 +17,14 @@ from kdlib.distillation.distill import Outcome, distill
 from kdlib.distillation.student_init import build_student, layer_map
 from kdlib.distillation.tokenized_corpus import TokenizedCorpus, prepare, training_size
 from kdlib.errors import UserError
-from kdlib.evaluation.benchmark import average_row, run_trials, score_rows
-from kdlib.evaluation.probing import similarity
+from kdlib.evaluation.benchmark import Trial, load_trials, run_trials, save_trials
+from kdlib.evaluation.metrics import Metric
+from kdlib.evaluation.probing import similarities
 from kdlib.files import fingerprint, read_json, read_table, write_json
 from kdlib.models import embedded_teacher
 from kdlib.models.encoder import Encoder, text_vectors
 from kdlib.models.loading import prefix_of
+from kdlib.models.onnx import FILES, FOLDER, export_student, load_exported
 from kdlib.models.safetensors_files import weights_folder
 from kdlib.pruning.model import prune_encoder
 from kdlib.pruning.selection import Selection, keep_all, select_tokens, word_list
@@ -220,9 +222,25 @@ class Distill(Stage[DistillSettings, Trained]):
         return Trained(encoder, *read_training(folder))
 
 
+class Int8(Stage[Settings, Encoder]):
+    """An encoder as an ONNX file with 8-bit weights."""
+
+    name = "int8"
+    model: Keyed[Encoder]
+
+    def make(self, folder: Path, watch: Watch) -> None:
+        """Export the encoder."""
+        export_student(self.model.get(), folder)
+        (folder / FOLDER / FILES["onnx fp32"]).unlink()
+
+    def load(self, folder: Path) -> Encoder:
+        """The exported encoder."""
+        return load_exported(folder)
+
+
 def start_name(init: config.Init | None) -> str:
     """The name of an undistilled student in results."""
-    return "from scratch" if init == "random" else "no distillation"
+    return "random weights" if init == "random" else "no distillation"
 
 
 def write_training(folder: Path, curve: pd.DataFrame, facts: dict[str, Any]) -> None:
@@ -244,10 +262,17 @@ class ScoreSettings(Settings):
     precision: config.Precision
 
 
-class Scored(Stage[ScoreSettings, list[dict]]):
-    """Rows of an arm, or of a model for reference: probe scores, similarity to the teacher, size.
+class Scores(NamedTuple):
+    """The trials of a model, one of them of the task "similarity" where it has the teacher's width; other numbers."""
 
-    `teacher` and `compared` are the pruned teacher and the sentences whose vectors are compared.
+    trials: list[Trial]
+    numbers: dict[str, float]
+
+
+class Scored(Stage[ScoreSettings, Scores]):
+    """The scores of an arm, or of a model for reference: linear probes, similarity to the teacher, size.
+
+    `teacher` and `compared` are the pruned teacher and the texts whose vectors are compared.
     """
 
     room = "ablations"
@@ -256,51 +281,52 @@ class Scored(Stage[ScoreSettings, list[dict]]):
     compared: Keyed[Sequence[str]]
     tasks: Source[list[Task]]
 
-    def scores(self, encoder: Encoder, keys: Mapping[str, str] | None = None) -> list[dict]:
-        """Probe scores on the arms' tasks, their mean, and the similarity to the teacher.
+    def score(self, encoder: Encoder, folder: Path, keys: Mapping[str, str] | None = None, **numbers: float) -> None:
+        """Probe an encoder on the arms' tasks, compare its vectors with the teacher's, and write all that.
 
         Args:
             encoder: the student.
+            folder: where to write.
             keys: of a model of the benchmark, to use the benchmark's trials.
+            numbers: to be written too.
         """
         spec, tasks = self.settings.probes, [task for task in self.tasks.get() if task.name in self.settings.tasks]
-        runs: dict[str, list] = {}
-        folder = self.context.path / "benchmark" if keys else None
-        for trial in run_trials({encoder.name: encoder}, tasks, spec, "probe", folder, keys):
-            runs.setdefault(trial.task, []).append(trial.metrics)
-        rows = [row for task, task_runs in runs.items() for row in score_rows(task_runs, spec, task=task)]
-        rows.append(average_row(runs, spec))
+        kept = self.context.path / "benchmark" if keys else None
+        trials = run_trials({encoder.name: encoder}, tasks, spec, "probe", kept, keys)
         held, target = self.compared.get(), text_vectors(self.teacher.get(), self.compared.get())[:, 0]
         if encoder.hidden == target.shape[1]:
-            value = similarity(text_vectors(encoder, held)[:, 0], target)
-            rows.append(dict(metric="similarity", value=value, n=len(held)))
-        return [*rows, dict(metric="parameters", value=encoder.parameters)]
+            cosines = similarities(text_vectors(encoder, held)[:, 0], target).astype(float)
+            same = Metric("similarity", np.stack([cosines, np.ones_like(cosines)], 1))
+            trials += [Trial(encoder.name, "similarity", "probe", seed, [same]) for seed in spec.seeds]
+        save_trials(folder / "trials.npz", trials)
+        write_json(folder / "numbers.json", dict(numbers, parameters=encoder.parameters))
 
-    def load(self, folder: Path) -> list[dict]:
-        """The rows."""
-        return read_json(folder / "rows.json", list)
+    def load(self, folder: Path) -> Scores:
+        """The scores."""
+        return Scores(load_trials(folder / "trials.npz"), read_json(folder / "numbers.json"))
 
 
 class Reference(Scored):
-    """Rows of a model that arms are compared with."""
+    """The scores of a model that arms are compared with."""
 
     name = "reference"
+    version = 2
     model: Keyed[Encoder]
 
     def make(self, folder: Path, watch: Watch) -> None:
-        """Probe the model."""
+        """Score the model."""
         encoder = self.model.get()
-        key = trial_key(self.context, encoder.name, self.model)
-        write_json(folder / "rows.json", self.scores(encoder, {encoder.name: key}))
+        self.score(encoder, folder, {encoder.name: trial_key(self.context, encoder.name, self.model)})
 
 
 class ArmScores(Scored):
-    """Rows of an arm: its student is distilled and scored, and not kept.
+    """The scores of an arm with one seed: its student is distilled and scored, and not kept.
 
     `student` is its distillation; `arm_texts` are the texts of which `distill.fraction` is drawn.
     """
 
     name = "arm"
+    version = 2
     student: Distill
     arm_texts: Keyed[Sequence[str]]
 
@@ -314,7 +340,7 @@ class ArmScores(Scored):
         outcome.curve.to_csv(folder / "curve.csv", index=False)
         loss = float(outcome.curve.query("split == 'heldout'")["loss"].iloc[-1])
         student = replace(arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None)
-        write_json(folder / "rows.json", [dict(metric="heldout_loss", value=loss), *self.scores(student)])
+        self.score(student, folder, heldout_loss=loss, steps=outcome.facts["steps"])
 
 
 def trial_key(context: Context, name: str, model: Keyed[Encoder]) -> str:

@@ -67,7 +67,7 @@ LOOKS = {
     "pruned teacher": Look(PALETTE[9], "s", "//"),
     "student": Look(PALETTE[3], "D", ""),
     "no distillation": Look(GREY, "^", "\\\\"),
-    "from scratch": Look(PALETTE[4], "v", ".."),
+    "random weights": Look(PALETTE[4], "v", ".."),
 }
 SPARE_LOOKS = [Look(PALETTE[2], "P", "xx"), Look(PALETTE[5], "X", "++"), Look(PALETTE[8], "*", "--")]
 BASELINES = ["majority", "word overlap"]

@@ -40,7 +40,7 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
         "pruned teacher",
         "student",
         "no distillation",
-        "from scratch",
+        "random weights",
         "shallow",
     }
     student = study.student

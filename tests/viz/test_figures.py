@@ -15,7 +15,7 @@ from kdlib.viz import comparisons, figures, style, tables
 
 TASKS = {"topic": "accuracy", "sentiment": "accuracy", "dengue": "macro_f1", "entailment": "accuracy", "entities": "f1"}
 ITEMS = {"topic": 204, "sentiment": 400, "dengue": 400, "entailment": 400, "entities": 317}
-SKILL = {"teacher": 0.80, "pruned teacher": 0.797, "student": 0.76, "no distillation": 0.52, "from scratch": 0.45}
+SKILL = {"teacher": 0.80, "pruned teacher": 0.797, "student": 0.76, "no distillation": 0.52, "random weights": 0.45}
 LAYERS = 12
 
 

@@ -76,7 +76,7 @@ def study_table():
         for method in ("plain", "centred") for layer in range(5)
     ]  # fmt: skip
     rows += [score("teacher", "topic", 0.7, seed=0), score("teacher", "topic", 0.9, seed=1)]
-    rows += [score("teacher", "topic", 0.8), score("student", "topic", 0.72), score("from scratch", "topic", 0.3)]
+    rows += [score("teacher", "topic", 0.8), score("student", "topic", 0.72), score("random weights", "topic", 0.3)]
     rows += [score(model, "average", 0.6, metric="score") for model in ("teacher", "student")]
     sizes = {"teacher": 117e6, "student": 15e6}
     rows += [dict(stage="benchmark", model=m, metric="parameters", value=v, language="tgl") for m, v in sizes.items()]
@@ -224,7 +224,7 @@ def test_training_facts_are_speed_and_time_left():
 def test_comparable_numbers_prefer_the_row_of_all_seeds_and_bring_references_to_arms():
     rows = results.comparable(study_table())
     probe = rows[(rows["what"] == "benchmark: probe") & (rows["task"] == "topic")].set_index("name")["value"]
-    assert dict(probe) == {"teacher": 0.8, "student": 0.72, "from scratch": 0.3}
+    assert dict(probe) == {"teacher": 0.8, "student": 0.72, "random weights": 0.3}
     assert list(rows[rows["what"] == "ablations: init"]["name"]) == ["a", "b", "teacher"]
     sizes = rows[rows["metric"] == "parameters"]
     assert list(sizes["name"]) == ["teacher", "student"] and set(sizes["what"] + sizes["task"]) == {"benchmark"}
@@ -424,7 +424,7 @@ def test_results_explorer_offers_only_what_is_there():
     assert controls["metric"].value == "accuracy" and set(controls["names"].value) == {
         "teacher",
         "student",
-        "from scratch",
+        "random weights",
     }
     controls["names"].value = ("student",)
     assert "72.0%" in panel.text.value and "80.0%" not in panel.text.value
