@@ -2,11 +2,22 @@
 
 import contextlib
 import functools
+import platform
 import time
+from pathlib import Path
 
 import torch
 
 from kdlib.errors import UserError
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def pick_device(name: str = "auto") -> torch.device:

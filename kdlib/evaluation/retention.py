@@ -10,7 +10,7 @@ from kdlib.evaluation.baselines import chance
 from kdlib.evaluation.benchmark import Trial
 from kdlib.evaluation.metrics import Metric, resampled
 
-CONTROLS = ("tf-idf", "static", "static, SIF", "random weights")  # what a task must need a trained transformer to beat
+CONTROLS = ("tf-idf", "static", "static SIF", "random weights")  # what a task must need a trained transformer to beat
 AVERAGES = {"average": "all tasks", "with room": "tasks with room"}
 
 

@@ -58,5 +58,5 @@ def static_encoder(encoder: Encoder, counts: np.ndarray | None = None) -> Encode
         table = torch.from_numpy(reduced.astype(np.float32))
     table[[i for i in encoder.tokenizer.all_special_ids if i < len(table)]] = 0
     model = StaticModel(table, encoder.model.config).to(next(encoder.model.parameters()).device).eval()
-    name = "static" if counts is None else "static, SIF"
+    name = "static" if counts is None else "static SIF"
     return replace(encoder, model=model, name=name, prefix="", head=None, bf16=False, vector_cache=None)  # pyright: ignore[reportArgumentType] - called like one

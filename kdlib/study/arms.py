@@ -9,9 +9,9 @@ from kdlib import config
 from kdlib.errors import UserError
 
 SECTIONS = ("vocabulary", "condition", "student", "distill")  # what an arm may change
-INT8 = ("pruned teacher, int8", "student, int8")
+INT8 = ("pruned teacher int8", "student int8")
 UNDISTILLED = ("no distillation", "random weights")
-STATIC = ("static", "static, SIF")
+STATIC = ("static", "static SIF")
 RESERVED = (
     "teacher", "pruned teacher", "conditioned teacher", "student", "tf-idf", "chance", *INT8, *UNDISTILLED, *STATIC
 )  # fmt: skip

@@ -238,7 +238,7 @@ class Graph:
         found: dict[str, Keyed[Any]] = {
             "tf-idf": Derived("tf-idf", [], TfIdf),
             "static": Derived("static", [], lambda: static_encoder(prune.get()), pruned=prune),
-            "static, SIF": Derived(
+            "static SIF": Derived(
                 "static", ["SIF"],
                 lambda: static_encoder(prune.get(), prune.selection.counts[prune.kept_ids()]), pruned=prune,
             ),

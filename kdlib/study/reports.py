@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from kdlib import config
 from kdlib.data.corpus import Corpus, sentences
 from kdlib.data.tasks import Task
+from kdlib.device import processor
 from kdlib.errors import UserError
 from kdlib.evaluation.benchmark import Trial, run_trials, trial_rows
 from kdlib.evaluation.cloze import mlm_rows
@@ -291,7 +293,8 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         rows = [row for name, encoder in encoders.items() for row in size_rows(encoder, name)]
         timed = {name: encoder for name, encoder in encoders.items() if name not in UNTIMED}
         texts = sentences(self.corpus.get().heldout)[:1000]
-        return rows + speed_rows(timed, texts, self.settings.benchmark.latency_runs)
+        machine = dict(metric="threads", value=torch.get_num_threads(), arm=processor())
+        return [*rows, machine, *speed_rows(timed, texts, self.settings.benchmark.latency_runs)]
 
 
 class AblationSettings(Settings):

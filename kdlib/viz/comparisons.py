@@ -5,24 +5,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import NullLocator
 
-from kdlib.errors import UserError
+from kdlib.evaluation.paired_tests import LEVEL
 from kdlib.viz import style
-from kdlib.viz.style import GREY, INK, LOOKS, PALE, SCORES, Look
+from kdlib.viz.style import GREY, INK, LOOKS, MARKERS, PALE, PALETTE, SCORES, Look
 from kdlib.viz.tables import TEACHER_SHARE, benchmark_rows, headline_rows, need, select, summary, tasks_of
 
-FAMILIES = {  # a family of ablation arms: title of its figure, label of its axis
-    "fraction": ("How much text does the student need?", "corpus used (%)"),
-    "epochs": ("How long should a student learn?", "passes over the corpus"),
-    "init": ("Which of the teacher's layers should a student start from?", "layers copied"),
-    "objective": ("What should the student imitate?", "objectives"),
-    "conditioning": ("Does it help to condition the teacher first?", "distilled from"),
-    "depth": ("How deep must a student be?", "layers of the student"),
-    "width": ("How wide must a student be?", "width of the student"),
-    "size": ("How large must a student be?", "student"),
-    "start": ("How should a narrower student start?", "weights from the teacher"),
-    "vocabulary": ("How many embedding rows does a student need?", "rows of the vocabulary"),
+FAMILIES = {  # a family of ablation arms: the question that it answers
+    "fraction": "How much text does the student need, at equal steps?",
+    "passes": "How much text does the student need, read once?",
+    "epochs": "How long should a student learn?",
+    "init": "Which of the teacher's layers should a student start from?",
+    "objective": "What should the student imitate?",
+    "similar work": "What do the objectives of similar work reach?",
+    "conditioning": "Does it help to condition the teacher first?",
+    "depth": "How deep must a student be?",
+    "width": "How wide must a student be?",
+    "size": "How large must a student be?",
+    "start": "How should a narrower student start?",
+    "vocabulary": "How many embedding rows does a student need?",
 }
 
 
@@ -64,36 +66,54 @@ def benchmark_finetune(table: pd.DataFrame) -> Figure:
 
 @style.styled
 def retention(table: pd.DataFrame) -> Figure:
-    """The student's probe scores in percent of the teacher's.
-
-    The intervals are the student's, divided by the teacher's mean. They leave out the teacher's own uncertainty.
-    """
-    rows = benchmark_rows(table, "probe")
-    labels = _task_labels(rows)
-    teacher = rows[rows["model"] == "teacher"].set_index("task")["value"]
-    student = rows[rows["model"] == "student"].set_index("task")
-    both = [task for task in labels if task in student.index and (teacher.get(task) or 0) > 0]
-    if not both:
-        raise UserError("no probe score of student and teacher on the same task; run the stage 'benchmark' first")
-    shares = student.loc[both, ["value", "low", "high"]].div(teacher[both], axis=0)
-    shares = shares.assign(model="student").reset_index()
-    figure = style.new_figure("How much of the teacher's probe score does the student keep?", 1.7 + 0.75 * len(both))
+    """What each model keeps of the teacher's probe score above chance, by task and on average."""
+    what = "retention"
+    rows = need(select(table, "benchmark", what, metric="retention", method="probe"), "benchmark", what)
+    looks = style.looks(rows)
+    room = table[(table["metric"] == "room") & (table["method"] == "probe")].set_index("task")
+    tasks = [task for task in tasks_of(rows) if task not in ("average", "with room")]
+    labels = {task: _room_label(task, room) for task in tasks}
+    if len(tasks) > 1:
+        labels |= {task: label for task, label in MEANS.items() if task in set(rows["task"])}
+    best = rows[rows["model"] == "student"].set_index("task")
+    last = next((task for task in ("with room", "average", *tasks) if task in best.index), None)
+    title = "How much of the teacher does each model keep?"
+    if last is not None:
+        kept = best.loc[last]
+        title = (
+            f"The student keeps {kept['value']:.0%} of the teacher above chance\n"
+            f"({MEANS.get(last, last)}; 95% interval {kept['low']:.0%} to {kept['high']:.0%})"
+        )
+    rows = rows[rows["task"].isin(labels) & ~rows["model"].isin(["teacher", "pruned teacher"])]
+    figure = style.new_figure(title, 2.2 + 0.95 * len(labels))
     ax = figure.subplots()
-    style.dots(ax, shares, "task", {task: labels[task] for task in both}, LOOKS)
-    for i, share in enumerate(shares["value"]):
-        ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        ax.annotate(f"{share:.0%}", (share, i), (0, 9), textcoords="offset points", ha="center", bbox=ground)
-    ax.axvline(1, color=LOOKS["teacher"].colour, linewidth=1.8)
-    ax.axvline(TEACHER_SHARE / 100, color=INK, linewidth=1.5, linestyle="--")
-    style.percent(ax.xaxis, "student's score in % of the teacher's mean, with the student's 95% interval")
-    ax.set_ylabel("task")
+    style.dots(ax, rows, "task", labels, looks)
+    low, high = min(-0.1, rows["value"].min() - 0.1), max(1.15, rows["value"].max() + 0.1)
+    ax.set_xlim(max(low, -1), min(high, 2))
+    for share, line in ((0, ":"), (1, "-"), (TEACHER_SHARE / 100, "--")):
+        ax.axvline(share, color=LOOKS["teacher"].colour if share else GREY, linewidth=1.6, linestyle=line, zorder=1)
+    style.percent(ax.xaxis, "(score − chance) in % of (teacher's score − chance), with 95% intervals of both")
+    ax.set_ylabel("task, and how much room it leaves")
     handles = [
-        *style.model_handles(["student"], LOOKS),
-        Line2D([], [], color=INK, linewidth=1.5, linestyle="--", label=f"{TEACHER_SHARE}% of the teacher"),
-        Line2D([], [], color=LOOKS["teacher"].colour, linewidth=1.8, label="teacher"),
+        *style.model_handles(rows["model"], looks),
+        Line2D([], [], color=LOOKS["teacher"].colour, linewidth=1.6, label="teacher"),
+        Line2D([], [], color=LOOKS["teacher"].colour, linewidth=1.6, linestyle="--", label=f"{TEACHER_SHARE}%"),
+        Line2D([], [], color=GREY, linewidth=1.6, linestyle=":", label="chance"),
     ]
     style.legend(figure, handles)
     return figure
+
+
+MEANS = {"average": "mean of all tasks", "with room": "mean of tasks with room"}
+
+
+def _room_label(task: str, room: pd.DataFrame) -> str:
+    """The task, and by how many points the teacher is better than the best control."""
+    if task not in room.index:
+        return style.wrap(task)
+    row = room.loc[task]
+    clear = "" if row["low"] > 0 else ", not sure"
+    return f"{style.wrap(task)}\n{row['value'] * 100:+.0f} on {row['arm']}{clear}"
 
 
 @style.styled
@@ -123,173 +143,187 @@ def fewshot(table: pd.DataFrame) -> Figure:
     return figure
 
 
-METHODS = {"probe": "linear probe", "finetune": "fine-tuned", "fewshot": "few-shot"}
+METHODS = {"probe": "linear probe", "best layer": "probe, best layer", "finetune": "fine-tuned", "fewshot": "few-shot"}
 
 
 @style.styled
 def differences(table: pd.DataFrame) -> Figure:
-    """The difference between the student and every other model, averaged over tasks, with the margin of equivalence."""
+    """The student minus the teacher, with the margin, and minus every other model, averaged over tasks."""
     what = "paired comparison"
-    rows = select(table, "benchmark", what, metric="difference", task="average")
+    rows = select(table, "benchmark", what, metric=["difference", "difference_90"], task="average", model="student")
     rows = need(rows[rows["x"].isna()], "benchmark", what)
     margin = select(table, "benchmark", what, metric="margin")["value"].iloc[0]
     methods = [method for method in METHODS if method in set(rows["method"])]
-    looks, others = style.looks(table), list(dict.fromkeys(rows["arm"]))
-    title = "Is the student better or worse, beyond chance?"
-    figure, axes, columns = style.panels(title, len(methods), 2, 1.4 + 0.5 * len(others), sharey=True, sharex=True)
-    for i, (ax, method) in enumerate(zip(axes, methods)):
-        mine = rows[rows["method"] == method].assign(model=lambda part: part["arm"])
+    others = [name for name in dict.fromkeys(rows["arm"]) if name != "teacher"]
+    sides = {"teacher": ["teacher"], "every other model": others} if others else {"teacher": ["teacher"]}
+    figure = style.new_figure(_difference_title(rows, margin), 2.6 + 0.62 * max(len(others), 2))
+    axes = figure.subplots(1, len(sides), width_ratios=[1.2, 1][: len(sides)], squeeze=False)[0]
+    step = 0.7 / len(methods)
+    for ax, (side, names) in zip(axes, sides.items(), strict=True):
         ax.axvspan(-margin, margin, color=PALE, alpha=0.7, linewidth=0, zorder=0)
         ax.axvline(0, color=INK, linewidth=1)
-        for place, other in enumerate(others):
-            one, look = mine[mine["model"] == other], looks[other]
-            ax.errorbar(
-                one["value"], [place] * len(one), xerr=style.whiskers(one), fmt=look.marker, color=look.colour,
-                markeredgecolor="white", capsize=3, elinewidth=1.8,
-            )  # fmt: skip
-        ax.set_yticks(range(len(others)), [style.wrap(other, 20) for other in others])
-        ax.set_ylim(len(others) - 0.5, -0.5)
+        for place, name in enumerate(names):
+            for i, method in enumerate(methods):
+                one = rows[(rows["arm"] == name) & (rows["method"] == method)]
+                y = place + (i - (len(methods) - 1) / 2) * step
+                for metric, width in (("difference", 1.2), ("difference_90", 3.5)):
+                    line = one[one["metric"] == metric]
+                    ax.errorbar(
+                        line["value"], [y] * len(line), xerr=style.whiskers(line), fmt=MARKERS[i], color=PALETTE[i],
+                        markeredgecolor="white", capsize=3 if width < 2 else 0, elinewidth=width,
+                    )  # fmt: skip
+        ax.set_yticks(range(len(names)), [style.wrap(name, 20) for name in names])
+        ax.set_ylim(len(names) - 0.5, -0.5)
         ax.yaxis.grid(False)
         ax.margins(x=0.08)
-        ax.set_title(f"{METHODS[method]}\n{style.count(mine['n'])}")
-        ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:+.0f}" if value else "0")
+        ax.set_title(f"against the {side}" if side == "teacher" else f"against {side}")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value * 100:+.4g}" if value else "0")
         ax.set_xlabel("student − other (points)")
-        if i % columns == 0:
-            ax.set_ylabel("student against")
-        else:
-            ax.tick_params(labelleft=False)
     handles = [
-        Line2D([], [], color=INK, marker="o", label="difference, with 95% interval"),
+        Line2D([], [], color=PALETTE[i], marker=MARKERS[i], label=METHODS[method]) for i, method in enumerate(methods)
+    ]
+    handles += [
+        Line2D([], [], color=INK, linewidth=3.5, label="90% interval (TOST)"),
+        Line2D([], [], color=INK, linewidth=1.2, label="95% interval"),
         Patch(color=PALE, alpha=0.7, label=f"on par: within {margin * 100:g} points"),
     ]
     style.legend(figure, handles)
     return figure
 
 
+def _difference_title(rows: pd.DataFrame, margin: float) -> str:
+    """What the 90% interval of the difference to the teacher says, by linear probe."""
+    found = rows[(rows["arm"] == "teacher") & (rows["metric"] == "difference_90") & (rows["method"] == "probe")]
+    if found.empty:
+        return "Is the student better or worse, beyond chance?"
+    row = found.iloc[0]
+    inside = row["low"] > -margin and row["high"] < margin
+    verdict = "on par with" if inside else "below" if row["high"] < 0 else "not shown to be on par with"
+    return f"By linear probe the student is {verdict} the teacher ({row['value'] * 100:+.1f} points)"
+
+
 @style.styled
 def efficiency(table: pd.DataFrame) -> Figure:
-    """The cost of each model: parameters against score, latency and throughput."""
-    looks = style.looks(table)
+    """Score against size and latency, with the models that no other one beats in both."""
+    looks, what = style.looks(table), "average probe score"
     scores = benchmark_rows(table, "probe")
-    scores = need(scores[scores["task"] == "average"], "benchmark", "average probe score")
-    sizes = select(table, "benchmark", "parameters", metric="parameters").drop_duplicates("model")
-    sizes = sizes.set_index("model")["value"] / 1e6
-    panels = {"latency_ms": "latency (ms)\nof one sentence", "sentences_per_second": "sentences / s\nin batches of 32"}
-    speeds = {metric: select(table, "benchmark", metric, metric=metric) for metric in panels}
-    devices = [d for d in ("cpu", "cuda") if all(d in set(rows["method"]) for rows in speeds.values())]
-    if not devices:
-        raise UserError("no latency and throughput on the same device; run the stage 'benchmark' first")
-    height = max(3.4, 0.6 * len(looks))
-    figure = style.new_figure("What does each model cost, and how good is it?", 1.8 + height * len(devices))
-    axes = figure.subplot_mosaic(
-        [["size", *(f"{metric} {device}" for metric in panels)] for device in devices], width_ratios=[1.5, 1, 1]
-    )
-    ax = axes["size"]
-    for model in looks:
-        mine = scores[(scores["model"] == model) & scores["model"].isin(sizes.index)]
-        ax.errorbar(
-            mine["model"].map(sizes), mine["value"], yerr=style.whiskers(mine), fmt=looks[model].marker, markersize=10,
-            color=looks[model].colour, markeredgecolor="white", capsize=3,
-        )  # fmt: skip
-    ax.set_xlabel("parameters (millions)")
-    ax.set_xlim(0, sizes.max() * 1.1)
-    ax.margins(y=0.1)
-    style.percent(ax.yaxis, "average probe score (%)\nwith 95% interval")
-    for device in devices:
-        for metric, label in panels.items():
-            ax = axes[f"{metric} {device}"]
-            rows = speeds[metric][speeds[metric]["method"] == device].drop_duplicates("model").set_index("model")
-            models = [model for model in looks if model in rows.index]
-            rows = rows.loc[models]
-            line = {"ecolor": INK, "edgecolor": INK, "linewidth": 0.8}
-            bars = ax.barh(models, rows["value"], xerr=style.whiskers(rows), capsize=3, **line)
-            for bar, model in zip(bars, models):
-                bar.set(facecolor=looks[model].colour, hatch=looks[model].hatch)
-            ax.set_title({"cpu": "CPU", "cuda": "GPU"}[device])
-            ax.set_xlabel(label)
-            ax.set_yticks(range(len(models)), [style.wrap(model, 20) for model in models])
-            ax.yaxis.grid(False)
-            ax.invert_yaxis()
-            ax.xaxis.set_major_locator(MaxNLocator(4))
-        axes[f"latency_ms {device}"].set_ylabel("model")
-        ax.tick_params(labelleft=False)
-    times = Line2D([], [], color=INK, marker="|", markersize=9, label="quartiles of the timings")
-    style.legend(figure, [*style.model_handles(scores["model"], looks), times])
+    scores = need(scores[scores["task"] == "average"], "benchmark", what).set_index("model")
+    costs = {"megabytes": "size of the weights (MB)", "latency_ms": "latency of one sentence (ms)"}
+    measured = {
+        metric: select(table, "benchmark", metric, metric=metric).drop_duplicates("model").set_index("model")["value"]
+        for metric in costs
+    }
+    figure = style.new_figure("Which model is best for its size, and for its speed?", 5.6)
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (metric, label) in zip(axes, costs.items(), strict=True):
+        points = scores.join(measured[metric].rename("cost"), how="inner").sort_values(["cost", "value"])
+        front = points[points["value"] >= points["value"].cummax()]
+        ax.step(front["cost"], front["value"], where="post", color=GREY, linestyle="--", linewidth=1.5, zorder=1)
+        for model in (name for name in looks if name in points.index):
+            row = points.loc[[model]]
+            ax.errorbar(
+                row["cost"], row["value"], yerr=style.whiskers(row), fmt=looks[model].marker, markersize=10,
+                color=looks[model].colour, markeredgecolor="white", capsize=3,
+            )  # fmt: skip
+        ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.xaxis.set_minor_formatter(lambda value, _: "")
+        ax.set_xlabel(label)
+    style.percent(axes[0].yaxis, "average probe score (%), with 95% interval")
+    machine = table[(table["stage"] == "benchmark") & (table["metric"] == "threads")]
+    if len(machine):
+        axes[1].set_xlabel(f"{costs['latency_ms']}\n{machine['arm'].iloc[0]}, {machine['value'].iloc[0]:g} threads")
+    handles = style.model_handles(points.index, looks)
+    style.legend(figure, [*handles, Line2D([], [], color=GREY, linestyle="--", label="no model is smaller and better")])
     return figure
 
 
-def _ablation(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Scores of the arms of a family, a row per task and arm, and of the models for reference."""
-    what = f"ablation of {family}"
-    rows = headline_rows(table, select(table, "ablations", what, method=family, model="student"))
-    arms = summary(need(rows, "ablations", what), "task", "model", "arm")
-    reference = table[(table["stage"] == "ablations") & (table["method"] == "reference")]
-    return arms, summary(headline_rows(table, reference), "task", "model")
-
-
-def _references(axes: Axes, reference: pd.DataFrame, task: str, along: str, looks: dict[str, Look]) -> None:
-    """A line with its interval for each reference model; `along` is the axis of the scores."""
-    line, span = {"x": (axes.axvline, axes.axvspan), "y": (axes.axhline, axes.axhspan)}[along]
-    for row in reference[reference["task"] == task].itertuples():
-        colour = looks[row.model].colour
-        line(row.value, color=colour, linestyle=_reference_line(row.model), zorder=1)
-        if row.low < row.high:
-            span(row.low, row.high, color=colour, alpha=0.15, linewidth=0, zorder=0.5)
-
-
-def _reference_line(model: str) -> str:
-    return "--" if model == "teacher" else ":"
-
-
-def _ablation_legend(figure: Figure, reference: pd.DataFrame, looks: dict[str, Look]) -> None:
-    handles = [*style.model_handles(["student"], looks)]
-    for model in (model for model in looks if model in set(reference["model"])):
-        handles.append(Line2D([], [], color=looks[model].colour, linestyle=_reference_line(model), label=model))
-    style.legend(figure, [*handles, Patch(color=GREY, alpha=0.3, label="95% interval")])
+MEASURES = {"score": ("average", "mean probe score (%)"), "similarity": (None, "similarity to the teacher (%)")}
 
 
 @style.styled
 def ablation(table: pd.DataFrame, family: str) -> Figure:
-    """Scores of the students of a family of arms, a panel per task.
+    """The arms of a family: each student's score, and the paired difference to the first arm, by score and similarity.
 
-    A curve where every arm is a number (x), else a line per arm.
+    Small dots are students of single seeds. A filled difference is beyond chance, corrected for the arms of the family.
     """
-    title, label = FAMILIES.get(family, (f"What does each choice change? ({family})", family))
-    arms, reference = _ablation(table, family)
-    looks, tasks = style.looks(table), tasks_of(arms)
-    numeric = arms["x"].notna().all() and arms["x"].nunique() > 2
-    labels = {arm: style.wrap(arm, 20) for arm in arms["arm"].unique()}
-    height = 3.4 if numeric else 1.4 + 0.5 * len(labels)
-    figure, axes, columns = style.panels(title, len(tasks), 4, height, **{"sharex" if numeric else "sharey": True})
-    for i, (ax, task) in enumerate(zip(axes, tasks)):
-        mine = arms[arms["task"] == task]
-        _references(ax, reference, task, "y" if numeric else "x", looks)
-        ax.set_title(style.panel_title(task, mine))
-        if numeric:
-            _arm_curve(ax, mine.sort_values("x"), label, looks["student"])
-            continue
-        style.dots(ax, mine, "arm", labels, looks)
-        style.percent(ax.xaxis, style.score_label(mine))
-        if i % columns == 0:
-            ax.set_ylabel(label)
-        else:
-            ax.tick_params(labelleft=False)
-    _ablation_legend(figure, reference, looks)
+    what = f"ablation of {family}"
+    rows = select(table, "ablations", what, method=family, model="student")
+    reference = table[(table["stage"] == "ablations") & (table["method"] == "reference")]
+    measures = [name for name in MEASURES if name in set(rows["metric"])]
+    need(rows[rows["metric"].isin(measures)], "ablations", what)
+    arms, looks = list(dict.fromkeys(rows["arm"])), style.looks(table)
+    question = FAMILIES.get(family, f"What does each choice change? ({family})")
+    figure = style.new_figure(f"{question}\n{_answer(rows, arms)}", 1.9 + (1.0 + 0.42 * len(arms)) * len(measures))
+    axes = figure.subplots(len(measures), 2, sharey=True, squeeze=False)
+    for (left, right), name in zip(axes, measures, strict=True):
+        task, label = MEASURES[name]
+        _arm_values(left, rows, arms, name, looks["student"])
+        for row in reference[(reference["metric"] == name) & reference["seed"].isna()].itertuples():
+            left.axvline(row.value, color=looks[row.model].colour, linestyle=_reference_line(row.model), zorder=1)
+        style.percent(left.xaxis, label)
+        of = rows[rows["task"].isna() if task is None else rows["task"] == task].set_index("arm")
+        right.axvline(0, color=INK, linewidth=1)
+        for place, arm in enumerate(arms):
+            mine = of.loc[of.index == arm]
+            gap, p = mine[mine["metric"] == "difference"], mine[mine["metric"] == "p_holm"]["value"]
+            clear = bool(len(p)) and p.iloc[0] < LEVEL
+            right.errorbar(
+                gap["value"], [place] * len(gap), xerr=style.whiskers(gap), fmt=looks["student"].marker, capsize=3,
+                color=looks["student"].colour, markerfacecolor=looks["student"].colour if clear else "white",
+            )  # fmt: skip
+        right.xaxis.set_major_formatter(lambda value, _: f"{value * 100:+.4g}" if value else "0")
+        right.set_xlabel(f"difference to {arms[0]} (points)")
+        left.set_yticks(range(len(arms)), [style.wrap(arm, 26) for arm in arms])
+        left.set_ylim(len(arms) - 0.5, -0.5)
+        left.yaxis.grid(False)
+        right.yaxis.grid(False)
+    handles = [
+        Line2D([], [], color=looks["student"].colour, marker=looks["student"].marker, label="mean, with 95% interval"),
+        Line2D([], [], color=GREY, marker="o", linestyle="", markersize=4, label="one seed"),
+        Line2D([], [], color=looks["student"].colour, marker="D", markerfacecolor="white", linestyle="",
+               label="not beyond chance"),
+    ]  # fmt: skip
+    for model in (model for model in looks if model in set(reference["model"])):
+        handles.append(Line2D([], [], color=looks[model].colour, linestyle=_reference_line(model), label=model))
+    style.legend(figure, handles)
     return figure
 
 
-def _arm_curve(axes: Axes, rows: pd.DataFrame, label: str, look: Look) -> None:
-    axes.errorbar(
-        rows["x"], rows["value"], yerr=style.whiskers(rows), color=look.colour, marker=look.marker,
-        markeredgecolor="white", capsize=3, elinewidth=1.8,
-    )  # fmt: skip
-    style.percent(axes.yaxis, style.score_label(rows))
-    if label.endswith("(%)"):
-        style.percent(axes.xaxis, label)
+def _arm_values(axes: Axes, rows: pd.DataFrame, arms: list[str], name: str, look: Look) -> None:
+    """Each arm's mean with its interval, and a dot for each seed."""
+    if name == "score":
+        scores = headline_rows(rows, rows[rows["seed"].notna() & (rows["task"] != "average")])
+        seeds = scores.groupby(["arm", "seed"])["value"].mean().reset_index()
     else:
-        axes.set_xlabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-    axes.set_xlim(left=0)
+        seeds = rows[(rows["metric"] == name) & rows["seed"].notna()]
+    means = rows[(rows["metric"] == name) & rows["seed"].isna()]
+    for place, arm in enumerate(arms):
+        mean, dots = means[means["arm"] == arm], seeds[seeds["arm"] == arm]["value"]
+        axes.plot(dots, [place + 0.22] * len(dots), "o", color=GREY, markersize=4)
+        axes.errorbar(
+            mean["value"], [place] * len(mean), xerr=style.whiskers(mean), fmt=look.marker, color=look.colour,
+            markeredgecolor="white", capsize=3,
+        )  # fmt: skip
+
+
+def _answer(rows: pd.DataFrame, arms: list[str]) -> str:
+    """Which arms are better or worse than the first one by probe, and what difference could have been seen."""
+    of = rows[rows["task"] == "average"].pivot_table(index="arm", columns="metric", values="value")
+    if "p_holm" not in of:
+        return f"one arm alone: {arms[0]}"
+    clear = of[of["p_holm"] < LEVEL]
+    better, worse = (list(part.index) for part in (clear[clear["difference"] > 0], clear[clear["difference"] < 0]))
+    parts = [
+        f"{word} than {arms[0]}: {', '.join(names)}" for word, names in (("better", better), ("worse", worse)) if names
+    ]
+    least = of["detectable"].max() * 100
+    parts = parts or [f"no arm differs from {arms[0]} beyond chance"]
+    return style.wrap(f"{'; '.join(parts)} (by probe; {least:.1f} points could have been seen)", 95)
+
+
+def _reference_line(model: str) -> str:
+    return "--" if model == "teacher" else ":"
 
 
 def ablation_families(table: pd.DataFrame) -> list[str]:

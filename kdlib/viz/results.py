@@ -105,7 +105,7 @@ def _number(value: float, unit: str = "") -> str:
 
 
 def results_html(rows: pd.DataFrame) -> str:
-    """The values as a table, with a sentence on whether the best one is clearly best."""
+    """The values as a table, with a sentence on the best one."""
     scale, unit, label = _unit(rows["metric"].iloc[0])
     cells = [
         [
@@ -123,9 +123,5 @@ def _clear(rows: pd.DataFrame) -> str:
     measured = rows.dropna(subset=["low", "high"]).sort_values("value", ascending=False)
     if len(measured) < 2 or rows["metric"].iloc[0] not in SCORES:
         return ""
-    best, others = measured.iloc[0], measured.iloc[1:]
-    near = others[others["high"] >= best["low"]]
-    if near.empty:
-        return f"The interval of <b>{escape(best['name'])}</b> is above all others."
-    names = ", ".join(escape(name) for name in near["name"])
-    return f"<b>{escape(best['name'])}</b> is highest, but its interval overlaps with those of: {names}."
+    best = escape(measured.iloc[0]["name"])
+    return f"<b>{best}</b> is highest. Intervals do not say whether two differ: the paired tests of the notebook do."

@@ -68,9 +68,15 @@ LOOKS = {
     "student": Look(PALETTE[3], "D", ""),
     "no distillation": Look(GREY, "^", "\\\\"),
     "random weights": Look(PALETTE[4], "v", ".."),
+    "blank": Look(PALETTE[6], "<", "--"),
+    "tf-idf": Look(INK, "X", "++"),
+    "static": Look(PALETTE[5], "P", "xx"),
+    "static SIF": Look(PALETTE[8], "p", "oo"),
+    "pruned teacher int8": Look(PALETTE[9], "h", "||"),
+    "student int8": Look(PALETTE[1], "d", "**"),
 }
-SPARE_LOOKS = [Look(PALETTE[2], "P", "xx"), Look(PALETTE[5], "X", "++"), Look(PALETTE[8], "*", "--")]
-BASELINES = ["majority", "word overlap"]
+SPARE_LOOKS = [Look(PALETTE[2], ">", "xx"), Look("#7b4f12", "8", "++"), Look("#005f5f", "*", "--")]
+BASELINES = ["majority", "word overlap", "chance"]
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
 
 
