@@ -1,4 +1,4 @@
-"""The command line: `kdlib run`, `distill`, `export`, `parameters`, `figures`, `reset`, `push`."""
+"""The command line: a function for each command."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from kdlib.errors import UserError
 
 # Each command imports what it needs, so that `--help` and the error of a wrong parameter come without torch.
-Profile = Annotated[str, typer.Option("--profile", help="smoke, workshop, paper, or a YAML file")]
+Profile = Annotated[str, typer.Option("--profile", help="smoke, workshop, full, paper, or a YAML file")]
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; default runs/<profile>")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="override a parameter, such as distill.epochs=3; repeatable")
@@ -130,6 +130,34 @@ def figures(
 
     for path in copy_figures(Run(run_dir), to):
         typer.echo(path)
+
+
+@app.command()
+def keep(
+    run_dir: RunFolder = Path("runs/workshop"),
+    to: Annotated[Path, typer.Option(help="the folder of results that README and docs are written from")] = Path(
+        "results"
+    ),
+) -> None:
+    """Copy the results of a finished run, without its models, to results/<profile>."""
+    from kdlib.study.published import keep
+    from kdlib.study.run import Run
+
+    typer.echo(keep(Run(run_dir), to))
+
+
+@app.command()
+def readme(
+    run_dir: RunFolder = Path("results/full"),
+    files: Annotated[list[Path] | None, typer.Option("--file", help="a file with marked parts; repeatable")] = None,
+) -> None:
+    """Rewrite the numbers in README.md and docs/results.md from the results of a run."""
+    from kdlib.study.published import fill
+    from kdlib.study.run import Run
+
+    found = Run(run_dir)
+    for file in files or [Path("README.md"), Path("docs/results.md")]:
+        typer.echo(f"{file}: {'rewritten' if fill(file, found) else 'is up to date'}")
 
 
 @app.command()

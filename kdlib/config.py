@@ -209,7 +209,7 @@ class Distill(Section):
     precision: Precision = Field(default="auto", description="auto: bfloat16 where it is measured to be faster")
     compile: bool | None = Field(default=None, description="torch.compile; null: on a GPU")
     evaluations: int = Field(default=8, ge=1, description="evenly spaced held-out evaluations, after one at the start")
-    heldout_sentences: int = Field(default=400, ge=10, description="held-out sentences of an evaluation at most")
+    heldout_texts: int = Field(default=400, ge=10, description="held-out texts of an evaluation at most")
     max_texts: int | None = Field(default=None, ge=50, description="texts of the corpus that are used at most")
 
 

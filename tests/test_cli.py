@@ -114,7 +114,7 @@ finally:
         (["run", "--help"], 0, "--only"),
         (["run", "--profile", "smoke", "--set", "distill.epoch=1"], 2, "kdlib: unknown parameter 'distill.epoch'"),
         (["distill", "--profile", "smoke", "--set", "distill.epoch=1"], 2, "kdlib: unknown parameter 'distill.epoch'"),
-        (["parameters", "--profile", "smoke"], 0, "heldout_sentences: 30"),
+        (["parameters", "--profile", "smoke"], 0, "heldout_texts: 30"),
     ],
 )
 def test_help_and_a_slip_in_a_parameter_need_no_heavy_library(arguments, code, says):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import config
-from kdlib.data.corpus import Corpus, draw, load_corpus, load_parallel, sentences, windows
+from kdlib.data.corpus import Corpus, draw, load_corpus, load_parallel, windows
 from kdlib.data.lazy import Document
 from kdlib.data.sources import digest
 from kdlib.data.tasks import Task, load_tasks, origins, training_documents
@@ -156,9 +156,13 @@ class Graph:
 
     @cached_property
     def heldout(self) -> Derived[Sequence[str]]:
-        """The held-out sentences of evaluations during training."""
-        count = self.profile.distill.heldout_sentences
-        return Derived("heldout", count, lambda: sentences(self.corpus.get().heldout)[:count], corpus=self.corpus)
+        """The held-out texts of evaluations during training: windows like those of training, so losses compare."""
+        spec, seed = self.profile.distill, self.profile.seed
+
+        def make() -> Sequence[str]:
+            return draw(windows(self.corpus.get().heldout, spec.windows), spec.heldout_texts, 1.0, seed)
+
+        return Derived("heldout", [spec.heldout_texts, spec.windows, seed], make, corpus=self.corpus)
 
     # -- what is computed
 

@@ -43,7 +43,7 @@ def stale(tmp_path, before, after):
 # -- what makes a stage out of date
 
 
-@pytest.mark.parametrize("change", ["distill.windows=[1]", "distill.heldout_sentences=20", "distill.precision=fp32"])
+@pytest.mark.parametrize("change", ["distill.windows=[1]", "distill.heldout_texts=20", "distill.precision=fp32"])
 def test_conditioning_depends_on_the_texts_and_the_precision_it_is_trained_with(unread, tmp_path, change):
     assert "condition" in stale(tmp_path, "", change)
 
@@ -252,7 +252,7 @@ def test_an_arm_is_distilled_in_its_own_precision(study, monkeypatch):
 def test_ablations_that_were_stopped_after_each_arm_end_as_undisturbed_ones(given, tmp_path):
     grid = {
         "vocabulary": {"whole": {"vocabulary.prune": False}},
-        "sentences": {"few": {"distill.heldout_sentences": 15}, "as it is": {}},
+        "sentences": {"few": {"distill.heldout_texts": 15}, "as it is": {}},
     }
     own = given({"ablations.arms": grid, "students": {}, "corpus.heldout": 0.4})
     whole = Study(tmp_path / "whole", "smoke", own).ablation_rows()
