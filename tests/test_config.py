@@ -24,8 +24,8 @@ def profile_file(tmp_path):
     return write
 
 
-def test_three_profiles_are_shipped():
-    assert profile_names() == ["paper", "smoke", "workshop"]
+def test_four_profiles_are_shipped():
+    assert profile_names() == ["full", "paper", "smoke", "workshop"]
 
 
 @pytest.mark.parametrize("name", ["paper", "smoke", "workshop"])

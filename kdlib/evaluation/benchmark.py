@@ -14,6 +14,7 @@ import numpy as np
 
 from kdlib import config
 from kdlib.data.tasks import Task
+from kdlib.errors import UserError
 from kdlib.evaluation.finetuning import Tokens, finetune
 from kdlib.evaluation.metrics import Metric, resampled, summary
 from kdlib.evaluation.probing import best_layer, linear_probe, task_vectors, train_targets
@@ -188,12 +189,19 @@ def save_trials(file: Path, trials: Sequence[Trial]) -> None:
 
 
 def load_trials(file: Path) -> list[Trial]:
-    """Read what `save_trials` wrote."""
-    with np.load(file, allow_pickle=False) as kept:
-        about = json.loads(str(kept["about"]))
-        for i, trial in enumerate(about):
-            trial["metrics"] = [Metric(name, kept[f"{i} {name}"]) for name in trial["metrics"]]
-    return [Trial(**trial) for trial in about]
+    """Read what `save_trials` wrote. Raises UserError for a damaged file."""
+
+    def read(path: Path) -> list[Trial]:
+        with np.load(path, allow_pickle=False) as kept:
+            about = json.loads(str(kept["about"]))
+            for i, trial in enumerate(about):
+                trial["metrics"] = [Metric(name, kept[f"{i} {name}"]) for name in trial["metrics"]]
+        return [Trial(**trial) for trial in about]
+
+    trials = read_or_none(file, read, "its trials are run again")
+    if trials is None:
+        raise UserError(f"{file}: cannot be read; remove its folder, and run the same command again")
+    return trials
 
 
 def trial_rows(trials: Sequence[Trial], spec: config.Benchmark) -> list[dict]:

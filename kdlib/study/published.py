@@ -72,6 +72,8 @@ def fill(file: Path, run: Run) -> bool:
 
 def filled(text: str, run: Run, origin: str = "") -> str:
     """The text with its marked parts rewritten, see `fill`."""
+    if run.results().empty:
+        raise UserError(f"{run.path}: no results; run the study first")
 
     def part(found: re.Match) -> str:
         if found[2] not in PARTS:

@@ -240,7 +240,7 @@ def test_verdicts_follow_from_the_rows():
     twin = [Trial("twin", t.task, t.method, t.seed, t.metrics) for t in trials if t.model == "student"]
     pairs = [("student", "weak"), ("student", "strong"), ("student", "twin")]
     table = pd.DataFrame(paired_rows(trials + twin, pairs, SPEC))
-    metrics = ["difference", "p_value", "p_holm", "tost_p", "tost_p_holm"]
+    metrics = ["difference", "difference_90", "detectable", "p_value", "p_holm", "tost_p", "tost_p_holm"]
     assert list(table["metric"]) == metrics * 9 and set(table["task"]) == {"one", "two", "average"}
     assert set(table["model"]) == {"student"} and set(table["method"]) == {"probe"} and "x" not in table
     assert set(table[table["task"] == "average"]["n"]) == {600}

@@ -40,6 +40,8 @@ from kdlib.data import corpus, sources, tasks
 from kdlib.data.readers import read_file
 from kdlib.distillation.objectives import check_objectives
 from kdlib.errors import UserError
+from kdlib.evaluation.benchmark import Trial, save_trials
+from kdlib.evaluation.metrics import Metric
 from kdlib.models import embedded_teacher, loading, mlm_head, safetensors_files
 from kdlib.models.encoder import text_vectors
 from kdlib.models.safetensors_files import HEAD_FILE
@@ -754,7 +756,7 @@ def read_head(here: Path, case: Case) -> None:
 
 def stages_of(study: Study) -> dict[str, Stage]:
     """A stage of each kind that reads a folder of its own."""
-    return {"condition": study.graph.condition, "distill": study.graph.distill, "ablations": study.graph.grid[0][1]}
+    return {"condition": study.graph.condition, "distill": study.graph.distill, "ablations": study.graph.grid[0][1][0]}
 
 
 @functools.cache
@@ -773,7 +775,8 @@ def run_files() -> dict[str, bytes | None]:
                 stage.folder.mkdir(parents=True)
                 (stage.folder / "curve.csv").write_text("split,step,seconds,loss\nheldout,1,0.5,2.0\n")
                 store.write_json(stage.folder / "facts.json", {"texts": 3})
-                store.write_json(stage.folder / "rows.json", [dict(metric="score", value=0.5)])
+                store.write_json(stage.folder / "numbers.json", {"parameters": 3})
+                save_trials(stage.folder / "trials.npz", [Trial("a", "b", "probe", 0, [Metric("f1", np.ones((2, 3)))])])
                 store.seal(stage.folder, key=stage.key)
         for name in ("figures", "notebooks", "cache", "vocabulary"):
             run.folder(name)
@@ -837,7 +840,7 @@ def read_run(here: Path, case: Case) -> None:
             if not stage.intact():
                 continue
             if name == "ablations":
-                assert isinstance(attempt(lambda stage=stage: stage.load(stage.folder)) or [], list)
+                assert isinstance(attempt(lambda stage=stage: stage.load(stage.folder)) or (), tuple)
             else:
                 curve, facts = attempt(lambda stage=stage: read_training(stage.folder)) or ({"loss": []}, {})
                 assert "loss" in curve and isinstance(facts, dict)

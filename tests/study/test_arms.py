@@ -9,13 +9,13 @@ from kdlib.study.arms import arms
 
 @pytest.fixture
 def profile():
-    return load_profile("workshop")
+    return load_profile("full")
 
 
 @pytest.mark.parametrize("name", profile_names())
 def test_every_arm_of_every_profile_is_valid_and_each_name_is_told_once(name):
     found = arms(load_profile(name))
-    assert len({(arm.family, arm.name) for arm in found}) == len(found) > 3
+    assert len({(arm.family, arm.name) for arm in found}) == len(found) > 1
 
 
 def test_an_arm_is_the_profile_with_its_changes_and_the_grids_epochs(profile):

@@ -165,7 +165,7 @@ def test_the_weights_of_a_local_teacher_are_in_the_keys(given, tmp_path):
 
 def test_arms_share_what_they_leave_alone(unread, tmp_path):
     graph = graph_of(tmp_path, "")
-    arms = {f"{arm.family}/{arm.name}": scores for arm, scores in graph.grid}
+    arms = {f"{arm.family}/{arm.name}": scores[0] for arm, scores in graph.grid}
     assert arms["init/random"].student.source is graph.prune
     assert arms["init/alternate"] is arms["fraction/100%"], "two arms that come to the same thing are one"
     assert arms["conditioning/conditioned teacher"].student.source is graph.condition

@@ -28,8 +28,10 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
     study.run.record("condition", study.report("condition").rows() + study.report("condition").cloze_rows())
     study.run.record("distill", study.report("distill").rows())
     compared = study.report("benchmark")
-    trials = [trial for method in ("probe", "finetune", "fewshot") for trial in compared.trials(method)]
+    methods = ("probe", "best layer", "finetune", "fewshot")
+    trials = [trial for method in methods for trial in compared.trials(method)]
     rows = trial_rows(trials, study.profile.benchmark) + compared.efficiency_rows() + compared.paired_rows(trials)
+    rows += compared.retention_rows(compared.trials("probe"))
     study.run.record("benchmark", rows)
     study.run.record("ablations", study.ablation_rows())
     table = study.run.results()
@@ -42,6 +44,12 @@ def test_every_stage_gives_rows_in_the_studys_language(study):
         "no distillation",
         "random weights",
         "shallow",
+        "tf-idf",
+        "static",
+        "static SIF",
+        "pruned teacher int8",
+        "student int8",
+        "chance",
     }
     student = study.student
     assert student.layers == 2 and student.tokenizer.vocab_size <= 100
@@ -76,7 +84,7 @@ def test_only_the_new_arm_is_run(study, given, monkeypatch):
     arms = given()["ablations.arms"] | {"init": starts}
     more = Study(study.run.path, "smoke", given({"ablations.arms": arms}))
     rows = more.ablation_rows(["init/last"])
-    assert labels == ["arm init last"]
+    assert labels == ["arm init last, 1 of 1"]
     assert {row["arm"] for row in rows if "arm" in row} >= {"half", "all", "last"} and "first" not in str(rows)
 
 
