@@ -172,6 +172,27 @@ def reset(
 
 
 @app.command()
+def mteb(
+    run_dir: RunFolder = Path("runs/workshop"),
+    task: Annotated[list[str] | None, typer.Option(help="a task by its name in mteb; repeatable; default: all")] = None,
+) -> None:
+    """Run the library mteb's tasks for the run's language on teacher, student and static vectors.
+
+    Needs a model hub for the data, and the packages of `pip install 'kdlib[mteb]'`. The scores are added to results.csv
+    and to the student's card.
+    """
+    from kdlib.study.export import student_folder
+    from kdlib.study.field_benchmark import library, run_mteb
+    from kdlib.study.study import Study
+
+    library()
+    student_folder(run_dir)
+    study = Study(run_dir, str(run_dir / "profile.yaml"))
+    with study.run.lock():
+        typer.echo(run_mteb(study, task or []).to_string(float_format="{:.3f}".format))
+
+
+@app.command()
 def push(
     to: Annotated[str, typer.Option(help="a model repository of the hub, owner/name; created if absent")],
     run_dir: RunFolder = Path("runs/workshop"),

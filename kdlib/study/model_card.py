@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from kdlib.config import Init
 from kdlib.errors import UserError
@@ -53,7 +53,9 @@ def write_card(
     """
     embedded = facts.teacher == "embedded"
     teacher, licence = (embedded_teacher.NAME, "mit") if embedded else (facts.teacher, "other")
+    measured = [] if results is None else card_results(results, model)
     about = ModelCardData(
+        **(dict(model_name=f"{teacher.split('/')[-1]}-{facts.language}", eval_results=measured) if measured else {}),
         language=facts.language, license=licence, base_model=teacher, library_name="transformers",
         pipeline_tag="feature-extraction", tags=["distillation", "vocabulary-pruning"],
     )  # fmt: skip
@@ -80,6 +82,19 @@ def write_card(
     }
     for name, content in files.items():
         write_json(folder / name, content)
+
+
+def card_results(results: pd.DataFrame, model: str) -> list[EvalResult]:
+    """The rows of stage "mteb" as metadata of a model card (model-index), which the hub shows."""
+    rows = results[(results["stage"] == "mteb") & (results["model"] == model)]
+    return [
+        EvalResult(
+            task_type="feature-extraction", dataset_type=f"mteb/{row['task']}", dataset_name=f"MTEB {row['task']}",
+            dataset_config=row["language"], dataset_split=row["method"], metric_type=row["metric"],
+            metric_value=round(float(row["value"]), 4),
+        )
+        for _, row in rows.iterrows()
+    ]  # fmt: skip
 
 
 def _data(run: Path) -> str:

@@ -152,9 +152,11 @@ class Study:
         return self.report("ablations").rows(wanted, on_arm)
 
     def write_cards(self) -> None:
-        """Rewrite the model cards of all students with the current numbers."""
+        """Rewrite the model cards of all students that are there with the current numbers."""
         for name, graph in {"student": self.graph, **self.graph.others}.items():
-            write_card(self.run.path / graph.link, graph.distill.settings.card, self.run.path, self.run.results(), name)
+            if (self.run.path / graph.link).is_dir():
+                facts = graph.distill.settings.card
+                write_card(self.run.path / graph.link, facts, self.run.path, self.run.results(), name)
 
     def report(self, stage: str) -> Any:
         """The report of a stage; its methods give the rows that the notebook records."""
