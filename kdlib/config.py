@@ -150,16 +150,19 @@ class Condition(Section):
     max_texts: int | None = Field(default=None, ge=50, description="texts that are used at most; null: all")
 
 
-PRESETS = {  # Cruz and Aji 2025
-    "base": dict(layers=6, hidden=768, ffn=3072, heads=12),
-    "tiny": dict(layers=4, hidden=312, ffn=1200, heads=12),
+PRESETS = {
+    "base": dict(layers=6, hidden=768, ffn=3072, heads=12),  # Cruz and Aji 2025
+    "tiny": dict(layers=4, hidden=312, ffn=1200, heads=12),  # theirs, too
+    "comet": dict(layers=6, hidden=256, ffn=1024, heads=8),  # AfroXLMR-Comet 2025
 }
 
 
 class Student(Section):
     """The sizes of the student, and its initialisation."""
 
-    preset: Literal["base", "tiny"] | None = Field(default=None, description="sizes not named are the preset's")
+    preset: Literal["base", "tiny", "comet"] | None = Field(
+        default=None, description="sizes not named are the preset's"
+    )
     layers: int = Field(default=4, ge=1, description="transformer layers")
     hidden: int | None = Field(default=None, ge=8, description="width; null: the teacher's")
     ffn: int | None = Field(default=None, ge=8, description="width of the feed-forward layers; null: the teacher's")
@@ -187,6 +190,9 @@ class Distill(Section):
         default=None, ge=0, lt=2**32, description="of the order of the texts and of new weights; null: the study's seed"
     )
     temperature: float = Field(default=2.0, gt=0, description="of the soft targets (objective kl)")
+    relation_heads: int = Field(
+        default=12, ge=1, description="relation heads (objective relation), which divide both widths; MiniLMv2: 48"
+    )
     mask: float = Field(default=0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
     projection: Literal["auto", "shared"] = Field(
         default="auto",

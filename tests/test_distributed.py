@@ -22,7 +22,9 @@ from kdlib.study.study import distill_run
 
 pytestmark = pytest.mark.slow
 
-STATES = {"hidden": 1.0, "sentence": 0.5, "cosine": 0.5, "tinybert_hidden": 0.1}
+STATES = {
+    "hidden": 1.0, "sentence": 0.5, "cosine": 0.5, "tinybert_hidden": 0.1, "similarity": 1.0, "alignment": 0.5
+}  # fmt: skip
 CASES = {  # objectives, tokens a batch: few enough for batches of one text, which leave a process without any
     "cached": (STATES, 20),
     "live": (dict.fromkeys(OBJECTIVES, 1.0) | {"tinybert_attention": 0.1}, 64),
@@ -36,7 +38,9 @@ def curves(folder: Path) -> dict[str, pd.DataFrame]:
         teacher = tiny.encoder()
         teacher.head = new_head(teacher.model, seed=4)
         spec = config.Distill(objectives=objectives, epochs=1.0, learning_rate=2e-3, evaluations=2, compile=False)
-        spec = spec.model_copy(update={"batch_tokens": budget})  # smaller than a profile may have it
+        spec = spec.model_copy(
+            update={"batch_tokens": budget, "relation_heads": 4}
+        )  # smaller than a profile may have it
         with distributed.main_process_first():
             sets = [prepare(teacher, tiny.texts(*size), spec, folder / "cache", 2) for size in ((41, 0), (9, 1))]
         student = build_student(teacher.model, config.Student(layers=2))

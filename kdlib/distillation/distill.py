@@ -60,7 +60,7 @@ class DistillTrainer(BudgetTrainer):
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
         student = replace(student, targets=inputs.get("targets"), mask=inputs.get("counted", student.mask))
-        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
+        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature, self.spec.relation_heads)
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)
         return (loss, None) if return_outputs else loss
@@ -254,7 +254,7 @@ def distill(
     """
     check_objectives(spec.objectives)
     needs = RequiredOutputs.of(spec.objectives)
-    _check_pair(teacher, student, needs)
+    _check_pair(teacher, student, needs, spec)
     layers, teacher_layers = compared_layers(spec, student.config.num_hidden_layers, teacher.layers)
     train, heldout = (_usable(texts, needs, spec, teacher_layers) for texts in (train, heldout))
     if spec.freeze_embeddings:
@@ -319,15 +319,21 @@ def distill(
     return Outcome(student, curve, facts, watched.head)
 
 
-def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs) -> None:
+def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs, spec: config.Distill) -> None:
     """Raise UserError where the objectives cannot compare the two models."""
     if needs.masked:
         mask_id(teacher.tokenizer, teacher.name)
     mine, theirs = student.config.num_attention_heads, teacher.model.config.num_attention_heads
-    if needs.attention and mine != theirs:
+    if needs.heads and mine != theirs:
         raise UserError(
             f"attention objectives compare head by head: the student has {mine} heads, the teacher {theirs}"
         )
+    widths = {"student": student.config.hidden_size, "teacher": teacher.hidden}
+    for name, width in widths.items():
+        if needs.values and width % spec.relation_heads:
+            raise UserError(
+                f"distill.relation_heads is {spec.relation_heads}, which does not divide the {name}'s width of {width}"
+            )
     rows, teacher_rows = (len(m.get_input_embeddings().weight) for m in (student, teacher.model))
     if rows != teacher_rows:
         raise UserError(f"the student has {rows} embedding rows, the teacher {teacher_rows}: they must share ids")

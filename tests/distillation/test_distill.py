@@ -235,6 +235,8 @@ def test_impossible_pairs_are_refused_before_training(tmp_path):
         attempt({"objectives": {"x": 1.0}})
     with pytest.raises(UserError, match="the student has 2 heads, the teacher 4"):
         attempt({"objectives": {"tinybert_attention": 1.0}}, start(teacher, 2, heads=2))
+    with pytest.raises(UserError, match="relation_heads is 12, which does not divide the student's width of 32"):
+        attempt({"objectives": {"relation": 1.0}})
     with pytest.raises(UserError, match="no masked-language head; condition the teacher first"):
         attempt({"objectives": {"kl": 1.0}})
     with pytest.raises(UserError, match="student.layers is 5; the teacher has only 4"):
@@ -445,7 +447,8 @@ def test_only_layers_that_are_compared_are_read(tmp_path):
     teacher = tiny.encoder()
     texts = tokenise(teacher, tiny.texts(30))
     wanted = {
-        "hidden": {2, 4}, "tinybert_hidden": {0, 2, 4}, "sentence": {4}, "cosine": {4}, "attention": None, "kl": None
+        "hidden": {2, 4}, "tinybert_hidden": {0, 2, 4}, "sentence": {4}, "cosine": {4}, "similarity": {4},
+        "alignment": {4}, "attention": None, "kl": None, "relation": None, "comet": None,
     }  # fmt: skip
     for name, layers in wanted.items():
         cached = with_states(texts, teacher, spec(objectives={name: 1.0}), tmp_path, 2).cached
@@ -496,11 +499,24 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("objectives", [{"relation": 1.0}, {"comet": 1.0}], ids=str)
+def test_relations_and_mean_maps_are_learned_with_other_widths_and_heads(objectives, tmp_path):
+    teacher = tiny.encoder()
+    settings = spec(objectives=objectives, relation_heads=8, epochs=6)
+    student = start(teacher, 2, hidden=16, heads=2)
+    outcome = distill(teacher, student, *data(teacher, settings, None), settings, tmp_path)
+    held = outcome.curve.query("split == 'heldout'")["loss"]
+    assert held.iloc[-1] < 0.8 * held.iloc[0]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_of_every_objective_in_every_family(family, tmp_path):
     torch.manual_seed(0)
     teacher = with_head(Encoder(FAMILIES[family]().eval(), tiny.tokenizer(), family, max_length=32))
-    settings = spec(objectives=dict.fromkeys(OBJECTIVES, 1.0), freeze_embeddings=False, batch_tokens=2000, epochs=1)
+    settings = spec(
+        objectives=dict.fromkeys(OBJECTIVES, 1.0), relation_heads=4, freeze_embeddings=False, batch_tokens=2000,
+        epochs=1,
+    )  # fmt: skip
     student = start(teacher, 2, hidden=16, ffn=20, sample=[list(range(5, 30))])
     before = {name: value.clone() for name, value in student.state_dict().items()}
     outcome = distill(teacher, student, *data(teacher, settings, None), settings, tmp_path)
