@@ -154,13 +154,14 @@ PRESETS = {
     "base": dict(layers=6, hidden=768, ffn=3072, heads=12),  # Cruz and Aji 2025
     "tiny": dict(layers=4, hidden=312, ffn=1200, heads=12),  # theirs, too
     "comet": dict(layers=6, hidden=256, ffn=1024, heads=8),  # AfroXLMR-Comet 2025
+    "slim": dict(layers=6, ffn=768, narrow="importance"),  # beside the embedded teacher as large as 4 whole layers
 }
 
 
 class Student(Section):
     """The sizes of the student, and its initialisation."""
 
-    preset: Literal["base", "tiny", "comet"] | None = Field(
+    preset: Literal["base", "tiny", "comet", "slim"] | None = Field(
         default=None, description="sizes not named are the preset's"
     )
     layers: int = Field(default=4, ge=1, description="transformer layers")
@@ -168,7 +169,10 @@ class Student(Section):
     ffn: int | None = Field(default=None, ge=8, description="width of the feed-forward layers; null: the teacher's")
     heads: int | None = Field(default=None, ge=1, description="attention heads; null: the teacher's")
     init: Init = Field(default="alternate", description="layers to copy: a rule or a list; or random")
-    narrow: Literal["pca", "truncate", "random"] = Field(default="pca", description="start of a narrower student")
+    narrow: Literal["pca", "importance", "truncate", "random"] = Field(
+        default="pca",
+        description="start of a narrower student; importance: removes the least important neurons and heads",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -339,9 +343,9 @@ def changed(profile: Profile, overrides: dict[str, Any], origin: str) -> Profile
 
 
 def _with(tree: dict, overrides: dict[str, Any], origin: str) -> Profile:
-    if overrides.get("student.preset") and isinstance(tree.get("student"), dict):
-        for size in PRESETS["base"]:  # an override with a preset replaces the sizes in the profile
-            tree["student"].pop(size, None)
+    if (preset := overrides.get("student.preset")) and isinstance(tree.get("student"), dict):
+        for key in {*PRESETS["base"], *PRESETS.get(str(preset), {})}:  # it replaces the sizes in the profile
+            tree["student"].pop(key, None)
     for key, value in overrides.items():
         _assign(tree, key, value)
     return check(tree, origin)
