@@ -69,14 +69,15 @@ class DistillTrainer(BudgetTrainer):
     def target(self, inputs: dict[str, torch.Tensor], noise: bool = False) -> ModelOutputs | None:
         """The teacher's outputs for a batch, cached or live. None where no objective needs them."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        more = {name: inputs.get(name) for name in ("translation", "translated")}
         if "layer " + str(self.teacher_layers[-1]) in inputs:
             hidden = [inputs[f"layer {layer}"] for layer in self.teacher_layers]
-            return ModelOutputs(hidden, mask, embedded=inputs.get("layer 0"))
+            return ModelOutputs(hidden, mask, embedded=inputs.get("layer 0"), **more)
         if self.teacher is None:
             return None
         self.teacher.train(noise)
         with autocast(ids.device, self.bf16):
-            return self.teacher(ids, mask, inputs.get("masked"))
+            return replace(self.teacher(ids, mask, inputs.get("masked")), **more)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a held-out batch."""
@@ -256,6 +257,8 @@ def distill(
     needs = RequiredOutputs.of(spec.objectives)
     _check_pair(teacher, student, needs, spec)
     layers, teacher_layers = compared_layers(spec, student.config.num_hidden_layers, teacher.layers)
+    if needs.translation and (train.translations is None or heldout.translations is None):
+        raise ValueError("the texts were prepared for objectives that need no translations")
     train, heldout = (_usable(texts, needs, spec, teacher_layers) for texts in (train, heldout))
     if spec.freeze_embeddings:
         student.get_input_embeddings().weight.requires_grad_(False)

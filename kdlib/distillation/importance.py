@@ -59,8 +59,8 @@ def most_important(
         For each layer the numbers of the heads and of the neurons that are kept, both sorted.
 
     References:
-        Michel et al. (2019), eq. 2; Yang et al. (2022), TextPruner, its mode without labels and its rounds; Molchanov et
-        al. (2019) for the first-order score.
+        Michel et al. (2019), eq. 2; Molchanov et al. (2019), for the first-order score; Yang et al. (2022), TextPruner,
+        for rounds and for scores without labels.
     """
     names, pruned = family_of(model.config.model_type), copy.deepcopy(model)
     layers = [pruned.get_submodule(f"{names.layers}.{i}") for i in range(pruned.config.num_hidden_layers)]

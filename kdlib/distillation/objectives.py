@@ -31,6 +31,8 @@ class ModelOutputs:
         embedded: [batch, tokens, hidden], the states after the embeddings.
         logits: [masked tokens, vocabulary].
         targets: [masked tokens], the tokens before masking.
+        translation: of the teacher, [batch, translations' tokens, hidden], its last states of each text's translation.
+        translated: [batch, translations' tokens], 1 at real tokens; all 0 for a text without a translation.
     """
 
     hidden: list[torch.Tensor]
@@ -41,6 +43,8 @@ class ModelOutputs:
     embedded: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     targets: torch.Tensor | None = None
+    translation: torch.Tensor | None = None
+    translated: torch.Tensor | None = None
 
 
 torch.export.register_dataclass(ModelOutputs)  # training by several processes must find the tensors in it
@@ -236,6 +240,61 @@ def _vector_loss(student: ModelOutputs, target: torch.Tensor, real: torch.Tensor
     return _mean_square(mine, target, real.unsqueeze(1)) / _variance(target[real])
 
 
+def crosslingual_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
+    """MSE(student, teacher) / Var(teacher) of the mean-pooled last states; the teacher reads the translation.
+
+    Over the texts that have one. Reimers and Gurevych also compare the student's vectors of the English text; our
+    student reads one language. CLKD compares scores of answers instead of vectors, with text translated either way; for
+    pairs that exist in both languages its two cases are the same.
+
+    References:
+        Reimers and Gurevych (2020), eq. 1, the second term; CLKD (2023), arXiv 2305.16302.
+    """
+    target = mean_pool(teacher.translation.float(), teacher.translated)
+    return _vector_loss(student, target, student.mask.any(1) & teacher.translated.any(1))
+
+
+def transport_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
+    """Cost of moving the student's tokens onto the teacher's tokens of the translation, mean over texts.
+
+    <P, C> with C_ij = 1 - cosine of the last states of token i and of translated token j, and P the plan of
+    `transport_plan`, through which no gradient flows. What we know of the paper leaves open the masses, which are equal
+    here for all tokens of a text, and the plan, which is that of entropic transport here.
+
+    References:
+        Huang et al. (2023), OPTICAL, arXiv 2301.12566; Cuturi (2013).
+    """
+    real = student.mask.any(1) & teacher.translated.any(1)
+    mine, theirs = (F.normalize(x.float()[real], dim=-1) for x in (student.hidden[-1], teacher.translation))
+    cost = 1 - mine @ theirs.transpose(1, 2)
+    plan = transport_plan(cost.detach(), student.mask[real], teacher.translated[real])
+    return _over((plan * cost).sum(), real.sum())
+
+
+def transport_plan(
+    cost: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, epsilon: float = 0.05, rounds: int = 50
+) -> torch.Tensor:
+    """The plan of entropic optimal transport between equal masses of real tokens, by Sinkhorn's steps on logarithms.
+
+    Args:
+        cost: [batch, n, m].
+        rows: [batch, n], 1 at real tokens; a text has at least one.
+        columns: [batch, m], as `rows`.
+        epsilon: weight of the plan's entropy; costs are between 0 and 2.
+        rounds: steps; each makes the sums of rows and then those of columns right.
+
+    Returns:
+        [batch, n, m], at least 0, with sum 1; 0 at padding.
+    """
+    kernel = -cost / epsilon
+    left, right = ((mask / mask.sum(1, keepdim=True)).log().to(cost) for mask in (rows, columns))
+    u, v = left, right
+    for _ in range(rounds):
+        u = left - (kernel + v.unsqueeze(1)).logsumexp(2)
+        v = right - (kernel + u.unsqueeze(2)).logsumexp(1)
+    return (kernel + u.unsqueeze(2) + v.unsqueeze(1)).exp()
+
+
 def sentence_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
     """1 - cosine of the mean-pooled last states, mean over texts."""
     mine = mean_pool(student.hidden[-1].float(), student.mask)
@@ -279,6 +338,7 @@ class RequiredOutputs:
         heads: as many attention heads in the student as in the teacher.
         masked: masked text, and logits at its masked tokens.
         soft: the teacher's logits.
+        translation: the teacher's states of the texts' translations.
     """
 
     states: bool = False
@@ -289,6 +349,7 @@ class RequiredOutputs:
     heads: bool = False
     masked: bool = False
     soft: bool = False
+    translation: bool = False
 
     @classmethod
     def of(cls, weights: dict[str, float]) -> "RequiredOutputs":
@@ -325,6 +386,8 @@ OBJECTIVES = {
     "comet": Objective(comet_loss, RequiredOutputs(attention=True)),
     "similarity": Objective(similarity_loss, RequiredOutputs(states=True)),
     "alignment": Objective(alignment_loss, RequiredOutputs(states=True)),
+    "crosslingual": Objective(crosslingual_loss, RequiredOutputs(states=True, translation=True)),
+    "transport": Objective(transport_loss, RequiredOutputs(states=True, translation=True)),
     "kl": Objective(kl_loss, RequiredOutputs(masked=True, soft=True)),
     "mlm": Objective(mlm_loss, RequiredOutputs(masked=True)),
 }
@@ -346,7 +409,7 @@ def total_loss(
     temperature: float = 2.0,
     relation_heads: int = 12,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum, and each objective's own value.
+    """The weighted sum, and each objective's own value. Objectives of translations need a batch that has some.
 
     Args:
         weights: of the objectives.
@@ -359,6 +422,6 @@ def total_loss(
     parts = {
         name: OBJECTIVES[name].loss(student, teacher, **settings.get(name, {}))
         for name, weight in weights.items()
-        if weight
+        if weight and (not OBJECTIVES[name].needs.translation or teacher.translation is not None)
     }
     return sum(weights[name] * value for name, value in parts.items()), {n: v.detach() for n, v in parts.items()}

@@ -202,6 +202,7 @@ class DistillReport(Report[NoSettings]):
             dict(metric=metric, method=point["split"], x=point["seconds"], n=int(point["step"]), value=point[metric])
             for point in curve.to_dict("records")
             for metric in losses
+            if not pd.isna(point[metric])  # of translations, where no batch since the last point had any
         ]
         rows = [dict(model="student") | row for row in rows + [dict(metric=m, value=v) for m, v in facts.items()]]
         held = self.heldout.get()

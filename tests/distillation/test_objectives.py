@@ -1,8 +1,11 @@
 """Objectives against plain loops, and what must not change them."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import ot
 import pytest
 import torch
 
@@ -15,6 +18,7 @@ from kdlib.distillation.objectives import (
     check_objectives,
     comet_loss,
     cosine_loss,
+    crosslingual_loss,
     hidden_loss,
     kl_loss,
     mlm_loss,
@@ -24,6 +28,8 @@ from kdlib.distillation.objectives import (
     tinybert_attention_loss,
     tinybert_hidden_loss,
     total_loss,
+    transport_loss,
+    transport_plan,
 )
 from kdlib.errors import UserError
 
@@ -42,7 +48,10 @@ def states(seed, layers=2, heads=2, size=4, mask=MASK):
     query, key = ([draw(2, heads, 5, size) for _ in range(layers)] for _ in range(2))
     embedded, logits = draw(2, 5, heads * size), draw(3, 7) * 3
     value = [draw(2, heads, 5, size) for _ in range(layers)]
-    return ModelOutputs(hidden, mask, query, key, value, embedded, logits, TARGETS)
+    translation = draw(2, 3, heads * size)
+    return ModelOutputs(
+        hidden, mask, query, key, value, embedded, logits, TARGETS, translation, torch.tensor([[1, 1, 1], [1, 0, 0]])
+    )
 
 
 def loss_of(name):
@@ -258,8 +267,71 @@ def test_alignment_sees_lengths_and_sentence_does_not():
     assert sentence_loss(student, teacher).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"mlm"}))
+def test_crosslingual_compares_with_the_teachers_vector_of_the_translation():
+    student, teacher = states(4), states(5)
+    target = torch.stack([teacher.translation[0].mean(0), teacher.translation[1, 0]]).double()
+    expected = ((torch.stack(pooled(student)) - target) ** 2).mean() / target.flatten().var()
+    assert crosslingual_loss(student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def without_translation(teacher, text):
+    return replace(teacher, translated=teacher.translated.index_fill(0, torch.tensor(text), 0))
+
+
+@pytest.mark.parametrize("loss", [crosslingual_loss, transport_loss])
+def test_texts_without_a_translation_do_not_count(loss):
+    student, teacher = states(4), states(5)
+    both, first = loss(student, teacher), loss(student, without_translation(teacher, 1))
+    alone = [
+        ModelOutputs([h[:1] for h in s.hidden], MASK[:1], translation=s.translation[:1], translated=s.translated[:1])
+        for s in (student, teacher)
+    ]
+    assert first.item() == pytest.approx(loss(*alone).item(), rel=1e-6) and first != both
+
+
+def test_transport_is_the_cost_of_pots_plan():
+    student, teacher = states(4), states(5)
+    expected = 0
+    for b, (n, m) in enumerate([(4, 3), (2, 1)]):
+        mine, theirs = student.hidden[-1][b, :n].double(), teacher.translation[b, :m].double()
+        cost = 1 - torch.cosine_similarity(mine.unsqueeze(1), theirs.unsqueeze(0), dim=-1).numpy()
+        expected += ot.sinkhorn2(np.full(n, 1 / n), np.full(m, 1 / m), cost, 0.05, numItermax=10000) / 2
+    assert transport_loss(student, teacher).item() == pytest.approx(float(expected), rel=0.02)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.5])
+def test_plans_of_many_steps_are_pots(epsilon):
+    cost = torch.rand(3, 6, 5, generator=torch.Generator().manual_seed(3)).double()
+    rows, columns = torch.ones(3, 6), torch.ones(3, 5)
+    rows[1, 4:], columns[2, 2:] = 0, 0
+    plans = transport_plan(cost, rows, columns, epsilon, rounds=2000)
+    for plan, costs, a, b in zip(plans, cost, rows, columns):
+        n, m = int(a.sum()), int(b.sum())
+        expected = ot.sinkhorn(
+            np.full(n, 1 / n), np.full(m, 1 / m), costs[:n, :m].numpy(), epsilon,
+            numItermax=10**5, stopThr=1e-12,
+        )  # fmt: skip
+        assert np.allclose(plan[:n, :m], expected, atol=1e-5)
+        assert plan[n:].sum() == plan[:, m:].sum() == 0 and plan.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_transport_moves_the_student_towards_the_translations_tokens():
+    """No gradient flows through the plan, and the cost falls along that which is left."""
+    student, teacher = states(4), states(5)
+    leaf = student.hidden[-1].requires_grad_()
+    before = transport_loss(student, teacher)
+    before.backward()
+    moved = replace(student, hidden=[(leaf - 0.5 * leaf.grad).detach()])
+    assert transport_loss(moved, teacher) < before
+    assert leaf.grad[MASK == 0].abs().sum() == 0
+
+
+@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"mlm", "transport"}))
 def test_a_perfect_copy_costs_nothing(name):
+    if name == "crosslingual":
+        teacher = replace(states(6), translation=states(6).hidden[-1], translated=MASK)
+        assert crosslingual_loss(states(6), teacher).item() == pytest.approx(0, abs=1e-6)
+        return
     assert loss_of(name)(states(6), states(6)).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -270,6 +342,7 @@ def test_padding_never_counts(name):
     for s in (student, teacher):
         for tensor in (*s.hidden, s.embedded):
             tensor[MASK == 0] = 1e4
+        s.translation[s.translated == 0] = 1e4
         for tensor in s.query + s.key + s.value:
             tensor.transpose(1, 2)[MASK == 0] = 1e4
     assert torch.equal(before, loss_of(name)(student, teacher))
@@ -286,6 +359,12 @@ def test_temperature_reaches_the_soft_targets():
     total, parts = total_loss({"kl": 2.0, "mlm": 1.0}, states(0), states(1), temperature=4.0)
     assert parts["kl"].item() == pytest.approx(kl_loss(states(0), states(1), 4.0).item())
     assert total.item() == pytest.approx(2 * parts["kl"].item() + parts["mlm"].item())
+
+
+def test_objectives_of_translations_wait_for_a_batch_that_has_some():
+    teacher = replace(states(1), translation=None, translated=None)
+    total, parts = total_loss({"sentence": 1.0, "crosslingual": 1.0}, states(0), teacher)
+    assert set(parts) == {"sentence"} and total == parts["sentence"]
 
 
 @pytest.mark.parametrize("loss", [attention_loss, tinybert_attention_loss])
@@ -313,6 +392,7 @@ def test_every_objective_has_a_gradient():
         (["similarity", "alignment"], True, True, False),
         (["relation"], False, True, False),
         (["comet"], False, True, False),
+        (["crosslingual", "transport"], True, True, False),
         (["cosine", "attention"], False, True, False),
         (["kl", "mlm", "cosine"], False, True, True),
         (["mlm"], False, False, True),
