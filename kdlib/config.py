@@ -98,7 +98,10 @@ class Corpus(Source):
 class Parallel(Source):
     """Sentences with their translations."""
 
-    languages: list[str] = Field(default=["tgl", "eng", "spa", "ind", "ceb"], description="columns, named by language")
+    languages: list[str] = Field(
+        default=["tgl", "eng", "spa", "ind", "ceb"],
+        description="columns, named by language; objectives of translations take the first that is not the study's",
+    )
 
 
 class Task(Source):
@@ -120,7 +123,9 @@ class Task(Source):
 class Probe(Section):
     """How the teacher is probed."""
 
-    languages_rows: int = Field(default=500, ge=20, description="parallel sentences used")
+    languages_rows: int = Field(
+        default=500, ge=20, description="parallel sentences used; objectives of translations take those after them"
+    )
     cka_sentences: int = Field(default=200, ge=20, description="held-out sentences that CKA compares layers on")
     cloze_sentences: int = Field(default=50, ge=5, description="sentences for pseudo-perplexity and cloze")
     train_rows: int = Field(default=600, ge=20, description="training items of a layer probe, per task")
@@ -185,7 +190,8 @@ class Distill(Section):
     """The distillation."""
 
     objectives: dict[str, float] = Field(
-        default={"hidden": 1.0, "sentence": 1.0}, description="weight of each objective"
+        default={"hidden": 1.0, "sentence": 1.0},
+        description="weight of each objective; they are described in kdlib/distillation/objectives.py",
     )
     layers: Literal["alternate", "late", "first", "last"] | list[int] = Field(
         default="alternate", description="teacher layers that student layers are compared with: a rule or a list"
