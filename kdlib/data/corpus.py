@@ -375,10 +375,18 @@ class TranslationPairs:
     Attributes:
         texts: in the language of the study.
         translations: in the language that the teacher reads.
+        language: that of the translations.
     """
 
     texts: list[str]
     translations: list[str]
+    language: str
+
+
+def first_pairs(parallel: dict[str, list[str]], language: str) -> TranslationPairs:
+    """The sentences of `language` with those of the first other language; none where one is missing."""
+    other = next(iter(code for code in parallel if code != language), "")
+    return TranslationPairs(parallel.get(language, []) if other else [], parallel.get(other, []), other)
 
 
 def translation_pairs(
@@ -396,8 +404,8 @@ def translation_pairs(
     Raises:
         UserError: where fewer than 10 pairs are left.
     """
-    other = next(iter(code for code in parallel if code != language), language)
-    both = list(zip(parallel.get(language, []), parallel.get(other, [])))
+    whole = first_pairs(parallel, language)
+    both = list(zip(whole.texts, whole.translations))
     tested = tested.union(*both[:rows])
     left = [pair for pair in both[rows:] if not tested.intersection(pair)]
     if len(left) < 10:
@@ -407,5 +415,8 @@ def translation_pairs(
         )
     random.Random(seed).shuffle(left)
     held = max(1, round(len(left) * HELDOUT_PAIRS))
-    train, heldout = (TranslationPairs(*map(list, zip(*part))) for part in (left[held:], left[:held]))
+    train, heldout = (
+        TranslationPairs([text for text, _ in part], [translation for _, translation in part], whole.language)
+        for part in (left[held:], left[:held])
+    )
     return train, heldout

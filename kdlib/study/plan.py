@@ -6,7 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import config
-from kdlib.data.corpus import Corpus, TranslationPairs, draw, load_corpus, load_parallel, translation_pairs, windows
+from kdlib.data.corpus import (
+    Corpus,
+    TranslationPairs,
+    draw,
+    first_pairs,
+    load_corpus,
+    load_parallel,
+    translation_pairs,
+    windows,
+)
 from kdlib.data.lazy import Document
 from kdlib.data.sources import digest
 from kdlib.data.tasks import Task, load_tasks, origins, tested_texts, training_documents
@@ -286,34 +295,43 @@ class Graph:
     def grid(self) -> list[tuple[Arm, list[ArmScores]]]:
         """The ablation grid, each arm with its scores for each seed."""
         seeds = self.profile.ablations.seeds
-        return [(arm, [self._arm(Graph(arm.with_seed(seed), self.context), seed) for seed in seeds])
-                for arm in arms(self.profile)]  # fmt: skip
+        return [(arm, [self._arm(arm, seed) for seed in seeds]) for arm in arms(self.profile)]
 
-    def _arm(self, graph: "Graph", seed: int) -> ArmScores:
+    @cached_property
+    def _transferring(self) -> set[str]:
+        """The families that transfer is measured for: those with objectives of translations."""
+        return {
+            arm.family for arm in arms(self.profile) if RequiredOutputs.of(arm.profile.distill.objectives).translation
+        }
+
+    def _arm(self, arm: Arm, seed: int) -> ArmScores:
         """The scores of an arm's student of one seed. Its probes draw their rows with the same seed."""
+        graph = Graph(arm.with_seed(seed), self.context)
         texts = graph.texts(graph.profile.distill.max_texts, self.profile.ablations.max_texts)
+        more = self._scored(arm.family in self._transferring)
         return self.context.stage(
-            ArmScores(self.context, self._scores([seed]), student=graph.distill, arm_texts=texts, **self._scored)
+            ArmScores(self.context, self._scores([seed]), student=graph.distill, arm_texts=texts, **more)
         )
 
-    @property
-    def _scored(self) -> dict[str, Any]:
+    def _scored(self, transfer: bool) -> dict[str, Any]:
         """The inputs that the scores of arms and references share."""
-        return dict(
-            teacher=self.prune, compared=self.heldout, tasks=self.tasks, reader=self.teacher, parallel=self.parallel
-        )
+        found: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        if not transfer:
+            return found
+        language = self.profile.language
+        tested = Derived("tested", language, lambda: first_pairs(self.parallel.get(), language), parallel=self.parallel)
+        return found | dict(reader=self.teacher, tested=tested)
 
     def _scores(self, seeds: Sequence[int]) -> ScoreSettings:
         read = {name: getattr(self.profile.benchmark, name) for name in PROBES}
         probes = config.Benchmark(**read | {"seeds": list(seeds)})
-        return ScoreSettings(
-            probes=probes, tasks=self.named("ablate"), precision=self.profile.distill.precision,
-            language=self.profile.language,
-        )  # fmt: skip
+        return ScoreSettings(probes=probes, tasks=self.named("ablate"), precision=self.profile.distill.precision)
 
     def _reference(self, model: Keyed[Encoder]) -> Reference:
-        seeds = self.profile.benchmark.seeds
-        return self.context.stage(Reference(self.context, self._scores(seeds), model=model, **self._scored))
+        more = self._scored(bool(self._transferring))
+        return self.context.stage(
+            Reference(self.context, self._scores(self.profile.benchmark.seeds), model=model, **more)
+        )
 
     @cached_property
     def reports(self) -> dict[str, Report[Any]]:

@@ -271,7 +271,6 @@ class ScoreSettings(Settings):
     probes: config.Benchmark
     tasks: list[str]
     precision: config.Precision
-    language: str
 
 
 class Scores(NamedTuple):
@@ -288,8 +287,8 @@ class Scores(NamedTuple):
 class Scored(Stage[ScoreSettings, Scores]):
     """The scores of an arm, or of a model for reference: linear probes, similarity to the teacher, transfer, size.
 
-    `teacher` and `compared` are the pruned teacher and the texts whose vectors are compared. `reader` is the teacher
-    that reads the other language of `parallel`, with its whole vocabulary.
+    `teacher` and `compared` are the pruned teacher and the texts whose vectors are compared. Transfer is measured where
+    there is a `reader`, the teacher with its whole vocabulary, that reads the translations of `tested`.
     """
 
     room = "ablations"
@@ -297,8 +296,8 @@ class Scored(Stage[ScoreSettings, Scores]):
     teacher: Prune
     compared: Keyed[Sequence[str]]
     tasks: Source[list[Task]]
-    reader: Source[Encoder]
-    parallel: Source[dict[str, list[str]]]
+    reader: Source[Encoder] | None = None
+    tested: Keyed[TranslationPairs] | None = None
 
     def score(self, encoder: Encoder, folder: Path, keys: Mapping[str, str] | None = None, **numbers: float) -> None:
         """Probe an encoder on the arms' tasks, compare its vectors with the teacher's, and write all that.
@@ -317,28 +316,28 @@ class Scored(Stage[ScoreSettings, Scores]):
             cosines = similarities(text_vectors(encoder, held)[:, 0], target).astype(float)
             same = Metric("similarity", np.stack([cosines, np.ones_like(cosines)], 1))
             trials += [Trial(encoder.name, "similarity", "probe", seed, [same]) for seed in spec.seeds]
-            trials += self.transfer(encoder)
+            trials += self.transfer(encoder, self.reader.get()) if self.reader else []
         save_trials(folder / "trials.npz", trials)
         write_json(folder / "numbers.json", dict(numbers, parameters=encoder.parameters))
 
-    def transfer(self, encoder: Encoder) -> list[Trial]:
+    def transfer(self, encoder: Encoder, reader: Encoder) -> list[Trial]:
         """Whether the student's vectors are where the teacher's vectors of another language are.
 
-        The teacher reads that language, and the student its own, for which it has the vocabulary. Retrieval finds each
-        sentence's translation among the parallel sentences: from the student's vectors ("retrieval into eng"), and from
-        the teacher's ("retrieval from eng"). For zero-shot transfer ("topic from eng") a probe is trained on the
-        teacher's vectors of English rows, and tested on the student's vectors of the task's test rows. The metric is
-        the share of right answers.
+        The teacher reads that language, and the student its own, for which it has the vocabulary. Retrieval finds the
+        translation of each tested sentence: from the student's vectors ("retrieval into eng"), and from the teacher's
+        ("retrieval from eng"). For zero-shot transfer ("topic from eng") a probe is trained on the teacher's vectors of
+        English rows, and tested on the student's vectors of the task's test rows. The metric is the share of right
+        answers.
         """
-        spec, parallel, language = self.settings.probes, self.parallel.get(), self.settings.language
-        reader, shares = self.reader.get(), []
-        for other in [code for code in parallel if code != language][:1]:
-            mine = text_vectors(encoder, parallel[language])[:, 0]
-            theirs = text_vectors(reader, parallel[other])[:, 0]
+        spec, shares = self.settings.probes, []
+        if self.tested and (pairs := self.tested.get()).texts:
+            mine, theirs = (
+                text_vectors(e, texts)[:, 0] for e, texts in ((encoder, pairs.texts), (reader, pairs.translations))
+            )
             for way, sides in (("into", (mine, theirs)), ("from", (theirs, mine))):
                 hits = retrieval(*sides).astype(float)
                 found = np.stack([hits, np.ones_like(hits)], 1)
-                shares += [(f"retrieval {way} {other}", seed, found) for seed in spec.seeds]
+                shares += [(f"retrieval {way} {pairs.language}", seed, found) for seed in spec.seeds]
         for task in self.tasks.get():
             twins = english_twins(task)
             if twins is None:

@@ -55,7 +55,7 @@ def test_the_report_of_conditioning_depends_on_the_cloze_sentences(unread, tmp_p
 @pytest.mark.parametrize("change", ["parallel=null", "parallel.languages=[tgl,eng]", "probe.languages_rows=29"])
 def test_reports_that_translate_depend_on_the_parallel_sentences(unread, tmp_path, change):
     changed = stale(tmp_path, "", change)
-    assert {"probe", "prune", "ablations", "figures"} == changed, "and the student does not"
+    assert {"probe", "prune", "figures"} == changed, "and the student does not"
 
 
 def test_the_benchmark_depends_on_the_conditioning_of_another_student(unread, tmp_path):
@@ -143,6 +143,15 @@ def test_every_parameter_changes_the_key_of_a_stage_or_says_why_not(unread, tmp_
         changed = base | {leaf: another(LEAVES[leaf], value)}
     assert config.load_profile("smoke", changed) != config.load_profile("smoke", base)
     assert bool(stale(tmp_path, base, changed)) != (leaf in WITHOUT_EFFECT), WITHOUT_EFFECT.get(leaf, "no key changed")
+
+
+def test_transfer_is_measured_for_families_with_objectives_of_translations(unread, tmp_path):
+    grid = {"a": {"b": {}, "c": {"distill.objectives": {"transport": 1.0}}}, "d": {"e": {"student.layers": 1}, "f": {}}}
+    graph = graph_of(tmp_path, {"ablations.arms": grid})
+    assert {arm.name: scores[0].reader is graph.teacher for arm, scores in graph.grid} == dict(b=1, c=1, e=0, f=0)
+    for families, measured in ((grid, True), ({"d": grid["d"]}, False)):
+        changes = {"ablations.arms": families}
+        assert ("ablations" in stale(tmp_path, changes, changes | {"probe.languages_rows": 29})) == measured
 
 
 TRANSLATIONS = {"distill.objectives": {"crosslingual": 1.0}, "parallel.languages": ["tgl", "eng"]}
