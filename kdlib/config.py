@@ -98,7 +98,10 @@ class Corpus(Source):
 class Parallel(Source):
     """Sentences with their translations."""
 
-    languages: list[str] = Field(default=["tgl", "eng", "spa", "ind", "ceb"], description="columns, named by language")
+    languages: list[str] = Field(
+        default=["tgl", "eng", "spa", "ind", "ceb"],
+        description="columns, named by language; objectives of translations take the first that is not the study's",
+    )
 
 
 class Task(Source):
@@ -120,7 +123,9 @@ class Task(Source):
 class Probe(Section):
     """How the teacher is probed."""
 
-    languages_rows: int = Field(default=500, ge=20, description="parallel sentences used")
+    languages_rows: int = Field(
+        default=500, ge=20, description="parallel sentences used; objectives of translations take those after them"
+    )
     cka_sentences: int = Field(default=200, ge=20, description="held-out sentences that CKA compares layers on")
     cloze_sentences: int = Field(default=50, ge=5, description="sentences for pseudo-perplexity and cloze")
     train_rows: int = Field(default=600, ge=20, description="training items of a layer probe, per task")
@@ -150,22 +155,29 @@ class Condition(Section):
     max_texts: int | None = Field(default=None, ge=50, description="texts that are used at most; null: all")
 
 
-PRESETS = {  # Cruz and Aji 2025
-    "base": dict(layers=6, hidden=768, ffn=3072, heads=12),
-    "tiny": dict(layers=4, hidden=312, ffn=1200, heads=12),
+PRESETS = {
+    "base": dict(layers=6, hidden=768, ffn=3072, heads=12),  # Cruz and Aji 2025
+    "tiny": dict(layers=4, hidden=312, ffn=1200, heads=12),  # theirs, too
+    "comet": dict(layers=6, hidden=256, ffn=1024, heads=8),  # AfroXLMR-Comet 2025
+    "slim": dict(layers=6, ffn=768, narrow="importance"),  # beside the embedded teacher as large as 4 whole layers
 }
 
 
 class Student(Section):
     """The sizes of the student, and its initialisation."""
 
-    preset: Literal["base", "tiny"] | None = Field(default=None, description="sizes not named are the preset's")
+    preset: Literal["base", "tiny", "comet", "slim"] | None = Field(
+        default=None, description="sizes not named are the preset's"
+    )
     layers: int = Field(default=4, ge=1, description="transformer layers")
     hidden: int | None = Field(default=None, ge=8, description="width; null: the teacher's")
     ffn: int | None = Field(default=None, ge=8, description="width of the feed-forward layers; null: the teacher's")
     heads: int | None = Field(default=None, ge=1, description="attention heads; null: the teacher's")
     init: Init = Field(default="alternate", description="layers to copy: a rule or a list; or random")
-    narrow: Literal["pca", "truncate", "random"] = Field(default="pca", description="start of a narrower student")
+    narrow: Literal["pca", "importance", "truncate", "random"] = Field(
+        default="pca",
+        description="start of a narrower student; importance: removes the least important neurons and heads",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +190,8 @@ class Distill(Section):
     """The distillation."""
 
     objectives: dict[str, float] = Field(
-        default={"hidden": 1.0, "sentence": 1.0}, description="weight of each objective"
+        default={"hidden": 1.0, "sentence": 1.0},
+        description="weight of each objective; they are described in kdlib/distillation/objectives.py",
     )
     layers: Literal["alternate", "late", "first", "last"] | list[int] = Field(
         default="alternate", description="teacher layers that student layers are compared with: a rule or a list"
@@ -187,6 +200,9 @@ class Distill(Section):
         default=None, ge=0, lt=2**32, description="of the order of the texts and of new weights; null: the study's seed"
     )
     temperature: float = Field(default=2.0, gt=0, description="of the soft targets (objective kl)")
+    relation_heads: int = Field(
+        default=12, ge=1, description="relation heads (objective relation), which divide both widths; MiniLMv2: 48"
+    )
     mask: float = Field(default=0.15, gt=0, lt=1, description="share of masked tokens (objectives kl and mlm)")
     projection: Literal["auto", "shared"] = Field(
         default="auto",
@@ -333,9 +349,9 @@ def changed(profile: Profile, overrides: dict[str, Any], origin: str) -> Profile
 
 
 def _with(tree: dict, overrides: dict[str, Any], origin: str) -> Profile:
-    if overrides.get("student.preset") and isinstance(tree.get("student"), dict):
-        for size in PRESETS["base"]:  # an override with a preset replaces the sizes in the profile
-            tree["student"].pop(size, None)
+    if (preset := overrides.get("student.preset")) and isinstance(tree.get("student"), dict):
+        for key in {*PRESETS["base"], *PRESETS.get(str(preset), {})}:  # it replaces the sizes in the profile
+            tree["student"].pop(key, None)
     for key, value in overrides.items():
         _assign(tree, key, value)
     return check(tree, origin)

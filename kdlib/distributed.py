@@ -45,6 +45,18 @@ def mean(value: torch.Tensor) -> torch.Tensor:
     return reduce(value.detach(), "mean") if world_size() > 1 else value  # pyright: ignore[reportReturnType]
 
 
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, with their gradient. Where a process has fewer, rows of zeros are added."""
+    if world_size() == 1:
+        return rows
+    from torch.distributed.nn.functional import all_gather
+
+    most = torch.tensor(len(rows), device=rows.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    filled = torch.cat([rows, rows.new_zeros(int(most) - len(rows), *rows.shape[1:])])
+    return torch.cat(all_gather(filled))
+
+
 def broadcast(value: T) -> T:
     """The first process's value, in every process."""
     return broadcast_object_list([value])[0]  # pyright: ignore[reportIndexIssue]

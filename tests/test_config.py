@@ -84,8 +84,8 @@ def test_language_codes_stay_text():
 
 
 def test_section_switched_off_can_be_set_again():
-    assert load_profile("paper").parallel is None
-    assert load_profile("paper", "parallel.source=p.csv").parallel.source == "p.csv"
+    assert load_profile("paper", "parallel=null").parallel is None
+    assert load_profile("paper", "parallel=null parallel.source=p.csv").parallel.source == "p.csv"
 
 
 def test_profiles_do_not_share_defaults():

@@ -31,6 +31,7 @@ LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
 TEST_REGISTERS = ("everyday", "story")
 TEST_PER_CELL = 18  # test documents for each topic and test register
 HELDOUT_PER_CELL = 2  # held-out documents for each topic and register
+HELDOUT_PAIRS = 0.1  # share of the pairs of translations that the held-out loss is measured on
 IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger corpus is kept in files
 
 
@@ -348,8 +349,8 @@ def draw(texts: Sequence[str], count: int | None, share: float, seed: int) -> Se
     return some if isinstance(texts, Lazy) else list(some)
 
 
-def load_parallel(spec: config.Parallel | None, language: str, rows: int) -> dict[str, list[str]]:
-    """The first `rows` sentences that exist in all languages, by language.
+def load_parallel(spec: config.Parallel | None, language: str, rows: int | None = None) -> dict[str, list[str]]:
+    """The first `rows` (None: all) sentences that exist in all languages, by language.
 
     Returns:
         Nothing without parallel sentences, or where `language` is not among their languages.
@@ -365,3 +366,57 @@ def load_parallel(spec: config.Parallel | None, language: str, rows: int) -> dic
         raise UserError(f"parallel.languages: no column {', '.join(missing)}; there are {', '.join(table.columns)}")
     whole = table[spec.languages].map(_has_text).all(axis=1)
     return {code: list(table[whole][code])[:rows] for code in spec.languages}
+
+
+@dataclass
+class TranslationPairs:
+    """Sentences with their translations.
+
+    Attributes:
+        texts: in the language of the study.
+        translations: in the language that the teacher reads.
+        language: that of the translations.
+    """
+
+    texts: list[str]
+    translations: list[str]
+    language: str
+
+
+def first_pairs(parallel: dict[str, list[str]], language: str) -> TranslationPairs:
+    """The sentences of `language` with those of the first other language; none where one is missing."""
+    other = next(iter(code for code in parallel if code != language), "")
+    return TranslationPairs(parallel.get(language, []) if other else [], parallel.get(other, []), other)
+
+
+def translation_pairs(
+    parallel: dict[str, list[str]], language: str, rows: int, tested: set[str], seed: int
+) -> tuple[TranslationPairs, TranslationPairs]:
+    """Pairs to train on and held-out pairs, of the language and the first other one.
+
+    Args:
+        parallel: sentences by language.
+        language: that of the student.
+        rows: so many pairs at the start are for the tests of retrieval, and left out.
+        tested: texts that no pair may have.
+        seed: of the order.
+
+    Raises:
+        UserError: where fewer than 10 pairs are left.
+    """
+    whole = first_pairs(parallel, language)
+    both = list(zip(whole.texts, whole.translations))
+    tested = tested.union(*both[:rows])
+    left = [pair for pair in both[rows:] if not tested.intersection(pair)]
+    if len(left) < 10:
+        raise UserError(
+            f"parallel: {len(both)} pairs, {len(left)} to train on; objectives of translations need at least 10, "
+            f"and the first {rows} (probe.languages_rows) are for tests"
+        )
+    random.Random(seed).shuffle(left)
+    held = max(1, round(len(left) * HELDOUT_PAIRS))
+    train, heldout = (
+        TranslationPairs([text for text, _ in part], [translation for _, translation in part], whole.language)
+        for part in (left[held:], left[:held])
+    )
+    return train, heldout

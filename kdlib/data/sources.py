@@ -100,7 +100,7 @@ def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple
 
 
 def embedded_rows(name: str) -> pd.DataFrame:
-    """A file of the kit: documents, sentiment, dengue, entities or parallel."""
+    """A file of the kit by its name in `bundled`, without ending."""
     return pd.read_json(
         (resources.files("kdlib.data") / "bundled" / f"{name}.jsonl").open("rb"), lines=True, dtype=False
     )

@@ -217,6 +217,17 @@ def _dengue(corpus: Corpus) -> Task:
     return _split_rows("dengue", "multilabel", DENGUE_LABELS, list(rows["text"]), targets)
 
 
+TWINS = {"topic": "topic_eng", "sentiment": "sentiment_eng"}  # embedded tasks, and files of translated training rows
+
+
+def english_twins(task: Task) -> Split | None:
+    """English translations of training rows of an embedded task, with the same labels; None for other tasks."""
+    if task.name not in TWINS or task.origin is None or task.origin.source != "embedded":
+        return None
+    rows = embedded_rows(TWINS[task.name])
+    return Split(list(rows["text"]), [task.labels.index(label) for label in rows["label"]])
+
+
 def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: list) -> Task:
     """Hold out a share of each class (of each label combination), equal on every machine.
 
@@ -421,10 +432,12 @@ def check(task: Task, distilled: set[str]) -> None:
 
 def training_documents(corpus: Corpus, tasks: list[Task]) -> Sequence[Document]:
     """The training documents without the test sentences of the tasks."""
-    tested: set[str] = set()
-    for task in tasks:
-        tested.update(part for text in task.test.texts for part in _parts(text, task.kind))
-    return without(corpus.train, tested)
+    return without(corpus.train, tested_texts(tasks))
+
+
+def tested_texts(tasks: list[Task]) -> set[str]:
+    """The texts, and the sentences of pairs, that the tasks are tested on."""
+    return {part for task in tasks for text in task.test.texts for part in _parts(text, task.kind)}
 
 
 def _parts(text: Any, kind: str) -> tuple[str, ...]:

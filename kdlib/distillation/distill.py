@@ -60,7 +60,7 @@ class DistillTrainer(BudgetTrainer):
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
         student = replace(student, targets=inputs.get("targets"), mask=inputs.get("counted", student.mask))
-        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
+        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature, self.spec.relation_heads)
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)
         return (loss, None) if return_outputs else loss
@@ -69,14 +69,15 @@ class DistillTrainer(BudgetTrainer):
     def target(self, inputs: dict[str, torch.Tensor], noise: bool = False) -> ModelOutputs | None:
         """The teacher's outputs for a batch, cached or live. None where no objective needs them."""
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        more = {name: inputs.get(name) for name in ("translation", "translated")}
         if "layer " + str(self.teacher_layers[-1]) in inputs:
             hidden = [inputs[f"layer {layer}"] for layer in self.teacher_layers]
-            return ModelOutputs(hidden, mask, embedded=inputs.get("layer 0"))
+            return ModelOutputs(hidden, mask, embedded=inputs.get("layer 0"), **more)
         if self.teacher is None:
             return None
         self.teacher.train(noise)
         with autocast(ids.device, self.bf16):
-            return self.teacher(ids, mask, inputs.get("masked"))
+            return replace(self.teacher(ids, mask, inputs.get("masked")), **more)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a held-out batch."""
@@ -254,8 +255,10 @@ def distill(
     """
     check_objectives(spec.objectives)
     needs = RequiredOutputs.of(spec.objectives)
-    _check_pair(teacher, student, needs)
+    _check_pair(teacher, student, needs, spec)
     layers, teacher_layers = compared_layers(spec, student.config.num_hidden_layers, teacher.layers)
+    if needs.translation and (train.translations is None or heldout.translations is None):
+        raise ValueError("the texts were prepared for objectives that need no translations")
     train, heldout = (_usable(texts, needs, spec, teacher_layers) for texts in (train, heldout))
     if spec.freeze_embeddings:
         student.get_input_embeddings().weight.requires_grad_(False)
@@ -319,15 +322,21 @@ def distill(
     return Outcome(student, curve, facts, watched.head)
 
 
-def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs) -> None:
+def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs, spec: config.Distill) -> None:
     """Raise UserError where the objectives cannot compare the two models."""
     if needs.masked:
         mask_id(teacher.tokenizer, teacher.name)
     mine, theirs = student.config.num_attention_heads, teacher.model.config.num_attention_heads
-    if needs.attention and mine != theirs:
+    if needs.heads and mine != theirs:
         raise UserError(
             f"attention objectives compare head by head: the student has {mine} heads, the teacher {theirs}"
         )
+    widths = {"student": student.config.hidden_size, "teacher": teacher.hidden}
+    for name, width in widths.items():
+        if needs.values and width % spec.relation_heads:
+            raise UserError(
+                f"distill.relation_heads is {spec.relation_heads}, which does not divide the {name}'s width of {width}"
+            )
     rows, teacher_rows = (len(m.get_input_embeddings().weight) for m in (student, teacher.model))
     if rows != teacher_rows:
         raise UserError(f"the student has {rows} embedding rows, the teacher {teacher_rows}: they must share ids")

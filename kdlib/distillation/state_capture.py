@@ -1,4 +1,4 @@
-"""Capturing the hidden states, queries, keys and logits of a forward pass."""
+"""Capturing the hidden states, queries, keys, values and logits of a forward pass."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,12 +33,14 @@ class StateCapture(nn.Module):
         super().__init__()
         self.model, self.projection, self.head = model, projection, head
         self.layers, self.needs = list(layers), needs
-        self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}}
+        self.caught: dict[str, dict[int, torch.Tensor]] = {"query": {}, "key": {}, "value": {}}
         self.hooks = []
         if needs.attention:
-            # We record queries and keys at their projections. They give the scores before the softmax under
+            # We record queries, keys and values at their projections. They give the scores before the softmax under
             # any attention implementation; `output_attentions` gives probabilities only, and nothing with sdpa.
-            for kind, modules in zip(self.caught, _projections(model)):
+            for kind, modules in _projections(model).items():
+                if kind == "value" and not needs.values:
+                    continue
                 self.hooks += [modules[layer - 1].register_forward_hook(self._catch(kind, layer)) for layer in layers]
 
     def _catch(self, kind: str, layer: int) -> Callable:
@@ -69,8 +71,8 @@ class StateCapture(nn.Module):
         if self.projection is not None:
             kept = [self.projection(states) for states in kept]
             embedded = self.projection(embedded) if embedded is not None else None
-        query, key = (list(caught.values()) for caught in self.caught.values())
-        return ModelOutputs(kept, mask, query, key, embedded, logits)
+        query, key, value = (list(caught.values()) for caught in self.caught.values())
+        return ModelOutputs(kept, mask, query, key, value, embedded, logits)
 
     def release(self) -> PreTrainedModel:
         """Remove all hooks and return the model."""
@@ -79,10 +81,12 @@ class StateCapture(nn.Module):
         return self.model
 
 
-def _projections(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The query and the key projections of all layers, lowest first."""
+def _projections(model: PreTrainedModel) -> dict[str, list[nn.Module]]:
+    """The projections of the queries, the keys and the values of all layers, lowest first."""
     family = family_of(model.config.model_type)
-    ends = [f"{family.layers}.{{}}.{names[0]}" for names in (family.query, family.key)]
     modules, depth = dict(model.named_modules()), range(model.config.num_hidden_layers)
-    query, key = ([next(m for n, m in modules.items() if n.endswith(end.format(i))) for i in depth] for end in ends)
-    return query, key
+    names = {"query": family.query[0], "key": family.key[0], "value": family.value}
+    return {
+        kind: [next(m for n, m in modules.items() if n.endswith(f"{family.layers}.{i}.{name}")) for i in depth]
+        for kind, name in names.items()
+    }

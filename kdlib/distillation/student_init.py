@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from kdlib import config
-from kdlib.batching import budget_batches, pad, tokens_per_batch
+from kdlib.distillation.importance import most_important, sample_batches
 from kdlib.errors import UserError
 from kdlib.models.build import with_state
 from kdlib.models.families import FAMILIES, Family, family_of
@@ -65,13 +65,15 @@ def build_student(
 
     Copied layers are exact where only the number of layers changes. Otherwise only the weights whose sizes change are
     touched, as spec.narrow says. "random": they are drawn. "truncate": the first dimensions stay, of each head too, and
-    the feed-forward neurons with the largest product of norms. "pca": see `_narrow`.
+    the feed-forward neurons with the largest product of norms. "pca": see `_narrow`. "importance": as "pca", but whole
+    heads and neurons are removed, the least important first (see `most_important`).
 
     Args:
         teacher: the model to copy from.
         spec: sizes; spec.init lists the layers to copy, or is "random" for a random start (a "blank" student).
         seed: of random weights.
-        sample: token ids of texts that "pca" is fitted on (about 8,000 tokens); None: random rows of the vocabulary.
+        sample: token ids of texts that "pca" and "importance" are fitted on (about 8,000 and 4,000 tokens); None:
+            random rows of the vocabulary.
 
     Raises:
         UserError: for sizes that do not fit together, or for a student with more layers, width or heads than its
@@ -177,7 +179,8 @@ def _narrow(
     BiStil (Ansell et al. 2023). Weights that read the stream are multiplied by the basis, weights that write it by its
     transpose. A LayerNorm's bias is projected too; its gain g becomes the diagonal of basis^T diag(g) basis. The states
     are then the teacher's projected, about sqrt(new width / width) as long; a learned projection corrects the length.
-    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights.
+    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights, or
+    the most important ones.
     """
     names = family_of(teacher.config.model_type)
     (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
@@ -190,17 +193,21 @@ def _narrow(
         start.load_state_dict(start.state_dict() | kept)
         return start
     basis = torch.eye(width, new_width)
-    if how == "pca" and new_width < width:
+    if how != "truncate" and new_width < width:
         basis = _principal(teacher, source, new_width, sample)
-    for prefix in layers:
+    chosen = None
+    if how == "importance":
+        chosen = most_important(wide.to(teacher.device), new_heads, new_ffn, sample)
+    for i, prefix in enumerate(layers):
         if (new_heads, new_width) != (heads, width):
-            _narrow_heads(state, prefix, names, heads, new_heads, basis, reduce=how == "pca")
+            groups = [[head] for head in chosen[i][0]] if chosen else np.array_split(np.arange(heads), new_heads)
+            _narrow_heads(state, prefix, names, heads, groups, basis, reduce=how != "truncate")
         if new_ffn != ffn:
             up, bias, down = (
                 prefix + name for name in (f"{names.up}.weight", f"{names.up}.bias", f"{names.down}.weight")
             )
             strength = state[up].norm(dim=1) * state[down].norm(dim=0)
-            kept = strength.topk(new_ffn).indices.sort().values
+            kept = chosen[i][1] if chosen else strength.topk(new_ffn).indices.sort().values
             state[up], state[bias], state[down] = state[up][kept], state[bias][kept], state[down][:, kept]
     gains = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.LayerNorm)}
     for name, value in start.state_dict().items():
@@ -222,11 +229,6 @@ def _principal(
     DeBERTa's relative positions. Returns float [width, size] with orthonormal columns.
     """
     names = family_of(teacher.config.model_type)
-    if sample is None:
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randint(teacher.config.vocab_size, (SAMPLE_TOKENS // 32, 32), generator=generator).tolist()
-    lengths = np.array([len(row) for row in sample])
-    enough = int(np.searchsorted(np.cumsum(lengths), SAMPLE_TOKENS)) + 1
     read = [teacher.embeddings, *(teacher.get_submodule(f"{names.layers}.{layer - 1}") for layer in source)]
     norms = [module for part in read for module in part.modules() if isinstance(module, nn.LayerNorm)]
     moments: dict[nn.Module, torch.Tensor] = {}
@@ -236,11 +238,10 @@ def _principal(
         moments[norm] = moments.get(norm, 0) + real.T @ real
 
     hooks = [norm.register_forward_hook(add) for norm in norms]
-    pad_id, training = teacher.config.pad_token_id or 0, teacher.training
+    training = teacher.training
     teacher.eval()
     try:
-        for batch in budget_batches(lengths[:enough], tokens_per_batch()):
-            ids, mask = (x.to(teacher.device) for x in pad([sample[i] for i in batch], pad_id))
+        for ids, mask in sample_batches(teacher, sample, SAMPLE_TOKENS):
             teacher(input_ids=ids, attention_mask=mask)
     finally:
         teacher.train(training)
@@ -258,26 +259,28 @@ def _narrow_heads(
     prefix: str,
     names: Family,
     heads: int,
-    new_heads: int,
+    groups: Sequence[Sequence[int]],
     basis: torch.Tensor,
     reduce: bool,
 ) -> None:
-    """Map the heads of one layer onto fewer or smaller ones, in place.
+    """Map the heads of one layer onto fewer or smaller ones, in place; heads in no group are removed.
 
-    A new head replaces neighbouring heads: it uses the mean of their scores and carries the values of all of them,
+    A new head replaces a group of heads: it uses the mean of their scores and carries the values of all of them,
     exactly where it is large enough for them side by side. Otherwise the products of queries and keys, and of values
     and output, are approximated by SVD (reduce), or the first dimensions stay.
     """
     width, new_width = basis.shape
-    size, new_size = width // heads, new_width // new_heads
+    size, new_size = width // heads, new_width // len(groups)
     queries, keys = (
         [f"{prefix}{n}" for n in side if f"{prefix}{n}.weight" in state] for side in (names.query, names.key)
     )
     value, out = prefix + names.value, prefix + names.out
     made: dict[str, list[torch.Tensor]] = {}
 
-    for group in np.array_split(np.arange(heads), new_heads):
-        inner = torch.from_numpy((group[:, None] * size + np.arange(size)).ravel())  # their dimensions, side by side
+    for group in groups:
+        inner = torch.from_numpy(
+            (np.asarray(group)[:, None] * size + np.arange(size)).ravel()
+        )  # their dimensions, side by side
 
         def read(module: str, inner: torch.Tensor = inner) -> torch.Tensor:
             """Weight and bias, as a matrix from the narrow stream and a constant: [inner, new width + 1]."""

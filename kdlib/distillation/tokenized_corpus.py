@@ -1,15 +1,19 @@
 """The data a student is distilled on: tokens, masks, and the teacher's cached states."""
 
+import itertools
+import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from kdlib import config, distributed
 from kdlib.batching import BudgetSampler, pad
-from kdlib.distillation.objectives import RequiredOutputs
+from kdlib.data.lazy import Lazy
+from kdlib.distillation.objectives import OBJECTIVES, RequiredOutputs
 from kdlib.distillation.student_init import layer_map
 from kdlib.distillation.teacher_cache import TeacherStates, teacher_states
 from kdlib.errors import UserError
@@ -17,6 +21,45 @@ from kdlib.models import token_store
 from kdlib.models.encoder import Encoder
 from kdlib.models.masking import mask_tokens, seeded_generator
 from kdlib.models.token_store import Ragged
+
+
+class Pairs(NamedTuple):
+    """Texts with their translations, and the model that reads those: the teacher with its whole vocabulary."""
+
+    texts: Sequence[str]
+    translations: Sequence[str]
+    reader: Encoder
+
+
+@dataclass
+class Translations:
+    """The teacher's last states of the translations that some texts have.
+
+    Attributes:
+        numbers: int [texts], the translation of each text; -1 for none.
+        lengths: int [translations], their tokens.
+        states: of the translations, one layer.
+    """
+
+    numbers: np.ndarray
+    lengths: np.ndarray
+    states: TeacherStates
+    temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
+
+    def part(self, places: Sequence[int]) -> "Translations":
+        """Those of some of the texts."""
+        return replace(self, numbers=self.numbers[np.asarray(places, int)])
+
+    def batch(self, texts: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`translation` and `translated` of `ModelOutputs` for some texts, the states in float16."""
+        numbers = self.numbers[np.asarray(texts, int)]
+        lengths = np.where(numbers < 0, 0, self.lengths[numbers])
+        (states,) = self.states.layers.values()
+        out = np.zeros((len(texts), max(1, lengths.max()), states.shape[1]), np.float16)
+        for row, start, length in zip(out, self.states.starts[numbers], lengths):
+            row[:length] = states[start : start + length]
+        mask = np.arange(out.shape[1]) < lengths[:, None]
+        return {"translation": torch.from_numpy(out), "translated": torch.from_numpy(mask).long()}
 
 
 @dataclass
@@ -32,6 +75,7 @@ class TokenizedCorpus:
     pad_id: int
     maskable: Ragged | None = None
     cached: TeacherStates | None = None
+    translations: Translations | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,8 +95,9 @@ class TokenizedCorpus:
 
     def part(self, places: Sequence[int]) -> "TokenizedCorpus":
         """Some of the texts, sharing the cached states."""
-        ids, maskable, cached = (found and found.part(places) for found in (self.ids, self.maskable, self.cached))
-        return TokenizedCorpus(ids, self.pad_id, maskable, cached)
+        found = (self.ids, self.maskable, self.cached, self.translations)
+        ids, maskable, cached, translations = (one and one.part(places) for one in found)
+        return TokenizedCorpus(ids, self.pad_id, maskable, cached, translations)
 
     def live(self) -> "TokenizedCorpus":
         """The same texts without cached states: the teacher runs at every step."""
@@ -111,7 +156,7 @@ class RankCollator:
     masking: Masking | None
 
     def collate(self, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        """As `TokenizedCorpus.collate` or `Masking.collate`.
+        """As `TokenizedCorpus.collate` or `Masking.collate`, with `Translations.batch` where a text has one.
 
         A process without a row gets one that does not count: then `counted`, int64 [1, tokens], is the mask of the
         losses, all 0.
@@ -124,6 +169,9 @@ class RankCollator:
             features = self.texts.collate(batch[rows])
         else:
             features = self.masking.collate(self.texts, self.sampler, batch, rows)
+        translations = self.texts.translations
+        if translations is not None and (translations.numbers[batch] >= 0).any():  # the same in every process
+            features |= translations.batch(batch[rows])
         if spare:
             features["counted"] = torch.zeros_like(features["attention_mask"])
             features |= {name: features[name][:0] for name in ("masked", "targets") if name in features}
@@ -139,16 +187,57 @@ def tokenise(
 
 
 def prepare(
-    encoder: Encoder, texts: Iterable[str], spec: config.Distill, cache_root: Path | None, depth: int
+    encoder: Encoder,
+    texts: Sequence[str],
+    spec: config.Distill,
+    cache_root: Path | None,
+    depth: int,
+    pairs: Pairs | None = None,
 ) -> TokenizedCorpus:
     """Tokenise `texts` and get the teacher's states that a student of `depth` layers is compared with, from the cache.
 
     The teacher runs live where the profile or its size limit forbids a cache, or an objective needs uncached outputs.
+    Where objectives compare with translations, pairs replace some of the texts, see `mixed`; the teacher reads the
+    translations now, once.
     """
-    tokenised = tokenise(encoder, texts, RequiredOutputs.of(spec.objectives).masked, cache_root)
+    needs, numbers = RequiredOutputs.of(spec.objectives), None
+    if needs.translation:
+        if pairs is None or not pairs.texts:
+            raise UserError("objectives crosslingual and transport need texts with translations")
+        texts, numbers = mixed(texts, pairs.texts, spec)
+    tokenised = tokenise(encoder, texts, needs.masked, cache_root)
     if not len(tokenised):
         raise UserError("distillation: no texts")
+    if numbers is not None:
+        tokenised = replace(tokenised, translations=translated(pairs, numbers, spec, cache_root))
     return with_states(tokenised, encoder, spec, cache_root, depth)
+
+
+def mixed(texts: Sequence[str], pairs: Sequence[str], spec: config.Distill) -> tuple[Sequence[str], np.ndarray]:
+    """As many texts as before, with those of pairs among them, so that objectives take equally many steps.
+
+    Returns:
+        The texts, and the number of the pair of each, -1 for none. Where all objectives need translations, these are
+        the pairs, in turn as often as needed. Otherwise the pairs take the place of the last texts, of half at most.
+    """
+    count = len(texts)
+    if all(OBJECTIVES[name].needs.translation for name, weight in spec.objectives.items() if weight):
+        numbers = np.arange(count) % len(pairs)
+        return Lazy(lambda: (pairs[i] for i in numbers), count), numbers
+    replaced = min(len(pairs), max(1, count // 2))
+    numbers = np.concatenate([np.full(count - replaced, -1), np.arange(replaced)])
+    return Lazy(lambda: itertools.chain(itertools.islice(texts, count - replaced), pairs[:replaced]), count), numbers
+
+
+def translated(pairs: Pairs, numbers: np.ndarray, spec: config.Distill, cache_root: Path | None) -> Translations:
+    """The teacher's last states of the translations of texts; `numbers` are the texts' pairs, -1 for none."""
+    temporary = None if cache_root else tempfile.TemporaryDirectory(prefix="kdlib-")
+    root, reader = cache_root or Path(temporary.name), pairs.reader
+    ids = tokenise(reader, pairs.translations[: numbers.max() + 1], cache_root=cache_root).ids
+    states = teacher_states(root, reader, ids, [reader.layers], spec.cache_gigabytes)
+    if states is None:
+        raise UserError("the teacher's states of the translations do not fit; set distill.cache_gigabytes higher")
+    return Translations(numbers, ids.lengths, states, temporary)
 
 
 def with_states(

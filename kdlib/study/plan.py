@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import config
-from kdlib.data.corpus import Corpus, draw, load_corpus, load_parallel, windows
+from kdlib.data.corpus import (
+    Corpus,
+    TranslationPairs,
+    draw,
+    first_pairs,
+    load_corpus,
+    load_parallel,
+    translation_pairs,
+    windows,
+)
 from kdlib.data.lazy import Document
 from kdlib.data.sources import digest
-from kdlib.data.tasks import Task, load_tasks, origins, training_documents
-from kdlib.distillation.objectives import check_objectives
+from kdlib.data.tasks import Task, load_tasks, origins, tested_texts, training_documents
+from kdlib.distillation.objectives import RequiredOutputs, check_objectives
 from kdlib.distillation.student_init import layer_map
+from kdlib.errors import UserError
 from kdlib.evaluation.tf_idf import TfIdf
 from kdlib.files import fingerprint, write_json
 from kdlib.models import onnx
@@ -72,10 +82,20 @@ class Graph:
         graded = [self.profile, *(arm.profile for arm in arms(self.profile)), *students(self.profile).values()]
         for profile in graded:
             check_objectives(profile.distill.objectives)
+            if RequiredOutputs.of(profile.distill.objectives).translation:
+                self._check_parallel()
         depth = self.profile.student.layers
         for key, rule in (("student.init", self.profile.student.init), ("distill.layers", self.profile.distill.layers)):
             if isinstance(rule, list):  # the teacher's depth is not known yet
                 layer_map(rule, depth, max([depth, *rule]), key)
+
+    def _check_parallel(self) -> None:
+        spec, language = self.profile.parallel, self.profile.language
+        if spec is None or language not in spec.languages or len(spec.languages) < 2:
+            raise UserError(
+                "distill.objectives: crosslingual and transport need parallel text; set parallel.source, and in "
+                f"parallel.languages its columns: {language} and the language that the teacher is to read"
+            )
 
     # -- what is read
 
@@ -118,6 +138,21 @@ class Graph:
             lambda: load_parallel(spec, language, rows),
             lambda source: digest(source.value.items()),
         )
+
+    @cached_property
+    def pairs(self) -> Derived[tuple[TranslationPairs, TranslationPairs]]:
+        """Pairs of translations for training, and held-out pairs. Those that retrieval is measured on are left out."""
+        spec, language, seed = self.profile.parallel, self.profile.language, self.profile.seed
+        rows = self.profile.probe.languages_rows
+        settings = [spec and spec.model_dump(), language]
+        whole = self.context.source(
+            "all parallel", settings, lambda: load_parallel(spec, language), lambda source: digest(source.value.items())
+        )
+
+        def make() -> tuple[TranslationPairs, TranslationPairs]:
+            return translation_pairs(whole.get(), language, rows, tested_texts(self.tasks.get()), seed)
+
+        return Derived("pairs", [rows, seed], make, parallel=whole, tasks=self.tasks)
 
     @cached_property
     def teacher(self) -> Source[Encoder]:
@@ -200,11 +235,10 @@ class Graph:
         )  # fmt: skip
         source = self.condition if profile.condition.use else self.prune
         texts = self.texts(spec.max_texts, share=spec.fraction)
-        return self.context.stage(
-            Distill(
-                self.context, settings, self.link, source=source, corpus=self.corpus, texts=texts, heldout=self.heldout
-            )
-        )
+        read: dict[str, Any] = dict(corpus=self.corpus, texts=texts, heldout=self.heldout)
+        if RequiredOutputs.of(spec.objectives).translation:
+            read |= dict(pairs=self.pairs, reader=self.teacher)
+        return self.context.stage(Distill(self.context, settings, self.link, source=source, **read))
 
     def student(self) -> Keyed[Encoder]:
         """The student's encoder."""
@@ -261,16 +295,32 @@ class Graph:
     def grid(self) -> list[tuple[Arm, list[ArmScores]]]:
         """The ablation grid, each arm with its scores for each seed."""
         seeds = self.profile.ablations.seeds
-        return [(arm, [self._arm(Graph(arm.with_seed(seed), self.context), seed) for seed in seeds])
-                for arm in arms(self.profile)]  # fmt: skip
+        return [(arm, [self._arm(arm, seed) for seed in seeds]) for arm in arms(self.profile)]
 
-    def _arm(self, graph: "Graph", seed: int) -> ArmScores:
+    @cached_property
+    def _transferring(self) -> set[str]:
+        """The families that transfer is measured for: those with objectives of translations."""
+        return {
+            arm.family for arm in arms(self.profile) if RequiredOutputs.of(arm.profile.distill.objectives).translation
+        }
+
+    def _arm(self, arm: Arm, seed: int) -> ArmScores:
         """The scores of an arm's student of one seed. Its probes draw their rows with the same seed."""
+        graph = Graph(arm.with_seed(seed), self.context)
         texts = graph.texts(graph.profile.distill.max_texts, self.profile.ablations.max_texts)
-        more: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        more = self._scored(arm.family in self._transferring)
         return self.context.stage(
             ArmScores(self.context, self._scores([seed]), student=graph.distill, arm_texts=texts, **more)
         )
+
+    def _scored(self, transfer: bool) -> dict[str, Any]:
+        """The inputs that the scores of arms and references share."""
+        found: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        if not transfer:
+            return found
+        language = self.profile.language
+        tested = Derived("tested", language, lambda: first_pairs(self.parallel.get(), language), parallel=self.parallel)
+        return found | dict(reader=self.teacher, tested=tested)
 
     def _scores(self, seeds: Sequence[int]) -> ScoreSettings:
         read = {name: getattr(self.profile.benchmark, name) for name in PROBES}
@@ -278,7 +328,7 @@ class Graph:
         return ScoreSettings(probes=probes, tasks=self.named("ablate"), precision=self.profile.distill.precision)
 
     def _reference(self, model: Keyed[Encoder]) -> Reference:
-        more: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
+        more = self._scored(bool(self._transferring))
         return self.context.stage(
             Reference(self.context, self._scores(self.profile.benchmark.seeds), model=model, **more)
         )

@@ -202,6 +202,7 @@ class DistillReport(Report[NoSettings]):
             dict(metric=metric, method=point["split"], x=point["seconds"], n=int(point["step"]), value=point[metric])
             for point in curve.to_dict("records")
             for metric in losses
+            if not pd.isna(point[metric])  # of translations, where no batch since the last point had any
         ]
         rows = [dict(model="student") | row for row in rows + [dict(metric=m, value=v) for m, v in facts.items()]]
         held = self.heldout.get()
@@ -329,7 +330,7 @@ class AblationReport(Report[AblationSettings]):
         """Distil and score every arm, and compare it with the first arm of its family.
 
         The teacher and the undistilled student are shown for reference. Scores of the probes are averaged over tasks;
-        the similarity to the teacher is a task by itself.
+        the similarity to the teacher and each kind of transfer are tasks by themselves.
 
         Args:
             wanted: run only these arms, "family" or "family/arm"; of the others, finished ones are shown.
@@ -355,10 +356,10 @@ class AblationReport(Report[AblationSettings]):
             if on_arm:
                 on_arm(arm, made)
         for family, trials in families.items():
-            for part in _parts(trials):
+            for part, rows_of in _parts(trials):
                 names = list(dict.fromkeys(trial.model for trial in part))  # a narrower student has no similarity
                 pairs = [(name, names[0]) for name in names[1:] if names[0] == trials[0].model]
-                compared = _bare(paired_rows(part, pairs, self.settings.benchmark))
+                compared = rows_of(paired_rows(part, pairs, self.settings.benchmark))
                 rows += [row | dict(model="student", method=family, arm=row["model"], x=None) for row in compared]
         return rows
 
@@ -366,22 +367,23 @@ class AblationReport(Report[AblationSettings]):
         """Rows of a model's trials, and of its other numbers, averaged over seeds."""
         seeds = list(dict.fromkeys(trial.seed for trial in trials))
         spec = self.settings.benchmark.model_copy(update={"seeds": seeds})
-        probes, same = _parts(trials)
-        rows = [*trial_rows(probes, spec), *_bare(trial_rows(same, spec))]
+        rows = [row for part, rows_of in _parts(trials) for row in rows_of(trial_rows(part, spec))]
         return rows + [dict(metric=name, value=float(np.mean([n[name] for n in numbers]))) for name in numbers[0]]
 
 
 def _bare(rows: Sequence[dict]) -> list[dict]:
-    """Rows of the similarity: without a task, and without an average, which it is itself."""
-    same = any(row["task"] == "similarity" for row in rows)
-    kept = [row for row in rows if not same or row["task"] != "average"]
+    """Rows of a measure that stands alone: without an average, which it is itself. The similarity has no task."""
+    kept = [row for row in rows if row["task"] != "average"]
     return [row | dict(task=None) if row["task"] == "similarity" else row for row in kept]
 
 
-def _parts(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
-    """The trials of probes, and those of the similarity to the teacher."""
-    probes = [trial for trial in trials if trial.task != "similarity"]
-    return probes, [trial for trial in trials if trial.task == "similarity"]
+def _parts(trials: Sequence[Trial]) -> list[tuple[list[Trial], Callable[[Sequence[dict]], Sequence[dict]]]]:
+    """The trials of probes, and those of each other measure; each part with what its rows go through."""
+    parts: dict[str, list[Trial]] = {"": []}
+    for trial in trials:
+        alone = trial.metrics[0].name in ("similarity", "transfer")
+        parts.setdefault(trial.task if alone else "", []).append(trial)
+    return [(part, _bare if task else list) for task, part in parts.items()]
 
 
 class FigureReport(Report[NoSettings]):

@@ -10,16 +10,16 @@ import numpy as np
 import pandas as pd
 
 from kdlib import config, distributed
-from kdlib.data.corpus import Corpus, sentences
-from kdlib.data.tasks import Task
+from kdlib.data.corpus import Corpus, TranslationPairs, sentences
+from kdlib.data.tasks import Task, english_twins
 from kdlib.distillation.conditioning import condition
 from kdlib.distillation.distill import Outcome, distill
 from kdlib.distillation.student_init import build_student, layer_map
-from kdlib.distillation.tokenized_corpus import TokenizedCorpus, prepare, training_size
+from kdlib.distillation.tokenized_corpus import Pairs, TokenizedCorpus, prepare, training_size
 from kdlib.errors import UserError
 from kdlib.evaluation.benchmark import Trial, load_trials, run_trials, save_trials
 from kdlib.evaluation.metrics import Metric
-from kdlib.evaluation.probing import similarities
+from kdlib.evaluation.probing import linear_probe, retrieval, similarities
 from kdlib.files import fingerprint, read_json, read_table, write_json
 from kdlib.models import embedded_teacher
 from kdlib.models.encoder import Encoder, text_vectors
@@ -141,7 +141,11 @@ class DistillSettings(Settings):
 
 
 class Distill(Stage[DistillSettings, Trained]):
-    """The student, distilled from the pruned or the conditioned teacher."""
+    """The student, distilled from the pruned or the conditioned teacher.
+
+    With objectives of translations, `pairs` are training and held-out pairs, and `reader` is the teacher that reads the
+    translations, with its whole vocabulary.
+    """
 
     name = "student"
     collective = True
@@ -149,6 +153,8 @@ class Distill(Stage[DistillSettings, Trained]):
     corpus: Source[Corpus]
     texts: Keyed[Sequence[str]]
     heldout: Keyed[Sequence[str]]
+    pairs: Keyed[tuple[TranslationPairs, TranslationPairs]] | None = None
+    reader: Keyed[Encoder] | None = None
 
     @property
     def bf16(self) -> bool:
@@ -181,15 +187,20 @@ class Distill(Stage[DistillSettings, Trained]):
         model = build_student(self.teacher.model, spec, self.settings.seed, sample).to(self.context.device)
         return replace(self.teacher, model=model, name=start_name(init), head=None, vector_cache=None)
 
-    def prepare(self, texts: Sequence[str]) -> TokenizedCorpus:
+    def prepare(self, texts: Sequence[str], heldout: bool = False) -> TokenizedCorpus:
         """Tokenise texts and get the teacher's states that the student is compared with."""
-        return prepare(self.teacher, texts, self.settings.distill, self.context.cache, self.settings.student.layers)
+        pairs = None
+        if self.pairs and self.reader:
+            given = self.pairs.get()[heldout]
+            pairs = Pairs(given.texts, given.translations, in_precision(self.reader.get(), self.bf16))
+        spec, depth = self.settings.distill, self.settings.student.layers
+        return prepare(self.teacher, texts, spec, self.context.cache, depth, pairs)
 
     @cached_property
     def training_sets(self) -> tuple[TokenizedCorpus, TokenizedCorpus]:
         """The training texts and the held-out sentences, prepared."""
         with distributed.main_process_first():
-            return self.prepare(self.texts.get()), self.prepare(self.heldout.get())
+            return self.prepare(self.texts.get()), self.prepare(self.heldout.get(), heldout=True)
 
     @property
     def training_size(self) -> tuple[int, int]:
@@ -263,16 +274,21 @@ class ScoreSettings(Settings):
 
 
 class Scores(NamedTuple):
-    """The trials of a model, one of them of the task "similarity" where it has the teacher's width; other numbers."""
+    """The trials of a model and its other numbers.
+
+    Besides those of probes there are trials of the task "similarity", and of transfer, whose metric is "transfer",
+    where the model has the teacher's width.
+    """
 
     trials: list[Trial]
     numbers: dict[str, float]
 
 
 class Scored(Stage[ScoreSettings, Scores]):
-    """The scores of an arm, or of a model for reference: linear probes, similarity to the teacher, size.
+    """The scores of an arm, or of a model for reference: linear probes, similarity to the teacher, transfer, size.
 
-    `teacher` and `compared` are the pruned teacher and the texts whose vectors are compared.
+    `teacher` and `compared` are the pruned teacher and the texts whose vectors are compared. Transfer is measured where
+    there is a `reader`, the teacher with its whole vocabulary, that reads the translations of `tested`.
     """
 
     room = "ablations"
@@ -280,6 +296,8 @@ class Scored(Stage[ScoreSettings, Scores]):
     teacher: Prune
     compared: Keyed[Sequence[str]]
     tasks: Source[list[Task]]
+    reader: Source[Encoder] | None = None
+    tested: Keyed[TranslationPairs] | None = None
 
     def score(self, encoder: Encoder, folder: Path, keys: Mapping[str, str] | None = None, **numbers: float) -> None:
         """Probe an encoder on the arms' tasks, compare its vectors with the teacher's, and write all that.
@@ -298,8 +316,40 @@ class Scored(Stage[ScoreSettings, Scores]):
             cosines = similarities(text_vectors(encoder, held)[:, 0], target).astype(float)
             same = Metric("similarity", np.stack([cosines, np.ones_like(cosines)], 1))
             trials += [Trial(encoder.name, "similarity", "probe", seed, [same]) for seed in spec.seeds]
+            trials += self.transfer(encoder, self.reader.get()) if self.reader else []
         save_trials(folder / "trials.npz", trials)
         write_json(folder / "numbers.json", dict(numbers, parameters=encoder.parameters))
+
+    def transfer(self, encoder: Encoder, reader: Encoder) -> list[Trial]:
+        """Whether the student's vectors are where the teacher's vectors of another language are.
+
+        The teacher reads that language, and the student its own, for which it has the vocabulary. Retrieval finds the
+        translation of each tested sentence: from the student's vectors ("retrieval into eng"), and from the teacher's
+        ("retrieval from eng"). For zero-shot transfer ("topic from eng") a probe is trained on the teacher's vectors of
+        English rows, and tested on the student's vectors of the task's test rows. The metric is the share of right
+        answers.
+        """
+        spec, shares = self.settings.probes, []
+        if self.tested and (pairs := self.tested.get()).texts:
+            mine, theirs = (
+                text_vectors(e, texts)[:, 0] for e, texts in ((encoder, pairs.texts), (reader, pairs.translations))
+            )
+            for way, sides in (("into", (mine, theirs)), ("from", (theirs, mine))):
+                hits = retrieval(*sides).astype(float)
+                found = np.stack([hits, np.ones_like(hits)], 1)
+                shares += [(f"retrieval {way} {pairs.language}", seed, found) for seed in spec.seeds]
+        for task in self.tasks.get():
+            twins = english_twins(task)
+            if twins is None:
+                continue
+            task = task.small(None, spec.probe_test_rows)
+            train, test = text_vectors(reader, twins.texts)[:, 0], text_vectors(encoder, task.test.texts)[:, 0]
+            targets, places = np.array(twins.targets), np.empty((0, 2), int)
+            for seed in spec.seeds:
+                metrics = linear_probe(task, train, targets, test, places, seed, spec.probe_share)
+                items = next(metric.items for metric in metrics if metric.name == "accuracy")
+                shares.append((f"{task.name} from eng", seed, items))
+        return [Trial(encoder.name, task, "probe", seed, [Metric("transfer", items)]) for task, seed, items in shares]
 
     def load(self, folder: Path) -> Scores:
         """The scores."""
@@ -333,7 +383,7 @@ class ArmScores(Scored):
     def make(self, folder: Path, watch: Watch) -> None:
         """Distil the arm's student and score it. An unfinished training is resumed."""
         arm, spec = self.student, self.student.settings
-        train, heldout = arm.prepare(self.arm_texts.get()), arm.prepare(arm.heldout.get())
+        train, heldout = arm.prepare(self.arm_texts.get()), arm.prepare(arm.heldout.get(), heldout=True)
         order = np.random.default_rng(spec.seed).permutation(len(train)).tolist()
         train = train.part(order[: max(1, round(len(train) * spec.distill.fraction))])
         outcome = arm.train(train, heldout, self.work, watch)

@@ -36,7 +36,7 @@ def need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
 
 def headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with their task's headline metric, or the average over tasks."""
-    scores = table[table["task"].notna() & (table["task"] != "average")]
+    scores = table[table["task"].notna() & (table["task"] != "average") & (table["metric"] != "transfer")]
     # The layer probe names no other metric; the other stages name the headline first.
     scores = scores.sort_values("stage", key=lambda stage: stage != "probe", kind="stable")
     headline = scores.drop_duplicates("task").set_index("task")["metric"].to_dict() | {"average": "score"}

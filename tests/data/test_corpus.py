@@ -17,6 +17,7 @@ from kdlib.data.corpus import (
     load_parallel,
     sentences,
     split_sentences,
+    translation_pairs,
     windows,
     without,
 )
@@ -440,3 +441,24 @@ def test_parallel_sentences_are_those_that_all_languages_have(tmp_path):
     assert load_parallel(spec, "ceb", 9) == load_parallel(None, "tgl", 9) == {}
     with pytest.raises(UserError, match="no column .*spa"):
         load_parallel(config.Parallel(source=str(file), languages=["tgl", "spa"]), "tgl", 9)
+
+
+def test_pairs_to_train_on_are_those_that_nothing_is_tested_on():
+    lines = [f"salin {i}" for i in range(60)]
+    parallel = {"ceb": [f"hubad {i}" for i in range(60)], "tgl": lines, "eng": [f"line {i}" for i in range(60)]}
+    lines[30] = lines[2]  # a kept line that occurs again
+    train, heldout = translation_pairs(parallel, "tgl", 20, {"salin 40", "hubad 41"}, seed=0)
+    numbers = [int(text.split()[1]) for text in train.texts + heldout.texts]
+    assert sorted(numbers) == [i for i in range(20, 60) if i not in (30, 40, 41)]
+    assert [f"hubad {i}" for i in numbers] == train.translations + heldout.translations, "the first other language"
+    assert len(heldout.texts) == 4 and numbers != sorted(numbers)
+    again = translation_pairs(parallel, "tgl", 20, {"salin 40", "hubad 41"}, seed=0)
+    assert (train, heldout) == again
+
+
+@pytest.mark.parametrize(
+    "parallel, rows", [({}, 20), ({"tgl": ["a"] * 25, "eng": ["b"] * 25}, 20), ({"tgl": ["a"]}, 0)]
+)
+def test_too_few_pairs_are_refused(parallel, rows):
+    with pytest.raises(UserError, match="to train on; objectives of translations need at least 10"):
+        translation_pairs(parallel, "tgl", rows, set(), 0)

@@ -13,7 +13,18 @@ from kdlib import config
 from kdlib.config import load_profile
 from kdlib.data import sources
 from kdlib.data.corpus import Corpus, sentences, windows
-from kdlib.data.tasks import EMBEDDED, Split, Task, check, load_task, load_tasks, origins, parse_entities
+from kdlib.data.tasks import (
+    EMBEDDED,
+    TWINS,
+    Split,
+    Task,
+    check,
+    english_twins,
+    load_task,
+    load_tasks,
+    origins,
+    parse_entities,
+)
 from kdlib.errors import UserError
 
 PLAIN = [{"text": f"Pangungusap {i}.", "label": "ab"[i % 2]} for i in range(40)]
@@ -174,6 +185,26 @@ def test_embedded_split_does_not_depend_on_row_order(tasks, corpus, monkeypatch)
     rows = sources.embedded_rows("sentiment").sample(frac=1, random_state=1).reset_index(drop=True)
     monkeypatch.setattr(sources, "embedded_rows", lambda _: rows)
     assert set(EMBEDDED["sentiment"](corpus).test.texts) == set(tasks["sentiment"].test.texts)
+
+
+@pytest.mark.parametrize("name, kept", [("topic", "documents"), ("sentiment", "sentiment")])
+def test_english_twins_are_of_training_rows_and_have_their_labels(name, kept, tasks):
+    rows, twins = sources.embedded_rows(kept).set_index("id"), sources.embedded_rows(TWINS[name])
+    assert twins["id"].is_unique and twins["text"].is_unique and len(twins) >= 150
+    trained = dict(zip(tasks[name].train.texts, tasks[name].train.targets))
+    for row in twins.itertuples():
+        original = rows.loc[row.id]
+        text = original["text"] if name == "sentiment" else " ".join(original["sentences"][:3])
+        assert tasks[name].labels[trained[text]] == row.label, row.id
+        assert row.text != text and 0.5 < len(row.text) / len(text) < 1.6, row.id
+    split = english_twins(tasks[name])
+    assert split.texts == list(twins["text"]) and set(split.targets) == set(range(len(tasks[name].labels)))
+    assert max(Counter(split.targets).values()) == min(Counter(split.targets).values())
+
+
+def test_other_tasks_have_no_english_twins(tasks, put):
+    assert english_twins(tasks["dengue"]) is None
+    assert english_twins(load_task(config.Task(name="topic", source=put(PLAIN)), NOTHING)) is None
 
 
 def test_unknown_embedded_task():

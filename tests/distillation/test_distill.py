@@ -26,7 +26,15 @@ from kdlib.distillation.distill import DistillTrainer, Stopped, distill
 from kdlib.distillation.objectives import OBJECTIVES, RequiredOutputs, attention_scores
 from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.student_init import build_student
-from kdlib.distillation.tokenized_corpus import Masking, prepare, tokenise, training_size, with_states
+from kdlib.distillation.tokenized_corpus import (
+    Masking,
+    Pairs,
+    RankCollator,
+    prepare,
+    tokenise,
+    training_size,
+    with_states,
+)
 from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.models.mlm_head import new_head
@@ -50,9 +58,15 @@ def start(teacher, layers, sample=None, **sizes):
 
 
 def data(teacher, settings, root, depth=2):
-    return prepare(teacher, tiny.texts(120), settings, root, depth), prepare(
-        teacher, tiny.texts(30, 1), settings, root, depth
-    )
+    return [
+        prepare(teacher, tiny.texts(*size), settings, root, depth, pairs(teacher, size[1]))
+        for size in ((120, 0), (30, 1))
+    ]
+
+
+def pairs(teacher, seed):
+    """Texts and what stands for their translations: other texts, some longer."""
+    return Pairs(tiny.texts(20, seed + 7), tiny.texts(20, seed + 9, 9), teacher)
 
 
 ATTENTION, HIDDEN = RequiredOutputs.of({"attention": 1.0}), RequiredOutputs.of({"hidden": 1.0})
@@ -235,6 +249,8 @@ def test_impossible_pairs_are_refused_before_training(tmp_path):
         attempt({"objectives": {"x": 1.0}})
     with pytest.raises(UserError, match="the student has 2 heads, the teacher 4"):
         attempt({"objectives": {"tinybert_attention": 1.0}}, start(teacher, 2, heads=2))
+    with pytest.raises(UserError, match="relation_heads is 12, which does not divide the student's width of 32"):
+        attempt({"objectives": {"relation": 1.0}})
     with pytest.raises(UserError, match="no masked-language head; condition the teacher first"):
         attempt({"objectives": {"kl": 1.0}})
     with pytest.raises(UserError, match="student.layers is 5; the teacher has only 4"):
@@ -445,7 +461,8 @@ def test_only_layers_that_are_compared_are_read(tmp_path):
     teacher = tiny.encoder()
     texts = tokenise(teacher, tiny.texts(30))
     wanted = {
-        "hidden": {2, 4}, "tinybert_hidden": {0, 2, 4}, "sentence": {4}, "cosine": {4}, "attention": None, "kl": None
+        "hidden": {2, 4}, "tinybert_hidden": {0, 2, 4}, "sentence": {4}, "cosine": {4}, "similarity": {4},
+        "alignment": {4}, "attention": None, "kl": None, "relation": None, "comet": None,
     }  # fmt: skip
     for name, layers in wanted.items():
         cached = with_states(texts, teacher, spec(objectives={name: 1.0}), tmp_path, 2).cached
@@ -474,6 +491,64 @@ def test_states_that_are_not_cached_come_from_the_live_teacher(tmp_path):
     assert np.allclose(ends["sentence"], ends["tinybert_hidden"], rtol=5e-3)
 
 
+# translations
+
+
+def test_translations_have_the_states_of_the_reader(tmp_path):
+    teacher = tiny.encoder()
+    settings, given = spec(objectives={"hidden": 1.0, "crosslingual": 1.0}), pairs(teacher, 0)
+    texts = prepare(teacher, tiny.texts(50), settings, tmp_path, 2, given)
+    assert len(texts) == 50 and list(texts.translations.numbers[:30]) == [-1] * 30
+    assert list(texts.translations.numbers[30:]) == list(range(20))
+    features = RankCollator(texts, None, None).collate([3, 35])
+    assert features["translated"][0].sum() == 0 and features["translation"][0].abs().sum() == 0
+    tokens = teacher.tokenize([given.translations[5]])[0].ids
+    with torch.inference_mode():
+        states = teacher.model(torch.tensor([tokens])).last_hidden_state[0]
+    count = int(features["translated"][1].sum())
+    assert count == len(tokens)
+    assert torch.allclose(features["translation"][1, :count].float(), states, atol=5e-3)
+    assert teacher.tokenizer.decode(texts.ids[35], skip_special_tokens=True) == given.texts[5]
+    assert "translation" not in RankCollator(texts, None, None).collate([3, 4])
+    part = texts.part([35, 3])
+    assert list(part.translations.numbers) == [5, -1]
+
+
+def test_texts_of_objectives_of_translations_alone_are_the_pairs_in_turn(tmp_path):
+    teacher = tiny.encoder()
+    texts = prepare(teacher, tiny.texts(50), spec(objectives={"transport": 1.0}), None, 2, pairs(teacher, 0))
+    assert list(texts.translations.numbers) == [*range(20), *range(20), *range(10)]
+
+
+@pytest.mark.parametrize(
+    "objectives", [{"crosslingual": 1.0}, {"transport": 1.0}, {"crosslingual": 1.0, "hidden": 1.0}], ids=str
+)
+@pytest.mark.parametrize("sizes", [{}, {"hidden": 16, "heads": 2}], ids=str)
+def test_a_student_learns_what_the_teacher_says_of_the_translation(objectives, sizes, tmp_path):
+    """Pairs of equal texts under another tokenizer would be cheating: the translations are other texts here."""
+    teacher = tiny.encoder()
+    settings = spec(objectives=objectives, epochs=8, freeze_embeddings=False)
+    given = pairs(teacher, 0)
+    sets = [prepare(teacher, tiny.texts(*size), settings, None, 2, given) for size in ((120, 0), (30, 1))]
+    outcome = distill(teacher, start(teacher, 2, **sizes), *sets, settings, tmp_path)
+    held = outcome.curve.query("split == 'heldout'")
+    for name in objectives:
+        assert held[name].notna().all() and held[name].iloc[-1] < 0.9 * held[name].iloc[0], name
+
+
+def test_translations_that_are_missing_or_do_not_fit_are_refused(tmp_path):
+    teacher, settings = tiny.encoder(), spec(objectives={"crosslingual": 1.0})
+    with pytest.raises(UserError, match="need texts with translations"):
+        prepare(teacher, tiny.texts(9), settings, None, 2)
+    with pytest.raises(UserError, match="set distill.cache_gigabytes higher"):
+        prepare(
+            teacher, tiny.texts(9), settings.model_copy(update={"cache_gigabytes": 0.0}), tmp_path, 2, pairs(teacher, 0)
+        )
+    sets = data(teacher, spec(), None)
+    with pytest.raises(ValueError, match="need no translations"):
+        distill(teacher, start(teacher, 2), *sets, settings, tmp_path)
+
+
 # every family, every objective
 
 
@@ -496,11 +571,24 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("objectives", [{"relation": 1.0}, {"comet": 1.0}], ids=str)
+def test_relations_and_mean_maps_are_learned_with_other_widths_and_heads(objectives, tmp_path):
+    teacher = tiny.encoder()
+    settings = spec(objectives=objectives, relation_heads=8, epochs=6)
+    student = start(teacher, 2, hidden=16, heads=2)
+    outcome = distill(teacher, student, *data(teacher, settings, None), settings, tmp_path)
+    held = outcome.curve.query("split == 'heldout'")["loss"]
+    assert held.iloc[-1] < 0.8 * held.iloc[0]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_step_of_every_objective_in_every_family(family, tmp_path):
     torch.manual_seed(0)
     teacher = with_head(Encoder(FAMILIES[family]().eval(), tiny.tokenizer(), family, max_length=32))
-    settings = spec(objectives=dict.fromkeys(OBJECTIVES, 1.0), freeze_embeddings=False, batch_tokens=2000, epochs=1)
+    settings = spec(
+        objectives=dict.fromkeys(OBJECTIVES, 1.0), relation_heads=4, freeze_embeddings=False, batch_tokens=2000,
+        epochs=1,
+    )  # fmt: skip
     student = start(teacher, 2, hidden=16, ffn=20, sample=[list(range(5, 30))])
     before = {name: value.clone() for name, value in student.state_dict().items()}
     outcome = distill(teacher, student, *data(teacher, settings, None), settings, tmp_path)

@@ -325,7 +325,7 @@ def base(request, teachers):
     return teachers[request.param]
 
 
-@pytest.mark.parametrize("narrow", ["pca", "truncate", "random"])
+@pytest.mark.parametrize("narrow", ["pca", "importance", "truncate", "random"])
 @pytest.mark.parametrize(
     "sizes",
     [dict(hidden=16), dict(ffn=20), dict(heads=2), dict(hidden=24, heads=3, ffn=12), dict(hidden=16, heads=1)],
@@ -350,7 +350,7 @@ def test_student_of_any_size_runs_and_survives_saving(narrow, sizes, base, tmp_p
 def test_sizes_that_are_the_teachers_copy_exactly(base):
     teacher, _ = base
     plain = start(teacher, 2).state_dict()
-    for narrow in ("pca", "truncate", "random"):
+    for narrow in ("pca", "importance", "truncate", "random"):
         assert same(start(teacher, 2, hidden=32, heads=4, ffn=48, narrow=narrow).state_dict(), plain)
 
 
@@ -361,7 +361,7 @@ def test_blank_student_of_any_size(base):
     assert torch.isfinite(states(student)[-1]).all()
 
 
-@pytest.mark.parametrize("narrow", ["pca", "truncate", "random"])
+@pytest.mark.parametrize("narrow", ["pca", "importance", "truncate", "random"])
 @pytest.mark.parametrize("changed, roles", [(dict(ffn=20), "up down"), (dict(heads=2), "query key value out")], ids=str)
 def test_only_what_changes_its_size_changes(narrow, changed, roles, base):
     teacher, _ = base
@@ -461,6 +461,15 @@ def test_deberta_with_factored_embeddings_keeps_them():
     assert student.embeddings.embed_proj.weight.shape == (16, 12)
     assert student.config.pooler_hidden_size == 16
     assert torch.isfinite(states(student)[-1]).all()
+
+
+def test_preset_slim_is_as_large_as_four_layers_of_the_embedded_teachers_shape():
+    shape = SHAPE | dict(hidden_size=384, num_attention_heads=12, intermediate_size=1536, num_hidden_layers=6)
+    teacher = BertModel(BertConfig(**shape)).eval()
+    slim = build_student(teacher, config.Student(preset="slim"), sample=SAMPLE)
+    assert sizes_of(slim) == (384, 12, 768) and count_layers(slim) == 6
+    rows = {s: sum(p.numel() for p in s.encoder.parameters()) for s in (slim, start(teacher, 4))}
+    assert max(rows.values()) < 1.01 * min(rows.values())
 
 
 def test_preset_of_the_paper():

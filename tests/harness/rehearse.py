@@ -47,6 +47,7 @@ from kdlib.config import load_profile
 from kdlib.data import sources
 from kdlib.data.corpus import load_corpus
 from kdlib.data.tasks import DENGUE_LABELS, load_tasks
+from kdlib.distillation.objectives import OBJECTIVES
 from kdlib.study import arms as ablate
 from kdlib.study.run import read_results
 from kdlib.study.study import NOTEBOOKS, STAGES
@@ -61,6 +62,9 @@ def student(sizes: dict, **more) -> dict:
     return {f"student.{name}": value for name, value in sizes.items()} | more
 
 
+COMET = student(NARROW | {"heads": 6}) | {
+    "distill.objectives": {"comet": 0.5, "kl": 0.5}
+}  # fmt: skip
 OVERRIDES = {  # all that is changed of the profile for the first teacher: sizes and counts, never what is done
     "student": {"init": "alternate", **SMALL},
     "students": {"tiny": student(NARROW), "base, not conditioned": {"condition.use": False}},
@@ -70,7 +74,7 @@ OVERRIDES = {  # all that is changed of the profile for the first teacher: sizes
     "distill.epochs": 1,
     "distill.max_texts": 80,
     "distill.evaluations": 1,
-    "probe": {"cka_sentences": 20, "train_rows": 40, "test_rows": 20, "cloze_sentences": 5},
+    "probe": {"languages_rows": 40, "cka_sentences": 20, "train_rows": 40, "test_rows": 20, "cloze_sentences": 5},
     "benchmark.seeds": [0, 1],
     "benchmark.probe_test_rows": 40,
     "benchmark.finetune_rows": 32,
@@ -83,9 +87,15 @@ OVERRIDES = {  # all that is changed of the profile for the first teacher: sizes
     "ablations.epochs": 1,
     "ablations.max_texts": 50,
     "ablations.arms.epochs": {"1 epoch": {"distill.epochs": 1}, "2 epochs": {"distill.epochs": 2}},
-    "ablations.arms.size": {"base": student(SMALL), "tiny": student(NARROW), "2 layers": {"student.layers": 2}},
+    "ablations.arms.size": {
+        "base": student(SMALL), "tiny": student(NARROW), "2 layers": {"student.layers": 2},
+        "half of the neurons": {"student.ffn": FFN // 2, "student.narrow": "importance"},
+    },
+    "ablations.arms.similar work.AfroXLMR-Comet in its shape": COMET,
+    "ablations.arms.similar work.AfroXLMR-Comet in its shape and 20000 rows":
+        COMET | {"vocabulary.prune": True, "vocabulary.max_rows": 1000},
     "ablations.arms.start": {
-        how: student(NARROW, **{"student.narrow": how}) for how in ("pca", "truncate", "random")
+        how: student(NARROW, **{"student.narrow": how}) for how in ("pca", "importance", "truncate", "random")
     },
     "ablations.arms.objective.scores of attention": {
         "distill.objectives": {"hidden": 1.0, "attention": 1.0},
@@ -101,7 +111,7 @@ FEWER = {  # besides, for the others
     "baselines": {},
     "benchmark.fewshot": [2],
 }
-FAMILIES = ("conditioning", "objective", "start", "vocabulary")  # of the arms that the others run
+FAMILIES = ("conditioning", "objective", "similar work", "start", "vocabulary")  # of the arms that the others run
 TEACHERS = {
     "mBERT": "google-bert/bert-base-multilingual-cased",
     "XLM-R": "FacebookAI/xlm-roberta-base",
@@ -313,16 +323,7 @@ def inspect(teacher: str, out: Path, result: subprocess.CompletedProcess, check:
     for arm in ablate.arms(profile):
         used |= set(arm.profile.distill.objectives)
         check(f"arm {arm.family}/{arm.name}", (arm.family, arm.name) in ran)
-    for objective in (
-        "hidden",
-        "sentence",
-        "attention",
-        "tinybert_hidden",
-        "tinybert_attention",
-        "cosine",
-        "kl",
-        "mlm",
-    ):
+    for objective in OBJECTIVES:
         check(f"objective {objective}", objective in used)
     bench = table[table["stage"] == "benchmark"]
     for method in ("probe", "finetune", "fewshot"):

@@ -53,7 +53,7 @@ def test_the_report_of_conditioning_depends_on_the_cloze_sentences(unread, tmp_p
 
 
 @pytest.mark.parametrize("change", ["parallel=null", "parallel.languages=[tgl,eng]", "probe.languages_rows=29"])
-def test_the_report_of_pruning_depends_on_the_parallel_sentences(unread, tmp_path, change):
+def test_reports_that_translate_depend_on_the_parallel_sentences(unread, tmp_path, change):
     changed = stale(tmp_path, "", change)
     assert {"probe", "prune", "figures"} == changed, "and the student does not"
 
@@ -143,6 +143,31 @@ def test_every_parameter_changes_the_key_of_a_stage_or_says_why_not(unread, tmp_
         changed = base | {leaf: another(LEAVES[leaf], value)}
     assert config.load_profile("smoke", changed) != config.load_profile("smoke", base)
     assert bool(stale(tmp_path, base, changed)) != (leaf in WITHOUT_EFFECT), WITHOUT_EFFECT.get(leaf, "no key changed")
+
+
+def test_transfer_is_measured_for_families_with_objectives_of_translations(unread, tmp_path):
+    grid = {"a": {"b": {}, "c": {"distill.objectives": {"transport": 1.0}}}, "d": {"e": {"student.layers": 1}, "f": {}}}
+    graph = graph_of(tmp_path, {"ablations.arms": grid})
+    assert {arm.name: scores[0].reader is graph.teacher for arm, scores in graph.grid} == dict(b=1, c=1, e=0, f=0)
+    for families, measured in ((grid, True), ({"d": grid["d"]}, False)):
+        changes = {"ablations.arms": families}
+        assert ("ablations" in stale(tmp_path, changes, changes | {"probe.languages_rows": 29})) == measured
+
+
+TRANSLATIONS = {"distill.objectives": {"crosslingual": 1.0}, "parallel.languages": ["tgl", "eng"]}
+
+
+@pytest.mark.parametrize(
+    "change", [{"parallel.languages": ["eng", "tgl", "spa"]}, {"probe.languages_rows": 31}, {"seed": 7}], ids=str
+)
+def test_a_student_of_translations_depends_on_the_pairs_it_is_trained_on(unread, tmp_path, change):
+    assert "student" in stale(tmp_path, TRANSLATIONS, TRANSLATIONS | change)
+
+
+@pytest.mark.parametrize("change", [{"parallel": None}, {"parallel.languages": ["tgl"]}, {"language": "ceb"}], ids=str)
+def test_objectives_of_translations_without_parallel_text_are_refused_at_the_start(tmp_path, change):
+    with pytest.raises(UserError, match="crosslingual and transport need parallel text; set parallel.source"):
+        graph_of(tmp_path, TRANSLATIONS | change).check()
 
 
 def test_whom_the_student_learns_from_is_in_its_key(unread, tmp_path):
