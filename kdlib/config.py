@@ -126,7 +126,7 @@ class Probe(Section):
     languages_rows: int = Field(
         default=500, ge=20, description="parallel sentences used; objectives of translations take those after them"
     )
-    cka_sentences: int = Field(default=200, ge=20, description="held-out sentences that CKA compares layers on")
+    cka_sentences: int = Field(default=400, ge=20, description="held-out sentences that CKA compares layers on")
     cloze_sentences: int = Field(default=50, ge=5, description="sentences for pseudo-perplexity and cloze")
     train_rows: int = Field(default=600, ge=20, description="training items of a layer probe, per task")
     test_rows: int = Field(default=400, ge=20, description="test items of a layer probe, per task")

@@ -6,10 +6,11 @@ mean of their losses is the loss of the whole batch. A student of another width 
 outputs are those after the projection.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -63,6 +64,21 @@ def hidden_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
     for mine, theirs in zip(student.hidden, teacher.hidden, strict=True):
         losses.append(_mean_square(mine, theirs, keep.unsqueeze(-1)) / _variance(theirs[keep].float()))
     return torch.stack(losses).mean()
+
+
+def constant_loss(states: Iterable[np.ndarray]) -> float:
+    """What `hidden_loss` gives a student that always answers the mean vector of each layer.
+
+    It is below 1: the loss divides by the variance over all numbers, and a constant vector explains how the means of
+    the dimensions differ.
+
+    Args:
+        states: the teacher's states of each compared layer, [tokens, hidden].
+    """
+    shares = [
+        float(np.var(layer, axis=0, dtype=np.float64).mean() / np.var(layer, dtype=np.float64)) for layer in states
+    ]
+    return float(np.mean(shares))
 
 
 def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -227,14 +227,20 @@ def linear_cka(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def cka_rows(encoder: Encoder, texts: Sequence[str]) -> list[dict]:
-    """Linear CKA of the mean-pooled states of every pair of layers: rows of layer and x."""
+    """Linear CKA of the mean-pooled states of every pair of layers: rows of layer and x.
+
+    The row "cka_floor" is that of layers with themselves on shuffled texts, averaged: with few texts it is far above 0.
+    """
     count = encoder.layers + 1
     states = text_vectors(encoder, texts, range(count), f"{encoder.name}: layers")
     table = np.eye(count)
     for i, j in itertools.combinations(range(count), 2):
         table[i, j] = table[j, i] = linear_cka(states[:, j], states[:, i])
     shared = dict(model="teacher", metric="cka", n=len(texts))
-    return [shared | dict(layer=i, x=j, value=value) for (i, j), value in np.ndenumerate(table)]
+    rows = [shared | dict(layer=i, x=j, value=value) for (i, j), value in np.ndenumerate(table)]
+    shuffled = np.random.default_rng(0).permutation(len(texts))
+    floor = np.mean([linear_cka(states[:, k], states[shuffled, k]) for k in range(count)])
+    return [*rows, shared | dict(metric="cka_floor", value=float(floor))]
 
 
 def similarities(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from kdlib import config
 from kdlib.data.corpus import Corpus, sentences
 from kdlib.data.tasks import Task
 from kdlib.device import processor
+from kdlib.distillation.objectives import constant_loss
 from kdlib.errors import UserError
 from kdlib.evaluation.benchmark import Trial, run_trials, trial_rows
 from kdlib.evaluation.cloze import mlm_rows
@@ -206,6 +207,10 @@ class DistillReport(Report[NoSettings]):
         ]
         rows = [dict(model="student") | row for row in rows + [dict(metric=m, value=v) for m, v in facts.items()]]
         held = self.heldout.get()
+        states = self.student.prepare(held).cached
+        if states and "hidden" in losses:
+            value = constant_loss(states.layers[layer] for layer in self.student.compared_layers)
+            rows.append(dict(model="constant", metric="hidden", method="heldout", value=value, n=len(held)))
         target = text_vectors(self.student.teacher, held)[:, 0]
         for encoder in (self.student.start(), student):
             value = similarity(text_vectors(encoder, held)[:, 0], target)

@@ -182,6 +182,9 @@ def cka(table: pd.DataFrame) -> Figure:
     sns.heatmap(
         values, vmin=lowest, vmax=1, cmap="cividis", square=True, ax=ax, cbar_kws={"label": "linear CKA (1 = the same)"}
     )
+    floor = table[(table["stage"] == "probe") & (table["metric"] == "cka_floor")]["value"]
+    if len(floor):
+        ax.set_title(f"sentences in another order, so nothing in common: {floor.iloc[0]:.2f}")
     ax.invert_yaxis()
     ax.set(xlabel="layer (0 = embeddings)", ylabel="layer (0 = embeddings)")
     ax.tick_params(rotation=0)
@@ -240,15 +243,18 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     rows = select(table, "distill", "learning curve", model="student", method=list(SPLITS))
     select(rows, "distill", "learning curve", metric="loss")
     curve = rows.pivot_table(index=["method", "n", "x"], columns="metric", values="value").reset_index()
-    return live_curve(curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}).sort_values("seconds"))
+    curve = curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}).sort_values("seconds")
+    constant = table[(table["stage"] == "distill") & (table["model"] == "constant")]["value"]
+    return live_curve(curve, float(constant.iloc[0]) if len(constant) else None)
 
 
 @style.styled
-def live_curve(curve: pd.DataFrame) -> Figure:
+def live_curve(curve: pd.DataFrame, constant: float | None = None) -> Figure:
     """Loss and objectives against time, also during training.
 
     Args:
         curve: a row per point: split ("train" or "heldout"), step, seconds, loss, and one column per objective.
+        constant: the objective "hidden" of a student that always answers the mean.
     """
     if curve.empty:
         raise UserError("no learning curve yet; the stage 'distill' has not evaluated the student")
@@ -261,6 +267,9 @@ def live_curve(curve: pd.DataFrame) -> Figure:
         for split, mine in points.groupby("split", sort=False):
             look = {"color": PALETTE[0], "linewidth": 1.5} if split == "train" else {"color": PALETTE[3], "marker": "D"}
             ax.plot(mine["seconds"] / 60, mine[name], **look)
+        if constant is not None and name == "hidden":
+            ax.axhline(constant, color=GREY, linestyle=":", label="always answering the mean")
+            ax.legend(loc="upper right")
         lowest, highest = points[name].min(), points[name].max()
         if 0 < lowest and highest > 10 * lowest:
             ax.set_yscale("log")

@@ -407,3 +407,12 @@ def test_what_objectives_need(names, cacheable, teacher, masked):
 def test_wrong_weights_are_refused(weights):
     with pytest.raises(UserError):
         check_objectives(weights)
+
+
+def test_the_constants_loss_is_what_a_student_gets_that_always_answers_the_mean():
+    rng = np.random.default_rng(0)
+    layers = [(rng.normal(size=(1, 500, 6)) * scale + rng.normal(size=6)).astype(np.float32) for scale in (0.5, 2.0)]
+    teacher = ModelOutputs([torch.tensor(layer) for layer in layers], torch.ones(1, 500))
+    means = [torch.tensor(np.broadcast_to(layer.mean(1, keepdims=True), layer.shape).copy()) for layer in layers]
+    answered = float(hidden_loss(ModelOutputs(means, torch.ones(1, 500)), teacher))
+    assert constant_loss(layer[0] for layer in layers) == pytest.approx(answered, rel=1e-3) and answered < 1
