@@ -75,10 +75,8 @@ def constant_loss(states: Iterable[np.ndarray]) -> float:
     Args:
         states: the teacher's states of each compared layer, [tokens, hidden].
     """
-    shares = [
-        float(np.var(layer, axis=0, dtype=np.float64).mean() / np.var(layer, dtype=np.float64)) for layer in states
-    ]
-    return float(np.mean(shares))
+    layers = (np.asarray(layer, np.float64) for layer in states)
+    return float(np.mean([layer.var(axis=0).mean() / layer.var() for layer in layers]))
 
 
 def _mean_square(mine: torch.Tensor, theirs: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -270,13 +270,15 @@ class BenchmarkReport(Report[BenchmarkSettings]):
                 del found[name]
         return found
 
-    def trials(self, method: str) -> list[Trial]:
+    def trials(self, method: str, only: Sequence[str] = ()) -> list[Trial]:
         """Every model on every task with every seed. A finished trial is kept in `benchmark/`.
 
         Args:
             method: "probe" (linear probe), "best layer", "finetune" or "fewshot" (fine-tuning on a few rows per class).
+            only: these models; none: all.
         """
-        models = {name: model for name, model in self.contestants.items() if name not in LEFT_OUT[method]}
+        chosen = {name: self.models[name] for name in only} or self.contestants
+        models = {name: model for name, model in chosen.items() if name not in LEFT_OUT[method]}
         keys = {name: trial_key(self.context, name, model) for name, model in models.items()}
         tasks = [task for task in self.tasks.get() if task.name in self.settings.tasks[method]]
         encoders = {name: model.get for name, model in models.items()}

@@ -17,6 +17,7 @@ from kdlib.distillation.objectives import (
     attention_loss,
     check_objectives,
     comet_loss,
+    constant_loss,
     cosine_loss,
     crosslingual_loss,
     hidden_loss,
