@@ -83,7 +83,7 @@ def test_cka_rows_are_a_symmetric_table_with_ones_on_the_diagonal(encoder):
     table = {(row["layer"], row["x"]): row["value"] for row in rows if row["metric"] == "cka"}
     floor = next(row["value"] for row in rows if row["metric"] == "cka_floor")
     assert 0 < floor < min(table.values())
-    assert len(rows) == 9 and all(row["n"] == 30 and 0 <= row["value"] <= 1 + 1e-6 for row in rows)
+    assert len(table) == 9 and all(row["n"] == 30 and 0 <= row["value"] <= 1 + 1e-6 for row in rows)
     assert all(table[i, j] == table[j, i] for i, j in table) and all(table[i, i] == 1 for i in range(3))
 
 
