@@ -57,8 +57,11 @@ bench: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
+# Refreshes the figures, the kept results and the numbers in README and docs from a finished run.
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)
+	$(BIN)/kdlib keep --run $(OUT)
+	$(BIN)/kdlib readme --run results/$(notdir $(OUT))
 
 # Restores the notebooks and removes the runs. What was there moves to set_aside/.
 reset: .venv/ready

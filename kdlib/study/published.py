@@ -14,7 +14,7 @@ from kdlib.progress import clock
 from kdlib.study.run import Run
 from kdlib.viz.tables import benchmark_rows, headline
 
-KEPT = ("results.csv", "profile.yaml", "sources.json", "stages", "figures")
+KEPT = ("results.csv", "profile.yaml", "sources.json", "stages")
 MARKED = re.compile(r"(<!-- from the run: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 # What the kit claims, as a comparison of two models by linear probe, averaged over tasks: claim, first, second, and the
@@ -33,7 +33,7 @@ CLAIMS = (
 
 
 def keep(run: Run, to: Path) -> Path:
-    """Copy what a finished run found, without its models, into `to`/<profile>. Returns that folder.
+    """Copy what a finished run found, without its models and figures, into `to`/<profile>. Returns that folder.
 
     Raises:
         UserError: where the run is not finished.
@@ -43,11 +43,7 @@ def keep(run: Run, to: Path) -> Path:
         raise UserError(f"{run.path}: not finished ({', '.join(missing) or 'stage figures'} missing); run it first")
     with new_folder(to / run.profile.name) as folder:
         for name in KEPT:
-            if name == "figures":
-                (folder / name).mkdir()
-                for file in sorted((run.path / name).glob("*.png")):
-                    shutil.copy(file, folder / name / file.name)
-            elif (run.path / name).is_dir():
+            if (run.path / name).is_dir():
                 shutil.copytree(run.path / name, folder / name)
             else:
                 shutil.copy(run.path / name, folder / name)

@@ -101,7 +101,6 @@ def test_a_finished_run_is_kept_without_its_models_and_an_unfinished_one_is_refu
         keep(run, tmp_path / "results")
     write_json(run.path / "sources.json", {})
     write_json(run.folder("stages") / "figures.json", {"seconds": 1})
-    (run.folder("figures") / "a.png").write_bytes(b"x")
     (run.folder("artefacts") / "weights").write_bytes(b"large")
     kept = keep(run, tmp_path / "results")
     assert kept == tmp_path / "results" / "smoke" and not (kept / "artefacts").exists()
