@@ -10,7 +10,6 @@ from functools import lru_cache, partial
 import ipywidgets as W
 import numpy as np
 import pandas as pd
-from IPython.display import HTML, display
 
 from kdlib.data.tasks import Task
 from kdlib.distillation.student_init import RULES, layer_map
@@ -18,7 +17,6 @@ from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.selection import Selection
 from kdlib.viz import figures
-from kdlib.viz.display import headless
 from kdlib.viz.examples import Classify, Index, build_index, labels_html, nearest, neighbours_html, timed, written
 from kdlib.viz.explore import (
     attention_figure,
@@ -36,7 +34,7 @@ from kdlib.viz.explore import (
     tokens_html,
 )
 from kdlib.viz.html import escape, html_table, page, paragraph
-from kdlib.viz.panel import Build, Panel, View, bundle
+from kdlib.viz.panel import Build, Panel, View
 from kdlib.viz.results import comparable, results_figure, results_html
 
 text_box = partial(W.Text, continuous_update=False, layout={"width": "98%"}, placeholder="type a sentence, then Enter")
@@ -65,12 +63,10 @@ class Prediction(Panel):
             noted = escape(self.state["prediction"]) or "(nothing noted)"
             return page(html_table(["you predicted", "this run found"], [[noted, escape(found)]]))
 
-        if headless():
-            display(HTML(table()))
-            return
-        shown = W.HTML(table(), layout={"width": "98%"})
-        self.controls["prediction"].observe(lambda _: setattr(shown, "value", table()), "value")
-        display(bundle(shown, View(table())), raw=True)
+        shown = Panel(lambda: View(table()))
+        if "controls" in vars(self):  # the box is on the page
+            self.controls["prediction"].observe(lambda _: shown.put(View(table())), "value")
+        shown._ipython_display_()
 
 
 def prediction(question: str) -> Prediction:
