@@ -203,8 +203,9 @@ def test_00_first_experiment(run):
     assert run("00")["missing"] == ["runs/two_layers", "runs/four_layers"]
     names = solve(run, "00", 1)
     tables = {name: read_results(Path("runs") / name / "results.csv") for name in ("two_layers", "four_layers")}
-    for cell in cells("00")[-2:]:
-        exec(cell.source, names)
+    for cell in cells("00"):
+        if cell.source.startswith(("from kdlib.study.run import read_results", "if not missing")):
+            exec(cell.source, names)
     assert not names["missing"] and list(names["facts"].index) == ["teacher", "two layers", "four layers"]
     for name, table in tables.items():
         row = table[(table["model"] == "student") & (table["metric"] == "parameters")]["value"].item() / 1e6
