@@ -131,3 +131,13 @@ def labels_html(answers: Mapping[str, tuple[dict[str, float], float]]) -> str:
         rows.append(row)
     rows.append(["<i>time for this text</i>", *(f"<i>{ms:.1f} ms</i>" for _, ms in answers.values())])
     return page(html_table(["", *map(escape, answers)], rows))
+
+
+def written(task: Task, text: str | tuple[str, str] | list[str], target: int | list[int]) -> str:
+    """The text of a task's row as a reader sees it: a pair with a slash, words each followed by their tag if any."""
+    if isinstance(text, tuple):
+        return " / ".join(text)
+    if isinstance(text, str):
+        return text
+    tags = [task.labels[tag] for tag in target]
+    return " ".join(word if tag == "O" else f"{word} [{tag}]" for word, tag in zip(text, tags))

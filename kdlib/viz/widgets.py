@@ -11,12 +11,13 @@ import ipywidgets as W
 import numpy as np
 import pandas as pd
 
+from kdlib.data.tasks import Task
 from kdlib.distillation.student_init import RULES, layer_map
 from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.selection import Selection
 from kdlib.viz import figures
-from kdlib.viz.examples import Classify, Index, build_index, labels_html, nearest, neighbours_html, timed
+from kdlib.viz.examples import Classify, Index, build_index, labels_html, nearest, neighbours_html, timed, written
 from kdlib.viz.explore import (
     attention_figure,
     attention_html,
@@ -32,7 +33,7 @@ from kdlib.viz.explore import (
     targets_html,
     tokens_html,
 )
-from kdlib.viz.html import escape, page, paragraph
+from kdlib.viz.html import escape, html_table, page, paragraph
 from kdlib.viz.panel import Build, Panel, View
 from kdlib.viz.results import comparable, results_figure, results_html
 
@@ -50,6 +51,61 @@ def _needs_text(text: str) -> str:
     if not text.strip():
         raise UserError("Type a sentence.")
     return text
+
+
+class Prediction(Panel):
+    """A box for what the reader expects; see `prediction`."""
+
+    def beside(self, found: str) -> None:
+        """Show the prediction and what the run found. The table follows the box when the reader changes it."""
+
+        def table() -> str:
+            noted = escape(self.state["prediction"]) or "(nothing noted)"
+            return page(html_table(["you predicted", "this run found"], [[noted, escape(found)]]))
+
+        shown = Panel(lambda: View(table()))
+        if "controls" in vars(self):  # the box is on the page
+            self.controls["prediction"].observe(lambda _: shown.put(View(table())), "value")
+        shown._ipython_display_()
+
+
+def prediction(question: str) -> Prediction:
+    """A box in which the reader answers a question before the cell that answers it; show both by `beside`."""
+
+    def view(prediction: str) -> View:
+        return View(page(paragraph(f"<b>{escape(question)}</b>")))
+
+    return Prediction(view, prediction=partial(text_box, value="", placeholder="your prediction, then Enter"))
+
+
+def task_rows(tasks: Sequence[Task], rows: int = 8) -> Panel:
+    """The labelled rows of the tasks, by task, label and a part of the text; at most `rows` are shown."""
+    named = {task.name: task for task in tasks}
+
+    def options(name: str) -> list[str]:
+        task = named[name]
+        return ["any", *sorted(set().union(*map(task.classes, task.train.targets)))]
+
+    def view(task: str, label: str, contains: str) -> View:
+        chosen, found = named[task], []
+        for text, target in zip(chosen.train.texts, chosen.train.targets):
+            words, classes = written(chosen, text, target), chosen.classes(target)
+            if label in ("any", *classes) and contains.lower() in words.lower():
+                found.append([escape(words), escape(", ".join(sorted(classes)))])
+        count = f"{len(found):,} of {len(chosen.train):,} training rows; {min(rows, len(found))} are shown."
+        return View(page(paragraph(count), html_table(["text", "label"], found[:rows])))
+
+    def adapt(name: str, controls: dict[str, W.ValueWidget]) -> None:
+        if name == "task":
+            controls["label"].options = options(controls["task"].value)
+
+    first = tasks[0].name
+    return Panel(
+        view, adapt,
+        task=partial(W.Dropdown, options=list(named), value=first),
+        label=partial(W.Dropdown, options=options(first), value="any"),
+        contains=partial(text_box, value="", placeholder="a part of the text, then Enter"),
+    )  # fmt: skip
 
 
 def tokeniser(encoders: Mapping[str, Encoder], sentence: str) -> Panel:

@@ -42,11 +42,19 @@ SMALL = {
 }
 
 
+WRONG = {"00": "torch.zeros(2, 3)", "03": "torch.tensor(0.0)", "04": "p"}  # wrong answers of the right kind
+
+
 def cells(name, tag=None):
     """Code cells of a notebook: those with a tag, or those that are no solutions."""
     code = [cell for cell in nbformat.read(NOTEBOOKS[name], 4).cells if cell.cell_type == "code"]
     tags = [cell.metadata.get("tags", []) for cell in code]
     return [c for c, t in zip(code, tags) if (tag in t if tag else "solution" not in t)]
+
+
+def prose(name):
+    """The markdown of a notebook."""
+    return "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS[name], 4).cells if cell.cell_type == "markdown")
 
 
 @pytest.fixture(scope="module")
@@ -104,21 +112,55 @@ def test_a_notebook_opens_with_its_question_and_ends_with_what_comes_next(name):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_links_between_notebooks_and_documents_lead_somewhere(name):
-    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS[name], 4).cells if cell.cell_type == "markdown")
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(name)) if "://" not in link]
     assert all((FOLDER / link).is_file() for link in links)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_three_exercises_with_hint_and_answer_folded(name):
-    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOKS[name], 4).cells if cell.cell_type == "markdown")
-    text = text[text.index("## Try it") :]
+def test_a_notebook_says_its_goals_what_one_needs_and_how_long_it_takes(name):
+    header = prose(name).split("\n# ", 1)[0]
+    assert all(header.count(f"**{part}**") == 1 for part in ("Goals.", "What you need.", "Time:"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_four_exercises_with_hint_and_answer_folded(name):
+    text = prose(name)
+    text = text[text.index("## Try it") : text.index("## Five questions")]
     parts = re.split(r"^### \d\. ", text, flags=re.MULTILINE)[1:]
-    assert [part.split("\n", 1)[0] for part in parts] == ["Predict", "Change", "Explain"]
+    assert [part.split("\n", 1)[0] for part in parts] == ["Predict", "Change", "Explain", "Fill in"]
     for part in parts:
         folded = re.findall(r"<details><summary>(\w+)</summary>\n\n.+?\n\n</details>", part, flags=re.DOTALL)
-        assert folded == ["Hint", "Answer"]
-    assert text.count("<details>") == text.count("</details>") == 6
+        assert folded == ["Hint", "Solution" if part.startswith("Fill in") else "Answer"]
+    assert text.count("<details>") == text.count("</details>") == 8
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_five_questions_each_with_one_right_answer_and_a_word_on_every_other(name):
+    text = prose(name)
+    parts = re.split(r"^\*\*\d\.\*\* ", text[text.index("## Five questions") :], flags=re.MULTILINE)[1:]
+    assert len(parts) == 5
+    for part in parts:
+        options = re.findall(r"<details><summary>.+?</summary>\n\n\*\*(Right|No)\.\*\* .+?\n\n</details>", part)
+        assert len(options) == part.count("<details>") == 3 and options.count("Right") == 1
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_what_is_done_by_hand_ends_in_an_assert(name):
+    by_hand = [cell.source for cell in cells(name) if cell.id.startswith("hand-")]
+    assert by_hand and any(re.search(r"^ *assert ", source, flags=re.MULTILINE) for source in by_hand)
+
+
+def test_every_exercise_is_in_the_instructors_key():
+    key = (FOLDER.parent / "docs" / "instructor.md").read_text("utf-8")
+    wanted = [f"| {name}.{number} |" for name in NOTEBOOKS for number in range(1, 5)]
+    assert [row for row in wanted if row not in key] == []
+
+
+def test_every_source_that_a_notebook_links_is_in_the_references():
+    known = (FOLDER.parent / "docs" / "references.bib").read_text("utf-8")
+    for name in NOTEBOOKS:
+        links = re.findall(r"\((https://(?:aclanthology|arxiv|doi|www\.jstor)[^)]+)\)", prose(name))
+        assert links and all(link.split("org/", 1)[1].removeprefix("abs/").rstrip("/") in known for link in links)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -130,6 +172,22 @@ def test_solutions_are_folded_and_do_nothing_until_they_are_asked_to(name):
         names = {}
         exec(cell.source, names)
         assert names.keys() - {"__builtins__"} == {"solution"}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_function_to_fill_in_accepts_the_solution_alone(run, name, capsys):
+    names = run(name)
+    [cell] = cells(name, "fill-in")
+    solution = re.search(r"<summary>Solution</summary>\n\n```python\n(.+?)```", prose(name), flags=re.DOTALL)[1]
+    start, rest = re.match(r"(def .+?:)[^\n]*\n    return None\n(.+)", cell.source, flags=re.DOTALL).groups()
+    assert solution.startswith(start.split("(")[0])
+    capsys.readouterr()
+    exec(cell.source, names)
+    assert "Not filled in yet." in capsys.readouterr().out
+    exec(solution + rest, names)
+    assert "Right" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="not yet"):
+        exec(f"{start}\n    return {WRONG.get(name, '0.123')}\n{rest}", names)
 
 
 def test_headless_runs_pass_solutions_over(tmp_path):
@@ -145,8 +203,9 @@ def test_00_first_experiment(run):
     assert run("00")["missing"] == ["runs/two_layers", "runs/four_layers"]
     names = solve(run, "00", 1)
     tables = {name: read_results(Path("runs") / name / "results.csv") for name in ("two_layers", "four_layers")}
-    for cell in cells("00")[-2:]:
-        exec(cell.source, names)
+    for cell in cells("00"):
+        if cell.source.startswith(("from kdlib.study.run import read_results", "if not missing")):
+            exec(cell.source, names)
     assert not names["missing"] and list(names["facts"].index) == ["teacher", "two layers", "four layers"]
     for name, table in tables.items():
         row = table[(table["model"] == "student") & (table["metric"] == "parameters")]["value"].item() / 1e6
@@ -174,8 +233,10 @@ def test_01_predict_shares_of_the_last_layer(run):
 def test_01_change_prefix(run):
     names = solve(run, "01", 2)
     both = names["both"]
-    assert set(both.columns.get_level_values("prefix")) == {"with", "without"} and both.notna().all().all()
-    assert names["teacher"].prefix == "query: "
+    assert set(both.columns) == {
+        (way, prefix) for way in ("plain", "centred") for prefix in ("none", "query: ", "hello: ", "mangga: ")
+    }
+    assert both.notna().all().all() and names["teacher"].prefix == "query: "
 
 
 def test_02_predict_word_list(run):

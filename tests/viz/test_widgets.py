@@ -331,6 +331,46 @@ def test_typing_a_sentence_shows_its_tokens_and_an_empty_one_a_hint(pair):
     assert "Type a sentence" in panel.text.value
 
 
+def test_a_prediction_stands_beside_the_result_and_follows_the_box(shown):
+    guess = widgets.prediction("How many?")
+    guess._ipython_display_()
+    assert "How many?" in shown[0]["text/html"]
+    guess.controls["prediction"].value = "three < four"
+    guess.beside("five")
+    assert "three &lt; four" in shown[1]["text/html"] and "five" in shown[1]["text/html"]
+    guess.controls["prediction"].value = "six"
+    texts = [str(getattr(widget, "value", "")) for widget in widget_module._instances.values()]
+    assert any("six" in text and "five" in text for text in texts)
+
+
+def test_without_a_front_end_nothing_noted_is_said_beside_the_result(monkeypatch):
+    calls = []
+    monkeypatch.setattr(panels, "display", calls.append)
+    guess = widgets.prediction("How many?")
+    guess.beside("five")
+    assert "(nothing noted)" in calls[0].data and "five" in calls[0].data and "controls" not in vars(guess)
+
+
+def test_task_rows_are_those_of_the_chosen_task_label_and_text():
+    names = Task(
+        "names", "tokens", ["O", "B-PER", "I-PER", "B-LOC"],
+        Split([["si", "Ana", "Cruz"], ["sa", "Ilog"], ["wala"]], [[0, 1, 2], [0, 3], [0]]), Split([], []),
+    )  # fmt: skip
+    pairs = Task("pairs", "pair", ["no", "yes"], Split([("a", "b"), ("c", "d")], [1, 0]), Split([], []))
+    both = Task("both", "multilabel", ["x", "y"], Split(["u", "v"], [[1, 1], [0, 0]]), Split([], []))
+    panel = widgets.task_rows([names, pairs, both])
+    assert panel.widget and "si Ana [B-PER] Cruz [I-PER]" in body(panel.text.value)
+    assert panel.controls["label"].options == ("any", "LOC", "PER", "none")
+    panel.controls["label"].value = "LOC"
+    assert "1 of 3" in body(panel.text.value) and "Ilog" in panel.text.value and "Ana" not in panel.text.value
+    panel.controls["task"].value = "pairs"
+    assert "2 of 2" in body(panel.text.value) and "a / b" in body(panel.text.value)
+    panel.controls["contains"].value = "D"
+    assert "1 of 2" in body(panel.text.value) and "c / d" in body(panel.text.value)
+    panel.controls["task"].value, panel.controls["contains"].value = "both", ""
+    assert "x, y" in body(panel.text.value) and "none" in body(panel.text.value)
+
+
 def test_a_view_that_fails_says_so_where_the_reader_looks():
     def view(depth):
         return panels.View(f"depth {1 / depth:.0f}")
