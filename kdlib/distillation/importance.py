@@ -64,7 +64,7 @@ def most_important(
     """
     names, pruned = family_of(model.config.model_type), copy.deepcopy(model)
     layers = [pruned.get_submodule(f"{names.layers}.{i}") for i in range(pruned.config.num_hidden_layers)]
-    weights = [layer.get_submodule(name).weight for layer in layers for name in (names.out, names.down)]
+    weights = [layer.get_parameter(f"{name}.weight") for layer in layers for name in (names.out, names.down)]
     parts = [pruned.config.num_attention_heads, weights[1].shape[1]] * len(layers)  # of each weight's columns
     goals = [heads, neurons] * len(layers)
     pruned.requires_grad_(False)
