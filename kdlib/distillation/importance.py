@@ -46,7 +46,8 @@ def most_important(
     the loss loses without the part; mean over batches. The least important parts go in ROUNDS equal steps, and the rest
     is scored again after each. The loss is the MSE to the last states of the unpruned model, plus noise as large as
     their standard deviation. Without noise the gradient of the first round would be 0; with it, scores have the
-    size of the change of the states. Padding has no part in any mean.
+    size of the change of the states. Padding has no part in any mean. A student's parts are chosen after its layers, in
+    the model that has no others.
 
     Args:
         model: the unpruned model, in eval mode. It is not changed.
