@@ -46,7 +46,8 @@ def most_important(
     the loss loses without the part; mean over batches. The least important parts go in ROUNDS equal steps, and the rest
     is scored again after each. The loss is the MSE to the last states of the unpruned model, plus noise as large as
     their standard deviation. Without noise the gradient of the first round would be 0; with it, scores have the
-    size of the change of the states. Padding has no part in any mean.
+    size of the change of the states. Padding has no part in any mean. A student's parts are chosen after its layers, in
+    the model that has no others.
 
     Args:
         model: the unpruned model, in eval mode. It is not changed.
@@ -64,7 +65,7 @@ def most_important(
     """
     names, pruned = family_of(model.config.model_type), copy.deepcopy(model)
     layers = [pruned.get_submodule(f"{names.layers}.{i}") for i in range(pruned.config.num_hidden_layers)]
-    weights = [layer.get_submodule(name).weight for layer in layers for name in (names.out, names.down)]
+    weights = [layer.get_parameter(f"{name}.weight") for layer in layers for name in (names.out, names.down)]
     parts = [pruned.config.num_attention_heads, weights[1].shape[1]] * len(layers)  # of each weight's columns
     goals = [heads, neurons] * len(layers)
     pruned.requires_grad_(False)

@@ -372,3 +372,26 @@ def test_a_link_follows_its_stage_and_replaces_what_is_in_its_way(tmp_path, monk
 
 def test_stages_are_those_of_the_notebooks(unread, tmp_path):
     assert list(graph_of(tmp_path, "").reports) == STAGES
+
+
+# -- translations
+
+
+def test_transfer_is_measured_beside_the_probes_and_compared_with_the_base_arm(given, tmp_path):
+    lines = [f"{a},{b}" for a, b in zip(tiny.texts(60, 5, 9), tiny.texts(60, 6, 9))]
+    (tmp_path / "pairs.csv").write_text("\n".join(["ceb,eng", *dict.fromkeys(lines)]))
+    arms = {"base": {}, "translated": {"distill.objectives": {"crosslingual": 1.0, "transport": 1.0}}}
+    own = {"parallel": {"source": str(tmp_path / "pairs.csv"), "languages": ["ceb", "eng"]}, "ablations.seeds": [0, 1]}
+    study = Study(tmp_path / "run", "smoke", given(own | {"ablations.arms": {"similar work": arms}}))
+    rows = study.ablation_rows()
+    transfer = [row for row in rows if row["metric"] == "transfer" and row.get("seed") is None]
+    assert {(row["method"], row.get("arm"), row["task"]) for row in transfer} >= {
+        ("similar work", arm, f"retrieval {way} eng") for arm in arms for way in ("into", "from")
+    }
+    teacher = {row["task"]: row["value"] for row in transfer if row["model"] == "teacher"}
+    assert set(teacher) == {"retrieval into eng", "retrieval from eng"} and max(teacher.values()) <= 1
+    tested = {row["task"] for row in rows if row["metric"] == "p_holm" and row["arm"] == "translated"}
+    assert tested == {"length", "average", None, "retrieval into eng", "retrieval from eng"}
+    base = [row for row in rows if row.get("arm") == "base" and row.get("seed") is None]
+    score = {(row.get("task"), row["metric"]): row["value"] for row in base}
+    assert score["average", "score"] == pytest.approx(score["length", "accuracy"]), "the average is of probes alone"
