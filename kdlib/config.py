@@ -115,6 +115,8 @@ class Task(Source):
     finetune: bool = Field(default=True, description="fine-tune on it in the benchmark")
     fewshot: bool = Field(default=True, description="fine-tune on the few examples per class of benchmark.fewshot")
     ablate: bool = Field(default=True, description="probe the ablation arms on it")
+    distill: bool = Field(default=False, description="distil a model for it (notebook 04b)")
+    unlabelled: str | None = Field(default=None, description="file of more texts without labels, for notebook 04b")
 
 
 class Probe(Section):
@@ -242,6 +244,41 @@ class Benchmark(Section):
     bootstrap: int = Field(default=1000, ge=100, description="resamples of an interval")
 
 
+class TaskStudent(Section):
+    """The distillation of a model for a task: it learns from labels and from the teacher's soft labels."""
+
+    rows: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[8, 16, 64, 256], min_length=1, description="labelled rows per class, a comparison each"
+    )
+    texts: int = Field(default=2000, ge=0, description="texts of the corpus that the teacher labels")
+    share: float = Field(default=0.9, ge=0, le=1, description="weight of the soft labels; the labels have the rest")
+    temperature: float = Field(default=2.0, gt=0, description="of the soft labels")
+    hidden: float = Field(default=0.0, ge=0, description="weight of the distance to the teacher's text vectors")
+    confidence: float = Field(default=0.0, ge=0, lt=1, description="least probability of the teacher's label")
+    balance: bool = Field(default=False, description="as many texts of every class, as the teacher labels them")
+    epochs: float = Field(default=3.0, gt=0, description="passes over all texts")
+    learning_rate: float = Field(default=1e-4, gt=0, description="highest learning rate of the student")
+    arms: dict[str, dict[str, Any]] = Field(
+        default={
+            "confident": {"confidence": 0.7},
+            "balanced": {"balance": True},
+            "hidden": {"hidden": 1.0},
+            "labels, as many steps": {"share": 0.0},
+        },
+        description="other settings that are compared, with the fewest rows",
+    )
+
+    @model_validator(mode="after")
+    def _arms_are_settings(self) -> "TaskStudent":
+        for name in self.arms:
+            self.arm(name)
+        return self
+
+    def arm(self, name: str) -> "TaskStudent":
+        """These settings with the changes of an arm, and without arms."""
+        return TaskStudent.model_validate(self.model_dump() | {"arms": {}} | self.arms[name])
+
+
 class Ablations(Section):
     """The experiments. A family is one question; an arm is one setting: the parameters that it changes.
 
@@ -290,6 +327,7 @@ class Profile(Section):
     distill: Distill = Distill()
     students: dict[str, dict[str, Any]] = Field(default={}, description="other students: name -> what they change")
     benchmark: Benchmark = Benchmark()
+    task_student: TaskStudent = TaskStudent()
     ablations: Ablations = Ablations()
 
 

@@ -27,6 +27,7 @@ NOTEBOOKS = {  # the stages in order, each with the notebook that runs it
     "condition": "02b_condition_the_teacher",
     "distill": "03_distill_a_student",
     "benchmark": "04_benchmark_students",
+    "task": "04b_distil_a_task",
     "ablations": "05_ablations",
     "figures": "06_figures",
 }
