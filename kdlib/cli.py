@@ -67,8 +67,10 @@ def run(
     arms: Annotated[
         list[str] | None, typer.Option(help="run this ablation family, or family/arm, only; repeatable")
     ] = None,
+    jobs: Annotated[int | None, typer.Option(help="compute so many arms, tasks or seeds at a time")] = None,
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: after a stop, the same command resumes."""
+    set_ = [*(set_ or []), *([] if jobs is None else [f"compute.jobs={jobs}"])]
     overrides, folder = _checked(profile, set_, out)
     from kdlib.study.kernel import kernel
 

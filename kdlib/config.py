@@ -302,6 +302,22 @@ class Ablations(Section):
     }
 
 
+class Compute(Section):
+    """Where the independent parts of a run are computed: arms, models, tasks and seeds. It changes no result."""
+
+    jobs: int = Field(default=1, ge=1, description="parts that are computed at a time, each in a process of its own")
+    backend: Literal["loky", "dask"] = Field(default="loky", description="loky: this machine; dask: a cluster")
+    address: str | None = Field(default=None, description="of the dask scheduler, such as tcp://10.0.0.1:8786")
+
+    @model_validator(mode="after")
+    def _has_a_cluster(self) -> "Compute":
+        if (self.backend == "dask") != (self.address is not None):
+            raise PydanticCustomError(
+                "no_cluster", "backend dask needs the address of its scheduler, and only that one"
+            )
+        return self
+
+
 class Profile(Section):
     """A whole study. Field descriptions are the documentation of the parameters."""
 
@@ -309,6 +325,7 @@ class Profile(Section):
     language: str = Field(default="tgl", min_length=2, description="ISO 639 code of the target language")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of every random draw, except for `benchmark.seeds`")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
+    compute: Compute = Compute()
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
     parallel: Parallel | None = Parallel()

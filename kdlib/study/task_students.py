@@ -160,6 +160,7 @@ class TaskReport(Report[TaskReportSettings]):
 
     def trials(self) -> list[Trial]:
         """The trials of all units."""
+        self.context.ahead(self.name, self.units())
         return [trial for unit in self.units() for trial in self.unit(*unit)]
 
     def paired_rows(self, trials: Sequence[Trial]) -> list[dict]:
@@ -202,7 +203,7 @@ def task_folder(run: Path, task: str) -> Path:
     """The folder of a task's model in a run. Raises UserError where there is none, or a damaged one."""
     folder = run / "tasks" / task
     if not folder.is_dir():
-        there = sorted(path.name for path in (run / "tasks").glob("*")) if (run / "tasks").is_dir() else []
+        there = sorted(path.name for path in (run / "tasks").glob("*") if path.is_dir())
         known = f"there are {', '.join(there)}" if there else "notebook 04b makes them (a task with distill: true)"
         raise UserError(f"{folder}: no model of this task; {known}")
     if fault := flaw(folder):
