@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, pipeline
 
 from kdlib import config
-from kdlib.data.tasks import Split, Task
 from kdlib.errors import UserError
 from kdlib.evaluation import task_students as module
 from kdlib.evaluation.finetuning import Rows, Tokens, answers, outputs
