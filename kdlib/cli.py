@@ -84,6 +84,15 @@ def run(
 
 
 @app.command()
+def plan(profile: Profile = "workshop", set_: Overrides = None) -> None:
+    """Print what a study will take on this machine: its stages and arms, time and gigabytes. Nothing is computed."""
+    overrides, _ = _checked(profile, set_, None)
+    from kdlib.study.cost import print_plan
+
+    print_plan(profile, overrides)
+
+
+@app.command()
 def distill(profile: Profile = "workshop", out: Out = None, set_: Overrides = None) -> None:
     """Distil a run's student outside the notebooks; they find it afterwards.
 
