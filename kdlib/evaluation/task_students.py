@@ -40,7 +40,7 @@ class SoftLabels:
     Args:
         texts: as in a `Split`.
         logits: float32 [labels] of each text; of kind tokens [words, labels], NaN for a truncated word.
-        vectors: float32 [texts, hidden], the fine-tuned teacher's vectors of the texts.
+        vectors: float32 [texts, hidden] or [texts, 0], the fine-tuned teacher's vectors of the texts.
     """
 
     texts: list
@@ -57,7 +57,13 @@ class SoftLabels:
 
 
 def teach(
-    teacher: Encoder, task: Task, texts: Sequence, spec: config.Benchmark, seed: int, work: Path | None = None
+    teacher: Encoder,
+    task: Task,
+    texts: Sequence,
+    spec: config.Benchmark,
+    seed: int,
+    hidden: bool = False,
+    work: Path | None = None,
 ) -> tuple[list | np.ndarray, SoftLabels]:
     """Fine-tune the teacher on a task's training rows.
 
@@ -67,6 +73,7 @@ def teach(
         texts: of the task's kind, without labels.
         spec: settings of the fine-tuning; at least `fewshot_steps` steps.
         seed: of the head, dropout and order.
+        hidden: whether to compute vectors; without, they have width 0.
         work: folder of checkpoints; the caller removes it.
 
     Returns:
@@ -76,8 +83,10 @@ def teach(
     model = trained(teacher, task, spec, seed, tokens, spec.fewshot_steps, work)
     found = [*task.train.texts, *texts]
     test, read = (Rows(tokens, task.kind, Split(some, [None] * len(some))) for some in (task.test.texts, found))
-    tuned = replace(tokens.encoder, model=model.encoder, vector_cache=None)
-    vectors = text_vectors(tuned, found, label=f"{teacher.name}: labelling for {task.name}")[:, 0]
+    vectors = np.empty((len(found), 0), np.float32)
+    if hidden:
+        tuned = replace(tokens.encoder, model=model.encoder, vector_cache=None)
+        vectors = text_vectors(tuned, found, label=f"{teacher.name}: labelling for {task.name}")[:, 0]
     soft = SoftLabels(found, outputs(model, read, teacher.bf16), vectors)
     return answers(outputs(model, test, teacher.bf16), task.kind), soft
 
@@ -365,16 +374,17 @@ def task_trials(
         key: a fingerprint of all that the trials depend on besides `spec`, `x` and `seed`.
     """
     few = task.few(x, tuning.finetune_test_rows, seed)
+    hidden = spec.hidden > 0 or any(spec.arm(name).hidden for name in arms)
     work = folder / f"{fingerprint(key, x, seed)}-checkpoints"
 
     @functools.cache
     def taught() -> tuple[list | np.ndarray, SoftLabels]:
-        file = folder / f"{fingerprint(key, 'soft', x, seed)}.npz"
+        file = folder / f"{fingerprint(key, 'soft', x, seed, hidden)}.npz"
         given = texts()
         read = [*few.train.texts, *given]
         found = read_or_none(file, lambda path: load_soft(path, read, task.kind), "the texts are labelled again")
         if found is None:
-            found = teach(teacher(), few, given, tuning, seed, work)
+            found = teach(teacher(), few, given, tuning, seed, hidden, work)
             save_soft(file, found[1], found[0])
             shutil.rmtree(work, ignore_errors=True)
         return found

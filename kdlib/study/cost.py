@@ -221,12 +221,15 @@ class Plan:
             name: shapes.get(name, self.student(graph.others[name].profile) if name in graph.others else student)
             for name in graph.models
         }
+        known_rows = (spec.probe_rows or 10**9) <= profile.probe.train_rows
         for method in ("probe", "finetune", "fewshot"):
             seconds, trials = 0.0, 0
             for name, shape in models.items():
                 if name in LEFT_OUT[method]:
                     continue
                 for task in (task for task in self.tasks if task.name in graph.named(method)):
+                    if method == "probe" and (name == "pruned teacher" or (name == "teacher" and known_rows)):
+                        continue  # its vectors are known from notebook 01
                     if method == "probe":
                         seconds += self._read(shape, items(task, spec.probe_rows, spec.probe_test_rows), 48)
                         trials += len(spec.seeds)
@@ -240,7 +243,8 @@ class Plan:
                         trials += len(spec.seeds)
             add("benchmark", f"{method}: {trials} trials", seconds)
         for made in (graph.task_student(task) for task in profile.tasks if task.distill):
-            add("task", made.settings.task, self._task(made.task, student), student.gigabytes)
+            seconds = self._task(made.task, made.texts.get(), student)
+            add("task", made.settings.task, seconds, student.gigabytes)
         families: dict[str, list[float]] = {}
         for arm, stages in graph.grid:
             seconds, _ = self._distill(arm.profile, profile.ablations.max_texts, known)
@@ -249,19 +253,22 @@ class Plan:
             add("ablations", f"{family}: {len(found)} arms x {len(profile.ablations.seeds)}", sum(found))
         return [line for lines in by.values() for line in lines]
 
-    def _task(self, task: Task, student: Shape) -> float:
+    def _task(self, task: Task, texts: Sequence, student: Shape) -> float:
         """Seconds of all trials of a task's student, and of the model itself."""
         spec, tuning, seconds = self.profile.task_student, self.profile.benchmark, 0.0
-        length = self._length(task.train.texts)
+        own = self._length(task.train.texts)
+        read, length = len(texts) * self._length(texts), self._length(texts)
         sizes = fewshot_sizes(task, tuning.model_copy(update={"fewshot": spec.rows}))
         drawn = [(len(task.few(size, None).train), len(tuning.seeds)) for size in sizes]
         drawn.append((min(len(task.train), tuning.finetune_rows or len(task.train)), 1))
         for place, (rows, seeds) in enumerate(drawn):
             arms = len(spec.arms) if place == 0 else 0
-            soft = self._tune(student, task, rows + spec.texts, tuning.fewshot_steps, spec.epochs)
+            alone = self._tune(student, task, rows, tuning.fewshot_steps, spec.epochs)
+            steps = spec.epochs * len(texts) / tuning.finetune_batch
+            soft = alone + self._train(student, spec.epochs * read, length, steps)
             once = self._tune(self.teacher, task, rows, tuning.fewshot_steps, tuning.finetune_epochs)
-            once += 2 * self._read(self.teacher, (rows + spec.texts) * length, length) + (1 + arms) * soft
-            once += self._tune(student, task, rows, tuning.fewshot_steps, spec.epochs) if seeds > 1 else 0.0
+            once += self._read(self.teacher, rows * own + read, length) + (1 + arms) * soft
+            once += alone if place < len(sizes) else 0.0  # the model itself is trained on soft labels only
             seconds += seeds * once
         return seconds
 
@@ -279,7 +286,7 @@ def _teacher(spec: config.Teacher) -> tuple[Shape, Any]:
     return Shape(settings.num_hidden_layers, settings.hidden_size, ffn, settings.vocab_size), tokenizer
 
 
-def print_plan(profile: str, overrides: list[str]) -> None:
+def print_plan(profile: str, overrides: Any = ()) -> None:
     """Print the plan of a profile as a table, with the sum of each stage and of all."""
     loaded = config.load_profile(profile, overrides)
     with tempfile.TemporaryDirectory(prefix="kdlib-plan-") as folder:

@@ -82,7 +82,8 @@ class TaskStudent(Stage[TaskStudentSettings, Made]):
         """Fine-tune the teacher, label the texts, and train the student. An unfinished training is resumed."""
         spec, student, task = self.settings, self.student.get(), self.drawn
         tuning = spec.tuning
-        found, soft = teach(self.teacher.get(), task, self.texts.get(), tuning, spec.seed, self.work / "teacher")
+        teacher, texts, hidden = self.teacher.get(), self.texts.get(), spec.spec.hidden > 0
+        found, soft = teach(teacher, task, texts, tuning, spec.seed, hidden, self.work / "teacher")
         model, predicted = learn(student, task, soft, spec.spec, tuning, spec.seed, self.work / "student")
         model.save_pretrained(folder)
         tokenizer = copy.deepcopy(student.tokenizer)

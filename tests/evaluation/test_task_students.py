@@ -65,7 +65,7 @@ def test_tokens_without_soft_labels_are_left_out_of_the_loss():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_labels_the_training_rows_and_then_the_texts(kind):
     task, texts = tiny.task(kind).few(8, 10), unlabelled(kind)
-    predicted, soft = teach(tiny.encoder(layers=1), task, texts, TUNING, 0)
+    predicted, soft = teach(tiny.encoder(layers=1), task, texts, TUNING, 0, hidden=True)
     assert soft.texts == [*task.train.texts, *texts] and len(soft.logits) == len(soft) == len(soft.vectors)
     wanted = [(len(text), len(task.labels)) if kind == "tokens" else (len(task.labels),) for text in soft.texts]
     assert [logits.shape for logits in soft.logits] == wanted
