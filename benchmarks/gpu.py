@@ -163,8 +163,8 @@ def rows_of(size: Size, device: torch.device) -> list[dict]:
     for bf16 in precisions:
         for compiled in (False, True) if gpu else (False,):
             for cached in (False, True):
-                parts = ["bf16" if bf16 else "fp32", *["compiled"] * compiled, f"teacher {'cached' if cached else 'live'}"]
-                name = ", ".join(parts)
+                numbers, states = "bf16" if bf16 else "fp32", "cached" if cached else "live"
+                name = f"{numbers}, {'compiled, ' if compiled else ''}teacher {states}"
                 how = dict(bf16=bf16, compiled=compiled, cached=cached)
                 jobs.append(lambda name=name, how=how: speed_row(name, size, device, peak, **how))
     for batch in size.batches:

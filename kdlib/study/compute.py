@@ -8,9 +8,10 @@ import functools
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -30,7 +31,7 @@ def progress_folder(run: Path) -> Path:
     return run / "cache" / "progress"
 
 
-def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple]) -> None:
+def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], study: Callable[..., Any]) -> None:
     """Compute units of a stage's report in workers. What they make is in the run folder.
 
     A worker that dies is replaced. Units that were finished are not computed again.
@@ -40,6 +41,7 @@ def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple]) 
         spec: how many at a time, and where.
         stage: whose report has the method `unit`.
         units: the arguments of its calls.
+        study: makes a study of a run folder and a profile (`Study`), in the worker.
 
     Raises:
         UserError: where a unit raises it, the cluster cannot be reached, or workers die again and again.
@@ -48,7 +50,7 @@ def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple]) 
     if len(units) < 2:
         return
     profile = run / "profile.yaml"
-    calls = [delayed(_work)(str(run.resolve()), checksum(profile), stage, unit) for unit in units]
+    calls = [delayed(_work)(study, str(run.resolve()), checksum(profile), stage, unit) for unit in units]
     for _ in range(ATTEMPTS):
         try:
             with _backend(spec):
@@ -86,7 +88,7 @@ def _backend(spec: config.Compute) -> Iterator[None]:
         yield
 
 
-def _work(run: str, profile: int, stage: str, unit: tuple) -> None:
+def _work(study: Callable[..., Any], run: str, profile: int, stage: str, unit: tuple) -> None:
     """Compute one unit, in a worker. `profile`: checksum of the run's profile; a worker may outlive a change of it."""
     os.environ[SHARED] = "1"
     folder = progress_folder(Path(run))
@@ -94,17 +96,15 @@ def _work(run: str, profile: int, stage: str, unit: tuple) -> None:
     os.environ[progress.FILE] = str(folder / f"{socket.gethostname()}-{os.getpid()}.json")
     if (count := torch.cuda.device_count()) > 1:
         own_gpu(folder, count)
-    _study(run, profile).report(stage).unit(*unit)
+    _study(study, run, profile).report(stage).unit(*unit)
 
 
 @functools.lru_cache(1)
-def _study(run: str, profile: int):
+def _study(study: Callable[..., Any], run: str, profile: int) -> Any:
     """The study of a run folder. It stays in the worker, with the models it has read."""
-    from kdlib.study.study import Study
-
-    study = Study(run, str(Path(run) / "profile.yaml"))
-    study.context.ahead = lambda stage, units: None
-    return study
+    found = study(run, str(Path(run) / "profile.yaml"))
+    found.context.ahead = lambda stage, units: None
+    return found
 
 
 _held: list[FileLock] = []  # the lock of this worker's GPU, until the process ends

@@ -23,7 +23,7 @@ ARMS = {
 
 def table(folder, given, **more):
     """The rows of the benchmark's probes and of the arms, without times."""
-    own = {"ablations.arms": ARMS, "distill.epochs": 0.5, "ablations.epochs": 0.5}
+    own = {"ablations.arms": ARMS, "ablations.seeds": [0], "distill.epochs": 0.5, "ablations.epochs": 0.5}
     study = Study(folder, "smoke", given(own | {f"compute.{name}": value for name, value in more.items()}))
     trials = study.report("benchmark").trials("probe")
     rows = [
@@ -81,7 +81,7 @@ def test_an_unknown_cluster_is_one_line(tmp_path, given, monkeypatch):
     spec = config.Compute(backend="dask", address="tcp://127.0.0.1:9")
     (tmp_path / "profile.yaml").write_text("")
     with pytest.raises(UserError, match=r"compute.address tcp://127.0.0.1:9: no dask scheduler there"):
-        compute.spread(tmp_path, spec, "ablations", [("a", "b"), ("a", "c")])
+        compute.spread(tmp_path, spec, "ablations", [("a", "b"), ("a", "c")], Study)
 
 
 def test_dask_needs_an_address_when_the_profile_is_read():
