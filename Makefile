@@ -12,7 +12,7 @@ ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Two files of tests run at a time. The tests of one file stay together, because they share what takes long to make.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: study test test-fast lint docs rehearse fuzz soak bench lab figures reset offline-bundle clean
+.PHONY: study test test-fast lint docs rehearse fuzz soak bench gpu lab figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -53,6 +53,10 @@ soak: .venv/ready
 # Measures speed and memory against other libraries. It needs both cores for itself.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
+
+# One table about distillation on this machine's GPU, in at most 6 minutes: benchmarks/gpu.json.
+gpu: .venv/ready
+	$(BIN)/python -m benchmarks.gpu
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

@@ -67,8 +67,10 @@ def run(
     arms: Annotated[
         list[str] | None, typer.Option(help="run this ablation family, or family/arm, only; repeatable")
     ] = None,
+    jobs: Annotated[int | None, typer.Option(help="compute so many arms, tasks or seeds at a time")] = None,
 ) -> None:
     """Run the notebooks of a study. Finished stages are kept: after a stop, the same command resumes."""
+    set_ = [*(set_ or []), *([] if jobs is None else [f"compute.jobs={jobs}"])]
     overrides, folder = _checked(profile, set_, out)
     from kdlib.study.kernel import kernel
 
@@ -79,6 +81,15 @@ def run(
             runner.run_study(folder, profile, overrides, list(only or []), start, list(arms or []), shared=shared)
         except runner.NotebookError as error:
             _fail(str(error), 2 if error.user else 1)
+
+
+@app.command()
+def plan(profile: Profile = "workshop", set_: Overrides = None) -> None:
+    """Print what a study will take on this machine: its stages and arms, time and gigabytes. Nothing is computed."""
+    overrides, _ = _checked(profile, set_, None)
+    from kdlib.study.cost import print_plan
+
+    print_plan(profile, overrides)
 
 
 @app.command()
@@ -98,15 +109,38 @@ def distill(profile: Profile = "workshop", out: Out = None, set_: Overrides = No
 def export(
     run_dir: RunFolder = Path("runs/workshop"),
     int8: Annotated[bool, typer.Option(help="also write 8-bit weights")] = True,
+    task: Annotated[str | None, typer.Option(help="export the model of this task instead of the student")] = None,
 ) -> None:
     """Write a run's student as ONNX files, which run without torch, and measure them beside it.
 
-    The files and the numbers are in <run>/student/onnx; needs the packages of `pip install 'kdlib[onnx]'`.
+    The files and the numbers are in <run>/student/onnx, or in <run>/tasks/<task>/onnx; needs the packages of
+    `pip install 'kdlib[onnx]'`.
     """
-    from kdlib.study.export import export_run
+    from kdlib.study.export import export_run, export_task_run
+
+    if task is not None:
+        typer.echo(export_task_run(run_dir, task, int8).to_string())
+        typer.echo(run_dir / "tasks" / task / "onnx")
+        return
 
     typer.echo(export_run(run_dir, int8).to_string())
     typer.echo(run_dir / "student" / "onnx")
+
+
+@app.command()
+def predict(
+    file: Annotated[Path, typer.Argument(help="a text a line, or a table: csv, tsv, jsonl, parquet")],
+    task: Annotated[str, typer.Option(help="the task, as the profile names it")],
+    run_dir: RunFolder = Path("runs/workshop"),
+    text: Annotated[str, typer.Option(help="column of the text in a table")] = "text",
+    second: Annotated[str, typer.Option(help="column of the second text, for a task of pairs")] = "second",
+) -> None:
+    """Label the texts of a file with a run's model of a task; prints them with label and score, tab-separated."""
+    from kdlib.study.task_students import predict as predict_file
+    from kdlib.study.task_students import task_folder
+
+    found = predict_file(task_folder(run_dir, task), file, text, second)
+    typer.echo(found.to_csv(sep="\t", index=False), nl=False)
 
 
 @app.command()

@@ -118,6 +118,8 @@ class Task(Source):
     finetune: bool = Field(default=True, description="fine-tune on it in the benchmark")
     fewshot: bool = Field(default=True, description="fine-tune on the few examples per class of benchmark.fewshot")
     ablate: bool = Field(default=True, description="probe the ablation arms on it")
+    distill: bool = Field(default=False, description="distil a model for it (notebook 04b)")
+    unlabelled: str | None = Field(default=None, description="file of more texts without labels, for notebook 04b")
 
 
 class Probe(Section):
@@ -258,6 +260,41 @@ class Benchmark(Section):
     bootstrap: int = Field(default=1000, ge=100, description="resamples of an interval")
 
 
+class TaskStudent(Section):
+    """The distillation of a model for a task: it learns from labels and from the teacher's soft labels."""
+
+    rows: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[8, 16, 64, 256], min_length=1, description="labelled rows per class, a comparison each"
+    )
+    texts: int = Field(default=2000, ge=0, description="texts of the corpus that the teacher labels")
+    share: float = Field(default=0.9, ge=0, le=1, description="weight of the soft labels; the labels have the rest")
+    temperature: float = Field(default=2.0, gt=0, description="of the soft labels")
+    hidden: float = Field(default=0.0, ge=0, description="weight of the distance to the teacher's text vectors")
+    confidence: float = Field(default=0.0, ge=0, lt=1, description="least probability of the teacher's label")
+    balance: bool = Field(default=False, description="as many texts of every class, as the teacher labels them")
+    epochs: float = Field(default=3.0, gt=0, description="passes over all texts")
+    learning_rate: float = Field(default=1e-4, gt=0, description="highest learning rate of the student")
+    arms: dict[str, dict[str, Any]] = Field(
+        default={
+            "confident": {"confidence": 0.7},
+            "balanced": {"balance": True},
+            "hidden": {"hidden": 1.0},
+            "labels, as many steps": {"share": 0.0},
+        },
+        description="other settings that are compared, with the fewest rows",
+    )
+
+    @model_validator(mode="after")
+    def _arms_are_settings(self) -> "TaskStudent":
+        for name in self.arms:
+            self.arm(name)
+        return self
+
+    def arm(self, name: str) -> "TaskStudent":
+        """These settings with the changes of an arm, and without arms."""
+        return TaskStudent.model_validate(self.model_dump() | {"arms": {}} | self.arms[name])
+
+
 class Ablations(Section):
     """The experiments. A family is one question; an arm is one setting: the parameters that it changes.
 
@@ -281,6 +318,22 @@ class Ablations(Section):
     }
 
 
+class Compute(Section):
+    """Where the independent parts of a run are computed: arms, models, tasks and seeds. It changes no result."""
+
+    jobs: int = Field(default=1, ge=1, description="parts that are computed at a time, each in a process of its own")
+    backend: Literal["loky", "dask"] = Field(default="loky", description="loky: this machine; dask: a cluster")
+    address: str | None = Field(default=None, description="of the dask scheduler, such as tcp://10.0.0.1:8786")
+
+    @model_validator(mode="after")
+    def _has_a_cluster(self) -> "Compute":
+        if (self.backend == "dask") != (self.address is not None):
+            raise PydanticCustomError(
+                "no_cluster", "backend dask needs the address of its scheduler, and only that one"
+            )
+        return self
+
+
 class Profile(Section):
     """A whole study. Field descriptions are the documentation of the parameters."""
 
@@ -288,6 +341,7 @@ class Profile(Section):
     language: str = Field(default="tgl", min_length=2, description="ISO 639 code of the target language")
     seed: int = Field(default=0, ge=0, lt=2**32, description="of every random draw, except for `benchmark.seeds`")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
+    compute: Compute = Compute()
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
     parallel: Parallel | None = Parallel()
@@ -306,6 +360,7 @@ class Profile(Section):
     distill: Distill = Distill()
     students: dict[str, dict[str, Any]] = Field(default={}, description="other students: name -> what they change")
     benchmark: Benchmark = Benchmark()
+    task_student: TaskStudent = TaskStudent()
     ablations: Ablations = Ablations()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from kdlib.errors import UserError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SEAL = "made.json"  # lists sizes and checksums of the other files in its folder
+SHARED = "KDLIB_SHARED"  # set in the workers of a run: they share its folder
 CHUNK = 1 << 24  # bytes read at once for a checksum
 _sums: dict[tuple[int, ...], int] = {}  # checksums known to this process, by device, inode, size and time of change
 
@@ -79,6 +81,29 @@ def new_file(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             work.unlink()
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[bool]:
+    """Keep other workers of a run from making `target` at the same time; they wait. Without workers there is no lock.
+
+    The lock ends with its process, so that another worker takes over from a dead one. Gives whether this process is
+    alone; if not, another one may have made the target meanwhile.
+    """
+    if SHARED not in os.environ:
+        yield True
+        return
+    folder = target.parent / ".locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / target.name)
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be locked ({error.strerror})") from None
+    try:
+        yield False
+    finally:
+        lock.release()
 
 
 def clear_unfinished(folder: Path, stem: str, suffix: str) -> None:

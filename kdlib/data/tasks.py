@@ -13,7 +13,7 @@ import pandas as pd
 from scipy.cluster.hierarchy import DisjointSet
 
 from kdlib import config
-from kdlib.data.corpus import Corpus, Document, without
+from kdlib.data.corpus import Corpus, Document, draw, windows, without
 from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table
 from kdlib.errors import UserError
 
@@ -23,6 +23,7 @@ DENGUE_LABELS = ["absent", "dengue", "health", "mosquito", "sick"]
 ENTITY = re.compile(r"\[(PER|LOC|ORG) ([^\]]+)\]|(\S+)")
 TAG = re.compile(r"O|[BIES]-.+")
 WORD = re.compile(r"[^ \t\r\n]+")  # between words; a no-break space is part of a word
+WORD_OR_MARK = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
 
 
@@ -428,6 +429,53 @@ def check(task: Task, distilled: set[str]) -> None:
         )
         if task.kind != "tokens" and len(seen) < 2:
             raise UserError(f"task {task.name}: the {name} rows hold one class only; at least two are needed")
+
+
+def unlabelled_texts(
+    kind: str, documents: Sequence[Document], lengths: list[int], count: int, seed: int = 0
+) -> list[Any]:
+    """Texts of a corpus in the form that a kind of task reads.
+
+    Windows of `lengths` sentences; for kind tokens their words; for kind pair two sentences, half of them neighbours
+    and half of them not.
+
+    Args:
+        kind: of the task.
+        documents: of the corpus.
+        lengths: sentences of a window, in turn.
+        count: texts at most, drawn.
+        seed: draws them.
+    """
+    if kind != "pair":
+        texts = list(draw(windows(documents, lengths), count, 1.0, seed)) if count else []
+        return [WORD_OR_MARK.findall(text) for text in texts] if kind == "tokens" else texts
+    neighbours = [pair for document in documents for pair in zip(document.sentences, document.sentences[1:])]
+    rng = random.Random(seed)
+    drawn = rng.sample(neighbours, min(count, len(neighbours)))
+    return [(first, second if i % 2 else rng.choice(neighbours)[1]) for i, (first, second) in enumerate(drawn)]
+
+
+def read_unlabelled(spec: config.Task, task: Task) -> list[Any]:
+    """The texts without labels that a profile names for a task, without the texts of its test rows.
+
+    Raises:
+        UserError: where they cannot be read, or a row holds no text.
+    """
+    if spec.unlabelled is None:
+        return []
+    columns = [spec.text, *([spec.second] if spec.second else [])]
+    rows = read_rows(config.Source(source=spec.unlabelled), columns)
+    tested, found = {_key(text) for text in task.test.texts}, []
+    for number, row in enumerate(rows.to_dict("records"), start=1):
+        where = f"task {spec.name}, unlabelled row {number}"
+        if spec.kind == "tokens":
+            text: Any = _words(row[spec.text], where, spec.text)
+        else:
+            text = _text(row[spec.text], where, spec.text)
+            text = (text, _text(row[spec.second], where, spec.second)) if spec.kind == "pair" else text
+        if _key(text) not in tested:
+            found.append(text)
+    return found
 
 
 def training_documents(corpus: Corpus, tasks: list[Task]) -> Sequence[Document]:

@@ -21,7 +21,7 @@ import torch
 from kdlib.batching import budget_batches, pad, tokens_per_batch
 from kdlib.device import autocast
 from kdlib.errors import UserError
-from kdlib.files import checksum, clear_unfinished, new_file, write_json
+from kdlib.files import checksum, clear_unfinished, locked, new_file, write_json
 from kdlib.models.encoder import Encoder
 from kdlib.progress import track
 
@@ -85,9 +85,10 @@ def teacher_states(
     shape = (int(starts[-1]), teacher.hidden)
     folder = root / _key(teacher, ids, lengths)
     files = {layer: folder / f"layer-{layer:02}.f16" for layer in sorted(set(layers))}
-    missing = {layer: file for layer, file in files.items() if not _whole(file, 2 * shape[0] * shape[1])}
-    if missing and not (_fits(folder, missing, shape, budget) and _make(missing, teacher, ids, starts, shape)):
-        return None
+    with locked(folder):
+        missing = {layer: file for layer, file in files.items() if not _whole(file, 2 * shape[0] * shape[1])}
+        if missing and not (_fits(folder, missing, shape, budget) and _make(missing, teacher, ids, starts, shape)):
+            return None
     # As plain arrays: slicing a memmap costs several times as much, at every step.
     mapped = {layer: np.asarray(np.memmap(file, np.float16, "r", shape=shape)) for layer, file in files.items()}
     return TeacherStates(mapped, starts[:-1])

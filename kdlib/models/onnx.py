@@ -16,7 +16,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.batching import budget_batches, model_inputs, tokens_per_batch
 from kdlib.errors import UserError
@@ -94,23 +94,68 @@ def _packages() -> tuple[ModuleType, ModuleType]:
 def write_onnx(encoder: Encoder, file: Path) -> None:
     """Write the encoder's graph in 32-bit floats, with free batch size and length."""
     model = _Outputs(copy.deepcopy(encoder.model).cpu().float()).eval()
-    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * encoder.token_types
-    length = min(4, encoder.max_length)
+    outputs = ["last_hidden_state", "sentence_embedding"]
+    _write(model, file, outputs, encoder.token_types, encoder.max_length, encoder.name)
+
+
+def _write(model: nn.Module, file: Path, outputs: list[str], token_types: bool, longest: int, name: str) -> None:
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * token_types
+    length = min(4, longest)
     example = (
         torch.full((2, length), 3),
         torch.ones(2, length, dtype=torch.long),
         torch.zeros(2, length, dtype=torch.long),
     )
-    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=encoder.max_length)}
+    free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=longest)}
     with _quiet(), torch.no_grad():
         try:
             torch.onnx.export(
                 model, example[: len(names)], file, input_names=names, dynamic_shapes=[free] * len(names),
-                output_names=["last_hidden_state", "sentence_embedding"], external_data=False, verbose=False,
+                output_names=outputs, external_data=False, verbose=False,
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{encoder.name}: a {type(encoder.model).__name__} cannot be exported ({reason})") from None
+            raise UserError(f"{name}: a {type(model.model).__name__} cannot be exported ({reason})") from None
+
+
+class _Logits(nn.Module):
+    """A task's model with the output of an ONNX file: its logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+
+
+def export_task(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, int8: bool = True) -> None:
+    """Write a task's model as ONNX files with config and tokenizer into `folder`/onnx, which is whole or absent.
+
+    Inputs as `export_student`. Output: logits [batch, labels], or [batch, tokens, labels] of a token classification.
+
+    Args:
+        model: a model for sequence or token classification.
+        tokenizer: its `model_max_length` is the longest text.
+        folder: the folder in which onnx/ is written.
+        int8: also write 8-bit weights.
+
+    Raises:
+        UserError: as `export_student`.
+    """
+    _packages()
+    types = "token_type_ids" in tokenizer.model_input_names and getattr(model.config, "type_vocab_size", 0) > 1
+    with new_folder(folder / FOLDER) as work:
+        file = work / FILES["onnx fp32"]
+        inner = _Logits(copy.deepcopy(model).cpu().float()).eval()
+        _write(inner, file, ["logits"], types, tokenizer.model_max_length, folder.name)
+        if int8:
+            _quantise(file, work / FILES["onnx int8"])
+        model.config.save_pretrained(work)
+        save_tokenizer(tokenizer, work)
 
 
 def _quantise(file: Path, target: Path) -> None:

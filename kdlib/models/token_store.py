@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlib.data.lazy import parts
-from kdlib.files import fingerprint, flaw, new_folder, seal
+from kdlib.files import fingerprint, flaw, locked, new_folder, seal
 from kdlib.models.encoder import Encoder
 from kdlib.models.masking import maskable_tokens, word_numbers
 
@@ -73,9 +73,11 @@ def tokenise(
     else:
         folder = Path(root) / "tokens" / _key(encoder, texts, fields)
         if not _whole(folder):
-            with new_folder(folder) as work:
-                _write(work, encoded(encoder, texts, fields), names)
-                seal(work)
+            with locked(folder) as alone:
+                if alone or not _whole(folder):
+                    with new_folder(folder) as work:
+                        _write(work, encoded(encoder, texts, fields), names)
+                        seal(work)
         arrays = {name: _mapped(folder / name, KINDS[name]) for name in names}
     return {name: Ragged(arrays[name], arrays["starts"], arrays["lengths"]) for name in fields}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from kdlib.files import fingerprint, new_file
+from kdlib.files import fingerprint, locked, new_file
 
 log = logging.getLogger(__name__)
 ROOM = 2**29  # bytes of vectors kept for one encoder; further texts are read every time
@@ -124,7 +124,7 @@ class VectorCache:
         self.known |= zip(names, made)
         raw = np.frombuffer(b"".join(names), np.uint8).reshape(len(names), -1)
         file = self.folder / f"{fingerprint(raw.tobytes().hex())}.npz"
-        with new_file(file) as path:
+        with locked(file), new_file(file) as path:
             np.savez(path, names=raw, counts=np.array([len(part) for part in made]), states=np.concatenate(made))
         self.read.add(file)
 

@@ -5,14 +5,16 @@ from pathlib import Path
 import pandas as pd
 
 from kdlib.data.corpus import load_corpus, sentences
-from kdlib.data.tasks import load_task
+from kdlib.data.tasks import Task, load_task
 from kdlib.errors import UserError
 from kdlib.evaluation.metrics import headline
 from kdlib.evaluation.speed import export_rows
 from kdlib.files import flaw, new_file
 from kdlib.models.loading import load_encoder, prefix_of
 from kdlib.models.onnx import FILES, FOLDER, export_student
+from kdlib.study.plan import card_facts
 from kdlib.study.run import Run
+from kdlib.study.task_students import export_task_student, task_folder, write_task_card
 
 TEXTS = 200  # held-out sentences for similarity and times
 SHOWN = {"megabytes": "MB", "similarity": "similarity", "latency_ms": "ms a text", "sentences_per_second": "texts/s"}
@@ -62,6 +64,27 @@ def export_run(folder: Path, int8: bool = True, runs: int = 30) -> pd.DataFrame:
         rows = export_rows(encoder, student, task, texts, runs, kinds=kinds)
         with new_file(student / FOLDER / "numbers.csv") as path:
             pd.DataFrame(rows).to_csv(path, index=False)
+    return _shown(rows, task)
+
+
+def export_task_run(folder: Path, name: str, int8: bool = True) -> pd.DataFrame:
+    """Write the ONNX files of a run's model of a task, and score them beside torch; see `export_run`."""
+    made = task_folder(folder, name)
+    run = Run(folder)
+    spec = next((task for task in run.profile.tasks if task.name == name), None)
+    if spec is None:
+        raise UserError(f"{folder}: its profile has no task {name!r}")
+    with run.lock():
+        corpus = load_corpus(run.profile.corpus, run.profile.language, run.profile.seed, run.path / "cache")
+        task = load_task(spec, corpus)
+        task = task.small(None, run.profile.benchmark.finetune_test_rows)
+        rows = export_task_student(made, task, int8, run.profile.benchmark.bootstrap)
+        write_task_card(made, name, card_facts(run.profile))
+    return _shown(rows, task)
+
+
+def _shown(rows: list[dict], task: Task) -> pd.DataFrame:
+    """The table to show: a line for each method."""
     name, shown = headline(task.kind), {}
     for row in rows:
         cells = shown.setdefault(row["method"], {})

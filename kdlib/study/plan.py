@@ -18,7 +18,15 @@ from kdlib.data.corpus import (
 )
 from kdlib.data.lazy import Document
 from kdlib.data.sources import digest
-from kdlib.data.tasks import Task, load_tasks, origins, tested_texts, training_documents
+from kdlib.data.tasks import (
+    Task,
+    load_tasks,
+    origins,
+    read_unlabelled,
+    tested_texts,
+    training_documents,
+    unlabelled_texts,
+)
 from kdlib.distillation.objectives import RequiredOutputs, check_objectives
 from kdlib.distillation.student_init import layer_map
 from kdlib.errors import UserError
@@ -60,6 +68,7 @@ from kdlib.study.stages import (
     ScoreSettings,
     start_name,
 )
+from kdlib.study.task_students import TaskReport, TaskReportSettings, TaskStudent, TaskStudentSettings, tuning_of
 
 PROBES = ("seeds", "probe_share", "probe_rows", "probe_test_rows", "bootstrap")  # of the benchmark's settings
 
@@ -114,7 +123,7 @@ class Graph:
     @cached_property
     def tasks(self) -> Source[list[Task]]:
         """All tasks of the profile. What was read is written to `sources.json`."""
-        flags = {"probe", "finetune", "fewshot", "ablate"}
+        flags = {"probe", "finetune", "fewshot", "ablate", "distill", "unlabelled"}
 
         def read() -> list[Task]:
             corpus = self.corpus.get()
@@ -248,6 +257,39 @@ class Graph:
         """The student before distillation."""
         return Derived(start_name(init), [init], lambda: self.distill.start(init), student=self.distill)
 
+    def source(self) -> Keyed[Encoder]:
+        """The encoder that the student learns from: the pruned teacher, or the conditioned one."""
+        if not self.profile.condition.use:
+            return self.prune
+        return Derived("encoder", [], lambda: self.condition.get().encoder, conditioned=self.condition)
+
+    def task_student(self, spec: config.Task) -> TaskStudent:
+        """The model of a task."""
+        profile, task_student = self.profile, self.profile.task_student.model_copy(update={"rows": [], "arms": {}})
+        settings = TaskStudentSettings(
+            task=spec.name, spec=task_student, tuning=tuning_of(profile.benchmark), seed=profile.seed,
+            precision=profile.distill.precision, card=card_facts(profile),
+        )  # fmt: skip
+        lengths, count, seed = profile.distill.windows, task_student.texts, profile.seed
+
+        def read() -> list:
+            task = next(task for task in self.tasks.get() if task.name == spec.name)
+            return [
+                *read_unlabelled(spec, task),
+                *unlabelled_texts(spec.kind, self.training.get(), lengths, count, seed),
+            ]
+
+        texts = self.context.source(
+            "unlabelled", [spec.model_dump(), lengths, count, seed], read, lambda source: digest(source.value),
+            also=[self.training.key],
+        )  # fmt: skip
+        return self.context.stage(
+            TaskStudent(
+                self.context, settings, f"tasks/{spec.name}" if self.links else "", teacher=self.source(),
+                student=self.student(), tasks=self.tasks, texts=texts,
+            )
+        )  # fmt: skip
+
     # -- what is reported
 
     @cached_property
@@ -261,9 +303,7 @@ class Graph:
         """The models of the benchmark, by their names in results. Each is made when needed."""
         found: dict[str, Keyed[Encoder]] = {"teacher": self.teacher, "pruned teacher": self.prune}
         if self.profile.condition.use:
-            found["conditioned teacher"] = Derived(
-                "encoder", [], lambda: self.condition.get().encoder, conditioned=self.condition
-            )
+            found["conditioned teacher"] = self.source()
         found |= {"student": self.student(), "no distillation": self.start(), "random weights": self.start("random")}
         found |= {name: graph.student() for name, graph in self.others.items()}
         found |= {name: self._encoder("baseline", spec) for name, spec in self.profile.baselines.items()}
@@ -343,6 +383,8 @@ class Graph:
         methods = {method: self.named(method) for method in ("probe", "finetune", "fewshot")}
         methods["best layer"] = methods["probe"]
         benchmark = BenchmarkSettings(benchmark=profile.benchmark, tasks=methods, precision=precision)
+        made = {spec.name: self.task_student(spec) for spec in profile.tasks if spec.distill}
+        task = TaskReportSettings(spec=profile.task_student, tuning=tuning_of(profile.benchmark), precision=precision)
         references = {"teacher": self._reference(self.prune), "no distillation": self._reference(self.start())}
         found: list[Report[Any]] = [
             ProbeReport(context, probe, tasks=self.tasks, **read),
@@ -350,6 +392,7 @@ class Graph:
             ConditionReport(context, cloze, pruned=self.prune, conditioned=self.condition, corpus=self.corpus),
             DistillReport(context, NoSettings(), student=self.distill, heldout=self.heldout),
             BenchmarkReport(context, benchmark, self.models, tasks=self.tasks, corpus=self.corpus),
+            TaskReport(context, task, made),
             AblationReport(context, AblationSettings(benchmark=profile.benchmark), self.grid, references),
         ]
         reports = {report.name: report for report in found}

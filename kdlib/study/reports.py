@@ -277,12 +277,33 @@ class BenchmarkReport(Report[BenchmarkSettings]):
             method: "probe" (linear probe), "best layer", "finetune" or "fewshot" (fine-tuning on a few rows per class).
             only: these models; none: all.
         """
-        chosen = {name: self.models[name] for name in only} or self.contestants
-        models = {name: model for name, model in chosen.items() if name not in LEFT_OUT[method]}
+        models = {name: self.models[name] for name in only} or self._compared(method)
+        self.context.ahead(
+            self.name,
+            [
+                (method, name, task, seed)
+                for name in models
+                for task in self.settings.tasks[method]
+                for seed in self.settings.benchmark.seeds
+            ],
+        )
+        return self._trials(method, models, self.settings.tasks[method], self.settings.benchmark)
+
+    def unit(self, method: str, model: str, task: str, seed: int) -> None:
+        """The trials of one model on one task with one seed; they are kept."""
+        spec = self.settings.benchmark.model_copy(update={"seeds": [seed]})
+        self._trials(method, {model: self.contestants[model]}, [task], spec)
+
+    def _compared(self, method: str) -> dict[str, Keyed[Any]]:
+        return {name: model for name, model in self.contestants.items() if name not in LEFT_OUT[method]}
+
+    def _trials(
+        self, method: str, models: Mapping[str, Keyed[Any]], names: Sequence[str], spec: config.Benchmark
+    ) -> list[Trial]:
         keys = {name: trial_key(self.context, name, model) for name, model in models.items()}
-        tasks = [task for task in self.tasks.get() if task.name in self.settings.tasks[method]]
+        tasks = [task for task in self.tasks.get() if task.name in names]
         encoders = {name: model.get for name, model in models.items()}
-        return run_trials(encoders, tasks, self.settings.benchmark, method, self.context.path / "benchmark", keys)
+        return run_trials(encoders, tasks, spec, method, self.context.path / "benchmark", keys)
 
     def paired_rows(self, trials: Sequence[Trial]) -> list[dict]:
         """The student against every other model, and `PAIRS`, tested on the same seeds and items."""
@@ -349,12 +370,21 @@ class AblationReport(Report[AblationSettings]):
             for row in self._rows(stage.get().trials, [stage.get().numbers])
         ]
         families: dict[str, list[Trial]] = {}
-        for arm, stages in self.arms:
-            asked = not wanted or bool({arm.family, f"{arm.family}/{arm.name}"} & set(wanted))
-            if not asked and not all(stage.intact() for stage in stages):
+        names = [f"{arm.family}/{arm.name}" for arm, _ in self.arms]
+        asked = [not wanted or bool({arm.family, name} & set(wanted)) for (arm, _), name in zip(self.arms, names)]
+        self.context.ahead(
+            self.name,
+            (
+                (arm.family, arm.name, i)
+                for (arm, stages), now in zip(self.arms, asked)
+                for i, stage in enumerate(stages)
+                if now and not stage.intact()
+            ),
+        )
+        for (arm, stages), now in zip(self.arms, asked):
+            if not now and not all(stage.intact() for stage in stages):
                 continue
-            label = f"arm {arm.family} {arm.name}"
-            found = [stage.get(Watch(label=f"{label}, {i} of {len(stages)}")) for i, stage in enumerate(stages, 1)]
+            found = [self.unit(arm.family, arm.name, i) for i in range(len(stages))]
             trials = [replace(trial, model=arm.name) for scores in found for trial in scores.trials]
             families.setdefault(arm.family, []).extend(trials)
             made = self._rows(trials, [scores.numbers for scores in found])
@@ -369,6 +399,11 @@ class AblationReport(Report[AblationSettings]):
                 compared = rows_of(paired_rows(part, pairs, self.settings.benchmark))
                 rows += [row | dict(model="student", method=family, arm=row["model"], x=None) for row in compared]
         return rows
+
+    def unit(self, family: str, name: str, number: int) -> Any:
+        """Distil and score one arm with one of its seeds."""
+        stages = next(stages for arm, stages in self.arms if (arm.family, arm.name) == (family, name))
+        return stages[number].get(Watch(label=f"arm {family} {name}, {number + 1} of {len(stages)}"))
 
     def _rows(self, trials: Sequence[Trial], numbers: Sequence[Mapping[str, float]]) -> list[dict]:
         """Rows of a model's trials, and of its other numbers, averaged over seeds."""

@@ -27,6 +27,7 @@ from kdlib import progress
 from kdlib.errors import UserError
 from kdlib.progress import clock
 from kdlib.study.arms import arms as check_arms
+from kdlib.study.compute import progress_folder
 from kdlib.study.kernel import ARGUMENTS, START_SECONDS, empty, kernel
 from kdlib.study.run import Run
 from kdlib.study.stage import contents
@@ -140,7 +141,8 @@ def execute(
     try:
         if shared.has_kernel:
             empty(shared)
-        with _report(source.stem, Path(os.environ[progress.FILE]), console) as _Engine.report:
+        workers = progress_folder(Path(parameters.get("run_dir", "")))
+        with _report(source.stem, Path(os.environ[progress.FILE]), console, workers) as _Engine.report:
             papermill.execute_notebook(
                 source, target, parameters, engine_name="kdlib", kernel_name="python3", km=shared,
                 progress_bar=False, start_timeout=START_SECONDS, extra_arguments=ARGUMENTS,
@@ -184,10 +186,11 @@ papermill_engines.register("kdlib", _Engine)
 
 
 class _Report:
-    """What the terminal shows: stage, cell, step within the cell, time left of the step."""
+    """What the terminal shows: stage, cell, step within the cell and of each worker, time left of the step."""
 
-    def __init__(self, name: str, file: Path, console: Console):
+    def __init__(self, name: str, file: Path, console: Console, workers: Path):
         self.name, self.file, self.console, self.cell, self.total = name, file, console, 0, 0
+        self.workers = workers
         self.stopped = threading.Event()
         self.bar = Progress(
             SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/bold] cell {task.completed}/{task.total}"),
@@ -201,8 +204,12 @@ class _Report:
         self.bar.update(self.row, completed=self.cell, total=total, step="")
 
     def step(self) -> str:
+        files = [self.file, *sorted(self.workers.glob("*.json"))]
+        return " | ".join(filter(None, map(self._step, files)))
+
+    def _step(self, file: Path) -> str:
         try:
-            at = json.loads(self.file.read_text())
+            at = json.loads(file.read_text())
         except (OSError, ValueError):
             return ""
         left = f", {clock(at['left'])} left" if at["left"] is not None else ""
@@ -219,8 +226,8 @@ class _Report:
 
 
 @contextmanager
-def _report(name: str, file: Path, console: Console) -> Iterator[_Report]:
-    report = _Report(name, file, console)
+def _report(name: str, file: Path, console: Console, workers: Path) -> Iterator[_Report]:
+    report = _Report(name, file, console, workers)
     thread = threading.Thread(target=report.watch, daemon=True)
     if console.is_terminal:
         report.bar.start()

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from kdlib import config, distributed
 from kdlib.device import use_bf16
 from kdlib.errors import UserError
-from kdlib.files import SEAL, fingerprint, is_whole, new_folder, seal
+from kdlib.files import SEAL, fingerprint, is_whole, locked, new_folder, seal
 from kdlib.models.encoder import Encoder
 from kdlib.models.loading import load_encoder, prefix_of
 
@@ -137,6 +137,8 @@ class Context:
         auto = (
             distributed.broadcast(use_bf16("auto", device)) if distributed.world_size() > 1 else None
         )  # all processes agree
+        # A report says with this what it will need, so that several workers can compute it (see `study.compute`).
+        self.ahead: Callable[[str, Iterable[tuple]], None] = lambda stage, units: None
         self._measured = lambda: use_bf16("auto", device) if auto is None else auto
         self._known: WeakValueDictionary[tuple[str, str], Any] = WeakValueDictionary()
 
@@ -238,7 +240,9 @@ class Stage(ABC, Generic[S, A]):
         """The result: the loaded one, else the one on disk, else a new one."""
         if self._value is None:
             if not self.intact():
-                self._build(watch)
+                with locked(self.folder) as alone:
+                    if alone or not self.intact():
+                        self._build(watch)
             if distributed.rank() == 0:
                 shutil.rmtree(self.work, ignore_errors=True)
                 self._show()
@@ -263,7 +267,8 @@ class Stage(ABC, Generic[S, A]):
         """Set the run folder's link to this result; a copy where the system has no links."""
         if not self.link:
             return
-        link_folder(self.context.path / self.link, self.folder)
+        with locked(self.context.path / self.link):
+            link_folder(self.context.path / self.link, self.folder)
 
     def add_unsealed(self, folder: Path) -> None:
         """Add files that may change later, such as a model card."""

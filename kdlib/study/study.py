@@ -15,6 +15,7 @@ from kdlib.models.encoder import Encoder
 from kdlib.progress import clock
 from kdlib.pruning.selection import Selection
 from kdlib.study.arms import arms
+from kdlib.study.compute import spread
 from kdlib.study.model_card import write_card
 from kdlib.study.plan import Graph
 from kdlib.study.run import find_run
@@ -27,6 +28,7 @@ NOTEBOOKS = {  # the stages in order, each with the notebook that runs it
     "condition": "02b_condition_the_teacher",
     "distill": "03_distill_a_student",
     "benchmark": "04_benchmark_students",
+    "task": "04b_distil_a_task",
     "ablations": "05_ablations",
     "figures": "06_figures",
 }
@@ -74,6 +76,8 @@ class Study:
             self.profile = config.changed(base.profile, config.parse_overrides(overrides), "variant")
         self.graph = Graph(self.profile, self.context, links=base is None, student="student" if base is None else "")
         self.graph.check()
+        if base is None and (self.profile.compute.jobs > 1 or self.profile.compute.address):
+            self.context.ahead = lambda stage, units: spread(self.run.path, self.profile.compute, stage, units, Study)
 
     def variant(self, overrides: Any) -> "Study":
         """This study with some parameters changed, in the same run folder. Unchanged stages are shared."""

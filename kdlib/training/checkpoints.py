@@ -9,6 +9,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model
 from torch import distributed
@@ -102,6 +103,12 @@ def train(trainer: Trainer, last: Path | None) -> list[dict]:
             trainer.state = state
         else:
             trainer.train(resume_from_checkpoint=last and str(last))
+    except torch.OutOfMemoryError:  # before RuntimeError, of which it is one
+        _remove_unsealed(work)
+        raise UserError(
+            "the memory of the GPU is full; give it smaller batches, such as half of distill.batch_tokens, "
+            "condition.batch_tokens or benchmark.finetune_batch"
+        ) from None
     except (OSError, SafetensorError, RuntimeError) as error:
         writing = any(words in str(error) for words in ("PytorchStreamWriter", "unexpected pos"))
         if isinstance(error, RuntimeError) and not writing:

@@ -119,10 +119,21 @@ def _room_label(task: str, room: pd.DataFrame) -> str:
 @style.styled
 def fewshot(table: pd.DataFrame) -> Figure:
     """Score after fine-tuning on a few examples per class, against their number."""
-    rows = headline_rows(table, select(table, "benchmark", "few-shot score", method="fewshot"))
-    rows = summary(need(rows, "benchmark", "few-shot score"), "task", "model", "x")
+    return _label_curves(table, "benchmark", "fewshot", "How many labels does each model need?")
+
+
+@style.styled
+def task_students(table: pd.DataFrame) -> Figure:
+    """Score of a task's student on labels and on soft labels, of its teacher and of tf-idf, against labelled rows."""
+    main = table[~table["model"].astype("string").str.contains(": ", na=False)]  # without the arms
+    return _label_curves(main, "task", "task", "Does a student learn more from the teacher's soft labels?")
+
+
+def _label_curves(table: pd.DataFrame, stage: str, method: str, title: str) -> Figure:
+    rows = headline_rows(table, select(table, stage, "few-shot score", method=method))
+    rows = summary(need(rows, stage, "few-shot score"), "task", "model", "x")
     tasks, looks = tasks_of(rows), style.looks(table)
-    figure, axes, _ = style.panels("How many labels does each model need?", len(tasks), 3, 3.4, sharex=True)
+    figure, axes, _ = style.panels(title, len(tasks), 3, 3.4, sharex=True)
     for ax, task in zip(axes, tasks):
         mine = rows[rows["task"] == task]
         models = [model for model in looks if model in set(mine["model"])]

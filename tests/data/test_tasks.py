@@ -12,7 +12,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 from kdlib import config
 from kdlib.config import load_profile
 from kdlib.data import sources
-from kdlib.data.corpus import Corpus, sentences, windows
+from kdlib.data.corpus import Corpus, Document, sentences, windows
 from kdlib.data.tasks import (
     EMBEDDED,
     TWINS,
@@ -24,6 +24,8 @@ from kdlib.data.tasks import (
     load_tasks,
     origins,
     parse_entities,
+    read_unlabelled,
+    unlabelled_texts,
 )
 from kdlib.errors import UserError
 
@@ -541,3 +543,44 @@ def test_small_task_draws_the_same_test_rows_for_every_seed():
     first, second = (Task("mine", "classify", ["a"], split, split).small(10, 20, seed) for seed in (1, 2))
     assert first.test == second.test and first.train != second.train
     assert (len(first.train), len(first.test)) == (10, 20)
+
+
+# -- texts without labels
+
+DOCUMENTS = [Document(str(i), [f"Una {i}, oo.", f"Ikalawa {i}.", f"Ikatlo {i}."], {}) for i in range(20)]
+
+
+def test_texts_of_the_corpus_have_the_form_of_the_task():
+    assert set(unlabelled_texts("classify", DOCUMENTS, [1], 5)) < {s for d in DOCUMENTS for s in d.sentences}
+    assert ["Una", "0", ",", "oo", "."] in unlabelled_texts("tokens", DOCUMENTS, [1], 100)
+    assert unlabelled_texts("tokens", [Document("x", ["mag-aral ka't bukas"], {})], [1], 9) == [
+        ["mag-aral", "ka't", "bukas"]
+    ]
+    assert unlabelled_texts("multilabel", DOCUMENTS, [3], 0) == []
+
+
+def test_half_of_the_unlabelled_pairs_are_neighbours():
+    pairs = unlabelled_texts("pair", DOCUMENTS, [1], 30)
+    follows = [d.sentences.index(a) + 1 for a, _ in pairs for d in DOCUMENTS if a in d.sentences]
+    near = [b == d.sentences[at] for (a, b), at in zip(pairs, follows) for d in DOCUMENTS if a in d.sentences]
+    assert len(pairs) == 30 and sum(near) >= 15 and not all(near)
+    assert unlabelled_texts("pair", DOCUMENTS, [1], 30) == pairs != unlabelled_texts("pair", DOCUMENTS, [1], 30, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_texts_without_labels_are_read_without_those_of_the_test(put, kind):
+    rows, more = KINDS[kind]
+    task = own(put(rows), **more)
+    tested = {" ".join(text) if kind == "tokens" else text for text in task.test.texts}
+    spec = config.Task(name="mine", source=put(rows), unlabelled=put(rows, "more.jsonl"), **more)
+    found = read_unlabelled(spec, task)
+    kept = {" ".join(text) if kind == "tokens" else text for text in found}
+    assert len(found) == 28 and not kept & tested
+    assert type(found[0]) is type(task.train.texts[0])
+    assert read_unlabelled(config.Task(name="mine", source=put(rows), **more), task) == []
+
+
+def test_an_unlabelled_row_without_text_is_named(put):
+    spec = config.Task(name="mine", source=put(PLAIN), unlabelled=put([{"text": "Isa."}, {"text": " "}], "more.jsonl"))
+    with pytest.raises(UserError, match="task mine, unlabelled row 2: column 'text' holds no text"):
+        read_unlabelled(spec, own(put(PLAIN)))

@@ -65,7 +65,7 @@ def test_a_head_starts_as_the_linear_probe_of_the_encoder_as_it_is(kind):
     tokens = Tokens(encoder)
     model = TaskModel(encoder.model, kind, len(rows.labels)).eval()
     fit_head(model, encoder, rows)
-    mine = score(rows, predict(model, module._Rows(tokens, kind, rows.test), rows, False))
+    mine = score(rows, predict(model, module.Rows(tokens, kind, rows.test), rows, False))
     train, test, places = task_vectors(encoder, rows)
     probed = linear_probe(rows, train[:, 0], train_targets(encoder, rows), test[:, 0], places)
     assert [metric.name for metric in mine] == [metric.name for metric in probed]
@@ -88,7 +88,7 @@ def test_a_head_of_examples_that_lack_a_class_guesses_the_others():
     model, tokens = TaskModel(tiny.encoder(layers=2).model, "classify", 2), Tokens(tiny.encoder(layers=2))
     fit_head(model, tokens.encoder, one)
     assert all(torch.isfinite(value).all() for value in model.head.parameters())
-    assert set(predict(model.eval(), module._Rows(tokens, "classify", one.test), one, False)) == {1}
+    assert set(predict(model.eval(), module.Rows(tokens, "classify", one.test), one, False)) == {1}
 
 
 @pytest.mark.slow

@@ -200,3 +200,15 @@ def test_fine_tuning_goes_on_to_the_same_predictions(tmp_path, often, monkeypatc
         finetune(encoder, task, spec, seed=3, work=tmp_path / "work")
     assert names(tmp_path / "work") == ["checkpoint-4", "checkpoint-5"]
     np.testing.assert_array_equal(finetune(encoder, task, spec, seed=3, work=tmp_path / "work")[0].items, expected)
+
+
+def test_a_full_gpu_is_one_line_that_says_what_to_change(work):
+    class Full(Line):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    broken = trainer(work)
+    broken.model = broken.model_wrapped = Full()
+    with pytest.raises(UserError, match=r"memory of the GPU is full; .* half of distill.batch_tokens") as error:
+        train(broken, None)
+    assert "\n" not in str(error.value)
