@@ -36,6 +36,7 @@ class Source(Section):
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
     split: str = Field(default="train", description="split of a hub data set, or a word in the names of files")
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub data set")
+    encoding: str | None = Field(default=None, description="of text files, such as cp1252; null: UTF-8")
 
 
 class Fallback(Source):
@@ -113,6 +114,7 @@ class Task(Source):
     second: str | None = Field(default=None, description="column of the second text (kind pair)")
     label: str | list[str] = Field(default="label", description="label column; a list of 0/1 columns (kind multilabel)")
     test: str | None = Field(default=None, description="file or split of the test rows; null: 30% of the rows")
+    skip_empty: bool = Field(default=False, description="leave out rows without text or label; false: refuse them")
     fallbacks: list[TaskFallback] = Field(default=[], description="other places for the same rows, tried in order")
     probe: bool = Field(default=True, description="compare models by probe; notebook 01 uses all tasks")
     finetune: bool = Field(default=True, description="fine-tune on it in the benchmark")
