@@ -37,6 +37,9 @@ class Source(Section):
     split: str = Field(default="train", description="split of a hub data set, or a word in the names of files")
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub data set")
     encoding: str | None = Field(default=None, description="of text files, such as cp1252; null: UTF-8")
+    repair: bool = Field(
+        default=False, description="repair UTF-8 read twice, HTML entities and soft hyphens in the text"
+    )
 
 
 class Fallback(Source):
@@ -84,6 +87,7 @@ class Corpus(Source):
 
     text: str = Field(default="text", description="column that holds the text")
     document: str | None = Field(default=None, description="column that says which document a row belongs to")
+    drop_repeats: bool = Field(default=False, description="leave out sentences that occurred before in the corpus")
     heldout: float = Field(default=0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
     max_documents: int | None = Field(default=None, ge=10, description="training documents at most; null: all")
     streaming: bool = Field(default=False, description="read the first max_documents documents only")

@@ -105,6 +105,16 @@ def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple
     raise UserError(f"{what}: none of its {len(places)} sources can be read: {listed}{hub.WAY_ON}")
 
 
+def repaired(text: str) -> str:
+    """Text without the marks of bad conversion: UTF-8 read as another encoding, HTML entities, soft hyphens.
+
+    ftfy does the work; quotes stay curly, and characters are composed (NFC).
+    """
+    import ftfy
+
+    return ftfy.fix_text(text, uncurl_quotes=False, unescape_html=True).replace("\u00ad", "")
+
+
 def embedded_rows(name: str) -> pd.DataFrame:
     """A file of the kit by its name in `bundled`, without ending."""
     return pd.read_json(

@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import DisjointSet
 
 from kdlib import config
 from kdlib.data.corpus import Corpus, Document, without
-from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table
+from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table, repaired
 from kdlib.errors import UserError
 
 TEST_SHARE = 0.3
@@ -324,6 +324,9 @@ def _own(spec: config.Task) -> Task:
     frames = [rows, read_rows(spec, columns, split=spec.test)] if spec.test else [rows]
     read = sum(map(len, frames))
     frames = [_filled(spec, frame, columns) for frame in frames]
+    if spec.repair:
+        texts = [column for column in (spec.text, spec.second) if column]
+        frames = [frame.assign(**{c: frame[c].map(_repaired) for c in texts}) for frame in frames]
     labels: list[str] = label_columns
     if spec.kind in ("classify", "pair"):
         frames = [frame.assign(**{spec.label: _trimmed(frame[spec.label], changes)}) for frame in frames]
@@ -366,6 +369,12 @@ def _filled(spec: config.Task, frame: pd.DataFrame, columns: list[str]) -> pd.Da
     if lacking.all():
         raise UserError(f"task {spec.name}: none of the {len(frame):,} rows has both text and label")
     return frame[~lacking]
+
+
+def _repaired(value: Any) -> Any:
+    if isinstance(value, str):
+        return repaired(value)
+    return [_repaired(item) for item in value] if isinstance(value, (list, np.ndarray)) else value
 
 
 def _is_empty(value: Any) -> bool:

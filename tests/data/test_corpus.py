@@ -462,3 +462,34 @@ def test_pairs_to_train_on_are_those_that_nothing_is_tested_on():
 def test_too_few_pairs_are_refused(parallel, rows):
     with pytest.raises(UserError, match="to train on; objectives of translations need at least 10"):
         translation_pairs(parallel, "tgl", rows, set(), 0)
+
+
+# -- text as it comes
+
+
+@pytest.mark.parametrize("memory", [module.IN_MEMORY, 300])
+@pytest.mark.parametrize("exact", [module.EXACT, 3])
+def test_repeated_sentences_are_counted_and_left_out_on_request(txt, monkeypatch, memory, exact):
+    monkeypatch.setattr(module, "IN_MEMORY", memory)
+    monkeypatch.setattr(module, "EXACT", exact)
+    monkeypatch.setattr(module, "SAMPLE", 1)
+    file = txt("\n\n".join(f"Pangungusap {i}.\nPahina {i // 2} ng aklat." for i in range(40)))
+    kept, less = own(file), own(file, **{"corpus.drop_repeats": True})
+    assert kept.origin.repeated == less.origin.repeated == 20 / 80
+    count = [sum("aklat" in s for d in [*c.train, *c.heldout] for s in d.sentences) for c in (kept, less)]
+    assert count[0] > 35 and count[1] == 20
+
+
+def test_rows_without_text_are_counted(tmp_path):
+    rows = [{"text": f"Isa {i}."} for i in range(20)] + [{"text": ""}, {"text": None}, {"other": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert own(tmp_path / "a.jsonl").origin.skipped == 3
+
+
+def test_text_is_repaired_on_request(txt):
+    bad = "El Niño — “sige”".encode().decode("cp1252", "replace")
+    lines = [f"{bad} &amp; Nena, pagka\u00adin {i}." for i in range(20)]
+    file = txt("\n".join(lines))
+    assert "&amp;" in own(file).train[0].sentences[0]
+    repaired = own(file, **{"corpus.repair": True}).train[0].sentences[0]
+    assert repaired.startswith("El Niño — “sige") and "& Nena, pagkain" in repaired
