@@ -37,6 +37,8 @@ SENTENCE_END = re.compile(
     rf"(?:(?<=[{ENDS}])|(?<=[{ENDS}][{CLOSERS}])|(?<=[{ENDS}][{CLOSERS}]{{2}}))\s+"
     rf"|(?:(?<=[{WIDE}])|(?<=[{WIDE}][{WIDE_CLOSERS}]))(?![{WIDE}{WIDE_CLOSERS}…])\s*"
 )
+MOST_REPEATS = 4  # of a document of another language; more passes over the same text teach little
+PER_CHARACTER = 2000  # sentences that tell the tokens a character of a language
 LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
 TEST_REGISTERS = ("everyday", "story")
 TEST_PER_CELL = 18  # test documents for each topic and test register
@@ -61,6 +63,7 @@ class Corpus:
     heldout: Sequence[Document]
     test: Sequence[Document]
     origin: Origin | None = field(default=None, compare=False)
+    parts: "dict[str, Corpus]" = field(default_factory=dict, compare=False)  # of several languages: each by its code
     temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
 
 
@@ -94,6 +97,48 @@ def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path 
         corpus, passed_over = first_of(spec, lambda place: _load(place, seed, cache_root), "corpus")
         corpus.origin = replace(corpus.origin, passed_over=passed_over)
     return corpus
+
+
+def load_languages(
+    profile: config.Profile, count_tokens: Callable[[list[str]], int], cache_root: Path | None = None
+) -> Corpus:
+    """Load the corpora of all languages of a profile, mixed by `profile.shares`.
+
+    All text of the target is used once. Documents of another language are drawn evenly or repeated, up to MOST_REPEATS
+    times, until it has its share of the tokens. `test` and `origin` are the target's; `parts` holds each corpus.
+
+    Args:
+        profile: with several languages.
+        count_tokens: the tokens of some texts.
+        cache_root: see `load_corpus`.
+
+    Raises:
+        UserError: see `load_corpus`.
+    """
+    specs, shares = {profile.target: profile.corpus} | profile.corpora, profile.shares
+    parts = {code: load_corpus(specs[code], code, profile.seed, cache_root) for code in profile.languages}
+    tokens = {}  # of a language: tokens of its training documents, estimated from the first sentences
+    for code, part in parts.items():
+        some = sentences(part.train)[:PER_CHARACTER]
+        rate = count_tokens(some) / sum(map(len, some))
+        tokens[code] = rate * sum(len(s) for document in part.train for s in document.sentences)
+    whole = tokens[profile.target] / shares[profile.target]
+    times = {code: min(MOST_REPEATS, whole * shares[code] / tokens[code]) for code in parts}
+
+    def mixed() -> Iterator[Document]:
+        for code, part in parts.items():
+            due = 0.0
+            for document in part.train:
+                size = sum(map(len, document.sentences))
+                due += times[code] * size
+                while due >= size / 2 and size:
+                    due -= size
+                    yield document
+
+    lazy = any(isinstance(part.train, Lazy) for part in parts.values())
+    held = [document for part in parts.values() for document in part.heldout]
+    target = parts[profile.target]
+    return Corpus(Lazy(mixed) if lazy else list(mixed()), held, target.test, target.origin, parts)
 
 
 def _origin(corpus: Corpus, place: str, commit: str | None, content: str, facts: Any = None) -> Origin:

@@ -117,7 +117,7 @@ def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
 
     `training_documents` removes test sentences from a corpus of the user's own.
     """
-    own = corpus.train if corpus.origin.source == "embedded" else []
+    own = corpus.parts.get(next(iter(corpus.parts), ""), corpus).train if corpus.origin.source == "embedded" else []
     distilled = {sentence for document in own for sentence in document.sentences}
     loaded = [load_task(spec, corpus) for spec in specs]
     names = [task.name for task in loaded]
@@ -130,7 +130,9 @@ def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
 
 def origins(corpus: Corpus, tasks: list[Task]) -> dict[str, Any]:
     """The records of corpus and tasks by name, as JSON-like values (the fields of `sources.Origin`)."""
-    return {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
+    parts = {code: asdict(part.origin) for code, part in corpus.parts.items()}
+    found = {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
+    return found | ({"corpora": parts} if parts else {})
 
 
 def load_task(spec: config.Task, corpus: Corpus) -> Task:
