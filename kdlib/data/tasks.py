@@ -331,10 +331,10 @@ def _own(spec: config.Task) -> Task:
         frames = [frame.assign(**{c: frame[c].map(_repaired) for c in texts}) for frame in frames]
     labels: list[str] = label_columns
     if spec.kind in ("classify", "pair"):
-        frames = [frame.assign(**{spec.label: _trimmed(frame[spec.label], changes)}) for frame in frames]
+        frames = [frame.assign(**{columns[-1]: _trimmed(frame[columns[-1]], changes)}) for frame in frames]
         labels = sorted(set(frames[0][spec.label]))
     elif spec.kind == "tokens":
-        frames = [frame.assign(**{spec.label: _tags(spec, frame, changes)}) for frame in frames]
+        frames = [frame.assign(**{columns[-1]: _tags(spec, frame, changes)}) for frame in frames]
         tags = {tag for row in frames[0][spec.label] for tag in row}
         outside = {"O"} if any(map(LIKE_TAG.fullmatch, tags)) else set()
         labels = sorted(outside | tags, key=lambda tag: (tag != "O", tag[2:] if outside else tag, tag))
