@@ -101,7 +101,7 @@ def work(folder: Path) -> dict:
     watch.enter("reading")
     overrides = {"language": "xx", "corpus.source": str(folder / "text.txt"), "corpus.heldout": 0.001}
     profile = load_profile("workshop", overrides)
-    corpus = load_corpus(profile.corpus, profile.language, profile.seed, folder)
+    corpus = load_corpus(profile.corpus, profile.target, profile.seed, folder)
     watch.enter("counting")
     count_tokens(teacher.tokenizer, sentences(corpus.train))
     watch.enter("tokenising")

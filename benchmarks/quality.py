@@ -70,7 +70,7 @@ class Judge:
         self.teacher = study.source
         self.tasks = [task.small(rows, rows) for task in study.tasks if task.name in TASKS]
         self.heldout = sentences(study.corpus.heldout)[:200]
-        pairs = load_parallel(study.profile.parallel, study.profile.language, 200)
+        pairs = load_parallel(study.profile.parallel, study.profile.target, 200)
         self.pairs = {code: pairs[code] for code in ("tgl", "eng")}
         self.chance = {task.name: majority(task)[0].value for task in self.tasks}
         self.target = text_vectors(self.teacher, self.heldout)[:, 0]

@@ -93,6 +93,21 @@ def plan(profile: Profile = "workshop", set_: Overrides = None) -> None:
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="a YAML file: profile, only, set, and languages: code -> parameters")],
+    out: Annotated[Path, typer.Option(help="folder of the runs, one a language")] = Path("runs/sweep"),
+) -> None:
+    """Run one profile for several languages. Finished stages are kept: after a stop, the same command resumes."""
+    from kdlib.study.sweep import run_sweep
+
+    table, failed = run_sweep(file, out)
+    typer.echo(table.round(3).to_string())
+    typer.echo(out / "languages.csv")
+    if failed:
+        _fail(f"{len(failed)} of the languages failed: {'; '.join(failed)}", 2)
+
+
+@app.command()
 def distill(profile: Profile = "workshop", out: Out = None, set_: Overrides = None) -> None:
     """Distil a run's student outside the notebooks; they find it afterwards.
 

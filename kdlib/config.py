@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from kdlib.errors import UserError
@@ -36,6 +36,10 @@ class Source(Section):
     subset: str | None = Field(default=None, description="configuration name of a hub data set")
     split: str = Field(default="train", description="split of a hub data set, or a word in the names of files")
     revision: str | None = Field(default=None, description="commit, tag or branch of a hub data set")
+    encoding: str | None = Field(default=None, description="of text files, such as cp1252; null: UTF-8")
+    repair: bool = Field(
+        default=False, description="repair UTF-8 read twice, HTML entities and soft hyphens in the text"
+    )
 
 
 class Fallback(Source):
@@ -83,6 +87,7 @@ class Corpus(Source):
 
     text: str = Field(default="text", description="column that holds the text")
     document: str | None = Field(default=None, description="column that says which document a row belongs to")
+    drop_repeats: bool = Field(default=False, description="leave out sentences that occurred before in the corpus")
     heldout: float = Field(default=0.03, gt=0, lt=0.5, description="share of documents kept for the held-out loss")
     max_documents: int | None = Field(default=None, ge=10, description="training documents at most; null: all")
     streaming: bool = Field(default=False, description="read the first max_documents documents only")
@@ -113,6 +118,7 @@ class Task(Source):
     second: str | None = Field(default=None, description="column of the second text (kind pair)")
     label: str | list[str] = Field(default="label", description="label column; a list of 0/1 columns (kind multilabel)")
     test: str | None = Field(default=None, description="file or split of the test rows; null: 30% of the rows")
+    skip_empty: bool = Field(default=False, description="leave out rows without text or label; false: refuse them")
     fallbacks: list[TaskFallback] = Field(default=[], description="other places for the same rows, tried in order")
     probe: bool = Field(default=True, description="compare models by probe; notebook 01 uses all tasks")
     finetune: bool = Field(default=True, description="fine-tune on it in the benchmark")
@@ -141,6 +147,12 @@ class Vocabulary(Section):
     wordlist: bool = Field(default=True, description="keep the tokens of wordfreq's words for the language")
     characters: Literal["scripts", "all"] = Field(default="scripts", description="single characters to keep")
     max_rows: int | None = Field(default=None, ge=100, description="embedding rows to keep at most")
+    coverage: float | None = Field(
+        default=None,
+        gt=0.5,
+        lt=1,
+        description="keep as few rows as cover this share of each language's held-out tokens",
+    )
 
 
 class Condition(Section):
@@ -334,16 +346,34 @@ class Compute(Section):
         return self
 
 
+def _codes(value: Any) -> Any:
+    codes = value if isinstance(value, list) else [value]
+    if not codes or not all(isinstance(code, str) and len(code) > 1 for code in codes) or len({*codes}) < len(codes):
+        raise PydanticCustomError(
+            "language", "should be an ISO 639 code, or a list of different ones, the target first"
+        )
+    return value
+
+
+TARGET_SHARE = 0.7  # of the training tokens, for the first of several languages
+
+
 class Profile(Section):
     """A whole study. Field descriptions are the documentation of the parameters."""
 
     name: str = Field(default="workshop", description="what the study is called")
-    language: str = Field(default="tgl", min_length=2, description="ISO 639 code of the target language")
+    language: Annotated[str | list[str], BeforeValidator(_codes)] = Field(
+        default="tgl", description="ISO 639 code of the target language; a list adds languages after it"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="of every random draw, except for `benchmark.seeds`")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: a GPU where there is one")
     compute: Compute = Compute()
     teacher: Teacher = Teacher()
     corpus: Corpus = Corpus()
+    corpora: dict[str, Corpus] = Field(default={}, description="corpora of the other languages, by code")
+    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="share of the training tokens by language; default 0.7 for the target"
+    )
     parallel: Parallel | None = Parallel()
     baselines: dict[str, Teacher] = Field(default={}, description="other encoders to benchmark, by display name")
     tasks: list[Task] = [
@@ -362,6 +392,36 @@ class Profile(Section):
     benchmark: Benchmark = Benchmark()
     task_student: TaskStudent = TaskStudent()
     ablations: Ablations = Ablations()
+
+    @property
+    def languages(self) -> list[str]:
+        """The codes of all languages, the target first."""
+        return [self.language] if isinstance(self.language, str) else self.language
+
+    @property
+    def target(self) -> str:
+        """The code of the target language."""
+        return self.languages[0]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of the training tokens of each language; their sum is 1."""
+        others = len(self.languages) - 1
+        usual = {code: (1 - TARGET_SHARE) / others if others else 1.0 for code in self.languages}
+        weights = self.weights or usual | ({self.target: TARGET_SHARE} if others else {})
+        return {code: weights[code] / sum(weights.values()) for code in self.languages}
+
+    @model_validator(mode="after")
+    def _names_every_language(self) -> "Profile":
+        others = self.languages[1:]
+        for name, given, codes in (("corpora", self.corpora, others), ("weights", self.weights, self.languages)):
+            if (given or name == "corpora") and set(given) != set(codes):
+                raise PydanticCustomError(
+                    "languages",
+                    "{name} should name {codes}",
+                    {"name": name, "codes": ", ".join(codes) or "no language"},
+                )
+        return self
 
 
 def profile_names() -> list[str]:

@@ -280,3 +280,35 @@ def bomb(first, wrap):
 )
 def test_aliases_are_not_multiplied_out(profile_file, content):
     assert len(refusal(profile=profile_file(content))) < 10_000  # multiplied out they would not fit in memory
+
+
+# -- several languages
+
+
+def test_one_language_is_the_whole_mixture():
+    profile = load_profile("smoke", "language=ceb")
+    assert profile.languages == ["ceb"] and profile.target == "ceb" and profile.shares == {"ceb": 1.0}
+
+
+def test_the_target_has_seven_tenths_unless_weights_say_otherwise():
+    several = {"language": ["tgl", "eng", "ceb"], "corpora": {"eng": {"source": "a.txt"}, "ceb": {"source": "b.txt"}}}
+    assert load_profile("smoke", several).shares == pytest.approx({"tgl": 0.7, "eng": 0.15, "ceb": 0.15})
+    weighted = load_profile("smoke", several | {"weights": {"tgl": 2.0, "eng": 1.0, "ceb": 1.0}})
+    assert weighted.shares == {"tgl": 0.5, "eng": 0.25, "ceb": 0.25}
+
+
+@pytest.mark.parametrize(
+    "overrides, told",
+    [
+        ({"language": ["tgl", "eng"]}, "corpora should name eng"),
+        ({"corpora": {"eng": {"source": "a.txt"}}}, "corpora should name no language"),
+        ({"language": ["tgl", "tgl"]}, "language: should be an ISO 639 code, or a list of different ones"),
+        (
+            {"language": ["tgl", "eng"], "corpora": {"eng": {"source": "a.txt"}}, "weights": {"eng": 1.0}},
+            "weights should name tgl, eng",
+        ),
+    ],
+)
+def test_every_language_has_a_corpus_and_a_weight(overrides, told):
+    with pytest.raises(UserError, match=told):
+        load_profile("smoke", overrides)

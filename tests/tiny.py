@@ -61,7 +61,7 @@ def texts(count, seed=0, length=6):
 
 def corpus_of(profile, cache=None):
     """The corpus of a profile."""
-    return load_corpus(profile.corpus, profile.language, profile.seed, cache)
+    return load_corpus(profile.corpus, profile.target, profile.seed, cache)
 
 
 SPEC = config.Benchmark(

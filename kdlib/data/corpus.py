@@ -7,7 +7,7 @@ import re
 import tempfile
 import textwrap
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,17 @@ import numpy as np
 
 from kdlib import config
 from kdlib.data.lazy import Document, Lazy, picked, read, write
-from kdlib.data.sources import Origin, digest, embedded_rows, first_of, local_state, read_rows, row_bytes, stream_rows
+from kdlib.data.sources import (
+    Origin,
+    digest,
+    embedded_rows,
+    first_of,
+    local_state,
+    read_rows,
+    repaired,
+    row_bytes,
+    stream_rows,
+)
 from kdlib.errors import UserError
 from kdlib.files import fingerprint, new_folder, read_json, write_json
 
@@ -27,11 +37,14 @@ SENTENCE_END = re.compile(
     rf"(?:(?<=[{ENDS}])|(?<=[{ENDS}][{CLOSERS}])|(?<=[{ENDS}][{CLOSERS}]{{2}}))\s+"
     rf"|(?:(?<=[{WIDE}])|(?<=[{WIDE}][{WIDE_CLOSERS}]))(?![{WIDE}{WIDE_CLOSERS}…])\s*"
 )
+MOST_REPEATS = 4  # of a document of another language; more passes over the same text teach little
+PER_CHARACTER = 2000  # sentences that tell the tokens a character of a language
 LONGEST = 300  # characters of a sentence; a teacher reads hardly more at once
 TEST_REGISTERS = ("everyday", "story")
 TEST_PER_CELL = 18  # test documents for each topic and test register
 HELDOUT_PER_CELL = 2  # held-out documents for each topic and register
 HELDOUT_PAIRS = 0.1  # share of the pairs of translations that the held-out loss is measured on
+EXACT, SAMPLE = 2**20, 16  # see _Seen
 IN_MEMORY = 2**24  # characters of a corpus that are held in memory; a larger corpus is kept in files
 
 
@@ -50,6 +63,7 @@ class Corpus:
     heldout: Sequence[Document]
     test: Sequence[Document]
     origin: Origin | None = field(default=None, compare=False)
+    parts: "dict[str, Corpus]" = field(default_factory=dict, compare=False)  # of several languages: each by its code
     temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
 
 
@@ -85,9 +99,51 @@ def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path 
     return corpus
 
 
-def _origin(corpus: Corpus, place: str, commit: str | None, content: str) -> Origin:
+def load_languages(
+    profile: config.Profile, count_tokens: Callable[[list[str]], int], cache_root: Path | None = None
+) -> Corpus:
+    """Load the corpora of all languages of a profile, mixed by `profile.shares`.
+
+    All text of the target is used once. Documents of another language are drawn evenly or repeated, up to MOST_REPEATS
+    times, until it has its share of the tokens. `test` and `origin` are the target's; `parts` holds each corpus.
+
+    Args:
+        profile: with several languages.
+        count_tokens: the tokens of some texts.
+        cache_root: see `load_corpus`.
+
+    Raises:
+        UserError: see `load_corpus`.
+    """
+    specs, shares = {profile.target: profile.corpus} | profile.corpora, profile.shares
+    parts = {code: load_corpus(specs[code], code, profile.seed, cache_root) for code in profile.languages}
+    tokens = {}  # of a language: tokens of its training documents, estimated from the first sentences
+    for code, part in parts.items():
+        some = sentences(part.train)[:PER_CHARACTER]
+        rate = count_tokens(some) / sum(map(len, some))
+        tokens[code] = rate * sum(len(s) for document in part.train for s in document.sentences)
+    whole = tokens[profile.target] / shares[profile.target]
+    times = {code: min(MOST_REPEATS, whole * shares[code] / tokens[code]) for code in parts}
+
+    def mixed() -> Iterator[Document]:
+        for code, part in parts.items():
+            due = 0.0
+            for document in part.train:
+                size = sum(map(len, document.sentences))
+                due += times[code] * size
+                while due >= size / 2 and size:
+                    due -= size
+                    yield document
+
+    lazy = any(isinstance(part.train, Lazy) for part in parts.values())
+    held = [document for part in parts.values() for document in part.heldout]
+    target = parts[profile.target]
+    return Corpus(Lazy(mixed) if lazy else list(mixed()), held, target.test, target.origin, parts)
+
+
+def _origin(corpus: Corpus, place: str, commit: str | None, content: str, facts: Any = None) -> Origin:
     sizes = {"train": len(corpus.train), "heldout": len(corpus.heldout), "test": len(corpus.test)}
-    return Origin(place, commit, content, sizes)
+    return Origin(place, commit, content, sizes, **facts or {})
 
 
 def embedded_documents() -> list[Document]:
@@ -105,13 +161,14 @@ def _load(spec: config.Corpus, seed: int, cache_root: Path | None) -> Corpus:
     folder = Path(cache_root or temporary.name) / "corpus" / fingerprint(spec.model_dump(), seed, state)
     if state and (kept := _kept(folder, spec.source, commit)):
         return kept
-    documents = itertools.islice(_documents(rows, spec), spec.max_documents if spec.streaming else None)
+    seen = _Seen(spec)
+    documents = itertools.islice(seen.through(rows), spec.max_documents if spec.streaming else None)
     small, size = [], 0
     for document in documents:
         small.append(document)
         size += sum(map(len, document.sentences))
         if size > IN_MEMORY:
-            split_in_files(itertools.chain(small, documents), spec, seed, folder)
+            split_in_files(itertools.chain(small, documents), spec, seed, folder, seen.facts)
             corpus = _kept(folder, spec.source, commit)
             corpus.temporary = temporary
             return corpus
@@ -121,9 +178,50 @@ def _load(spec: config.Corpus, seed: int, cache_root: Path | None) -> Corpus:
     corpus = _split(small, spec.heldout)
     if spec.max_documents and len(corpus.train) > spec.max_documents:
         corpus.train = random.Random(seed).sample(corpus.train, spec.max_documents)
-    corpus.origin = _origin(corpus, spec.source, commit, digest(d.sentences for d in small))
+    corpus.origin = _origin(corpus, spec.source, commit, digest(d.sentences for d in small), seen.facts())
     check_leaks(corpus)
     return corpus
+
+
+class _Seen:
+    """What was seen of a corpus on the way: rows without text, and how many sentences repeat earlier ones.
+
+    After EXACT sentences, repetition is counted on one in SAMPLE, chosen by its hash; with `drop_repeats` on all, at
+    about 60 bytes a sentence.
+    """
+
+    def __init__(self, spec: config.Corpus):
+        self.spec, self.skipped = spec, 0
+        self.marks: set[int] = set()
+        self.exact, self.sample = [0, 0], [0, 0]  # sentences, and how many of them are repeats
+
+    def through(self, rows: Iterable[dict[str, Any]]) -> Iterator[Document]:
+        """The documents of the rows, without what the profile leaves out."""
+        for document in _documents(map(self._row, rows), self.spec):
+            kept = [s for s in document.sentences if not (self._repeats(s) and self.spec.drop_repeats)]
+            if kept:
+                yield replace(document, sentences=kept)
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        text = row.get(self.spec.text)
+        self.skipped += not _has_text(text)
+        return row | {self.spec.text: repaired(text)} if self.spec.repair and isinstance(text, str) else row
+
+    def _repeats(self, sentence: str) -> bool:
+        mark = _mark(sentence)
+        tallies = [self.sample] if mark % SAMPLE == 0 else []
+        tallies += [self.exact] if self.spec.drop_repeats or self.exact[0] <= EXACT else []
+        found = mark in self.marks
+        for tally in tallies:
+            tally[0] += 1
+            tally[1] += found
+            self.marks.add(mark)
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of the origin."""
+        count, repeats = self.exact if self.spec.drop_repeats or self.exact[0] <= EXACT else self.sample
+        return {"skipped": self.skipped, "repeated": round(repeats / max(1, count), 4)}
 
 
 def _documents(rows: Iterable[dict[str, Any]], spec: config.Corpus) -> Iterator[Document]:
@@ -216,10 +314,13 @@ def _split(documents: list[Document], heldout: float) -> Corpus:
     return Corpus(train, ranked[:count], [])
 
 
-def split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path) -> None:
+def split_in_files(
+    documents: Iterable[Document], spec: config.Corpus, seed: int, folder: Path, facts: Callable[[], Any] = dict
+) -> None:
     """`_split`, and the draw of max_documents, for more documents than fit in memory.
 
-    Writes `train` and `heldout` in `folder`. Memory holds 17 bytes a document and 8 a held-out sentence.
+    Writes `train` and `heldout` in `folder`, and `facts` of the origin, asked for after all documents are read. Memory
+    holds 17 bytes a document and 8 a held-out sentence.
     """
     ranks, names, content = array("Q"), array("Q"), hashlib.sha256()
 
@@ -256,17 +357,18 @@ def split_in_files(documents: Iterable[Document], spec: config.Corpus, seed: int
         write(work / "train", map(left, picked(everything, order)))
         write(work / "heldout", picked(everything, heldout))
         everything.unlink()
-        write_json(work / "corpus.json", {"sha256": content.hexdigest()})
+        write_json(work / "corpus.json", {"sha256": content.hexdigest(), "facts": facts()})
 
 
 def _kept(folder: Path, place: str, commit: str | None) -> Corpus | None:
     """The corpus that `split_in_files` wrote, or None."""
     try:
-        content = read_json(folder / "corpus.json")["sha256"]
+        about = read_json(folder / "corpus.json")
+        content, facts = about["sha256"], about["facts"]
         corpus = Corpus(read(folder / "train"), read(folder / "heldout"), [])
     except (UserError, KeyError, OSError, ValueError):
         return None
-    corpus.origin = _origin(corpus, place, commit, content)
+    corpus.origin = _origin(corpus, place, commit, content, facts)
     return corpus
 
 

@@ -1,11 +1,11 @@
 """Rows from anywhere, and a record of where they came from.
 
-A hub data set, a file of one, a file from the web, a local folder, or a local txt, jsonl, csv, tsv or parquet file
-(each
-also .gz). A zip is read as a folder, in memory: nothing of it is written to disk.
+A hub data set, a file of one, a file from the web, a local folder, or a local file of a kind in `readers.SUFFIXES`. A
+zip is read as a folder, in memory: nothing of it is written to disk.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from kdlib.config import Corpus, Source, Task
 from kdlib.data import hub
-from kdlib.data.readers import SUFFIXES, chunks, parse, suffix, unpacked_limit, with_class_names
+from kdlib.data.readers import SUFFIXES, chunks, joined, suffix, tables, unpacked_limit, with_class_names
 from kdlib.errors import LONGEST, UserError
 
-if TYPE_CHECKING:
-    pass
-
+ABOUT = re.compile(
+    r"(dataset_dict|dataset_infos?|state)\.json|(cache|tmp)-?\w*\.arrow"
+)  # what `datasets` writes beside rows
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILE = re.compile(rf"hf://datasets/({HUB_ID.pattern})/(.+)")
 ADDRESS = re.compile(r"https?://\S+")
@@ -45,6 +45,9 @@ class Origin:
         sha256: of the texts and labels; equal for equal rows in any kind of file.
         rows: number of rows of each split (documents, for a corpus).
         removed: training rows left out because their text is in test.
+        skipped: rows left out because they have no text or no label.
+        repeated: share of a corpus's sentences that occurred before in it.
+        notes: what was changed in the rows, such as labels with spaces around them.
         passed_over: the sources tried before, each with what was wrong.
     """
 
@@ -53,6 +56,9 @@ class Origin:
     sha256: str
     rows: dict[str, int]
     removed: int = 0
+    skipped: int = 0
+    repeated: float = 0.0
+    notes: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
 
 
@@ -99,6 +105,16 @@ def first_of(spec: Spec, load: Callable[[Spec], T], what: str) -> tuple[T, tuple
     raise UserError(f"{what}: none of its {len(places)} sources can be read: {listed}{hub.WAY_ON}")
 
 
+def repaired(text: str) -> str:
+    """Text without the marks of bad conversion: UTF-8 read as another encoding, HTML entities, soft hyphens.
+
+    ftfy does the work; quotes stay curly, and characters are composed (NFC).
+    """
+    import ftfy
+
+    return ftfy.fix_text(text, uncurl_quotes=False, unescape_html=True).replace("\u00ad", "")
+
+
 def embedded_rows(name: str) -> pd.DataFrame:
     """A file of the kit by its name in `bundled`, without ending."""
     return pd.read_json(
@@ -128,12 +144,13 @@ def read_table(source: Source, columns: list[str] = (), split: str | None = None
     """
     files, commit = _files(source)
     if split and _is_place(split) and split not in (files or ()):
-        return read_table(Source(source=split, split="test"), columns)
+        place = dict(source=split, split="test", subset=None, revision=None)
+        return read_table(source.model_copy(update=place), columns)
     if files is None:
         rows, commit = hub.dataset(source.source, source.subset, split or source.split, source.revision)
         rows = with_class_names(rows.to_pandas(), rows.features)
     else:
-        rows = _join(_chosen(source, files, split))
+        rows = joined(_apart(_chosen(source, files, split)))
     if rows.empty:
         raise UserError(f"{source.source}: no rows")
     _check_columns(source, columns, rows.columns)
@@ -192,11 +209,13 @@ def _check_columns(source: Source, columns: list[str], there: Iterable[str]) -> 
 def _files(source: Source) -> tuple[Files | None, str | None]:
     """The files of a source, and their commit; None for a hub data set, whose client chooses the files."""
     name, commit = source.source, None
+    how: Any = dict(encoding=source.encoding, words=getattr(source, "kind", None) == "tokens")
     path = Path(os.path.expanduser(name))
     if os.path.isdir(path):  # unlike Path.is_dir, False for any name no file can have
         found = [file.relative_to(path) for file in sorted(path.rglob("*")) if suffix(file) and file.is_file()]
-        found = [file for file in found if not any(part.startswith(".") for part in file.parts)]
-        return {str(file): lambda file=file: chunks(path / file) for file in found}, None
+        hidden = [any(part.startswith(".") for part in file.parts) or ABOUT.fullmatch(file.name) for file in found]
+        found = [file for file, hide in zip(found, hidden) if not hide]
+        return {str(file): lambda file=file: chunks(path / file, **how) for file in found}, None
     if match := HUB_FILE.fullmatch(name):
         path, commit = hub.file(*match.groups(), source.revision)
     elif ADDRESS.fullmatch(name):
@@ -206,8 +225,8 @@ def _files(source: Source) -> tuple[Files | None, str | None]:
             return None, None
         raise UserError(f"{name!r}: no such file or folder, and not a hub id (owner/name)")
     if path.name.lower().endswith(".zip"):
-        return _zip_files(path, name), commit
-    return {"": lambda: chunks(path, name)}, commit
+        return _zip_files(path, name, how), commit
+    return {"": lambda: chunks(path, name, **how)}, commit
 
 
 def local_state(source: Source) -> list[tuple[str, int, int]] | None:
@@ -219,8 +238,8 @@ def local_state(source: Source) -> list[tuple[str, int, int]] | None:
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _zip_files(path: Path, name: str) -> Files:
-    """The files in a zip, read in memory. Names of members are never used as paths."""
+def _zip_files(path: Path, name: str, how: dict[str, Any]) -> Files:
+    """The files in a zip, read in memory. Names of members are never used as paths. `how`: see `readers.tables`."""
     if not os.path.isfile(path):
         raise UserError(f"{name}: no such file")
     try:
@@ -234,21 +253,22 @@ def _zip_files(path: Path, name: str) -> Files:
             raise UserError(f"{name}: holds {member.filename!r}, a link or a path to elsewhere; not read")
     hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
     members = [m for m in members if suffix(Path(m.filename)) and not hidden.search(m.filename)]
+    members = [m for m in members if not ABOUT.fullmatch(PurePosixPath(m.filename).name)]
     if sum(member.file_size for member in members) > min(hub.LARGEST, unpacked_limit(path.stat().st_size)):
         raise UserError(
             f"{name}: its files are far larger than the zip, or have more than {hub.LARGEST / 2**30:.0f} GB"
         )
 
-    def read(member: zipfile.ZipInfo) -> pd.DataFrame:
+    def read(member: zipfile.ZipInfo) -> Iterator[pd.DataFrame]:
         where = f"{name}: {member.filename}"
         try:
             with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
                 data = b"".join(iter(lambda: stream.read(2**20), b""))  # no more than the stated size
         except Exception as error:  # broken, encrypted, or packed with an unknown method
             raise UserError(f"{where}: cannot be unpacked ({hub.reason(error)})") from None
-        return parse(member.filename, data, where, hub.LARGEST)
+        yield from tables(io.BytesIO(data), member.filename, where, **how, limit=hub.LARGEST)
 
-    return {m.filename: lambda member=m: [read(member)] for m in sorted(members, key=lambda m: m.filename)}
+    return {m.filename: lambda member=m: read(member) for m in sorted(members, key=lambda m: m.filename)}
 
 
 def _chosen(source: Source, files: Files, split: str | None) -> Files:
@@ -269,19 +289,15 @@ def _chosen(source: Source, files: Files, split: str | None) -> Files:
 
 
 def _apart(files: Files) -> Iterator[pd.DataFrame]:
-    """The tables of files, each read when needed. Documents of different txt files stay separate."""
+    """The tables of files, each read when needed. Documents of different files of text stay separate."""
     documents = 0
     for name, read in files.items():
         before = documents
         for rows in read():
-            if suffix(Path(name)) == ".txt" and len(rows):
+            if suffix(Path(name)) in (".txt", ".conll", ".conllu") and "document" in rows and len(rows):
                 rows["document"] += before
                 documents = rows["document"].max() + 1
             yield rows
-
-
-def _join(files: Files) -> pd.DataFrame:
-    return pd.concat(_apart(files), ignore_index=True)
 
 
 def looks_local(name: str) -> bool:

@@ -3,6 +3,7 @@
 import hashlib
 import random
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +15,7 @@ from scipy.cluster.hierarchy import DisjointSet
 
 from kdlib import config
 from kdlib.data.corpus import Corpus, Document, draw, windows, without
-from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table
+from kdlib.data.sources import Origin, digest, embedded_rows, first_of, read_rows, read_table, repaired
 from kdlib.errors import UserError
 
 TEST_SHARE = 0.3
@@ -22,6 +23,9 @@ OVERLAP = 0.05  # share of test rows that may also be in train, since real data 
 DENGUE_LABELS = ["absent", "dengue", "health", "mosquito", "sick"]
 ENTITY = re.compile(r"\[(PER|LOC|ORG) ([^\]]+)\]|(\S+)")
 TAG = re.compile(r"O|[BIES]-.+")
+LIKE_TAG = re.compile(
+    r"O|[BIESLU]-.*", re.IGNORECASE
+)  # entities were meant; other tags, such as parts of speech, are free
 WORD = re.compile(r"[^ \t\r\n]+")  # between words; a no-break space is part of a word
 WORD_OR_MARK = re.compile(r"\w+(?:[-'’]\w+)*|[^\w\s]")
 TASK_WINDOW = 3  # a single sentence often does not tell its document's topic
@@ -59,7 +63,7 @@ class Task:
     """A task with fixed train and test rows.
 
     Attributes:
-        kind: classify, multilabel, pair or tokens (BIO tags).
+        kind: classify, multilabel, pair or tokens (BIO tags, or a class for every word).
         origin: what was read.
     """
 
@@ -101,7 +105,9 @@ class Task:
         if self.kind == "multilabel":
             found = {label for label, on in zip(self.labels, target) if on}
         elif self.kind == "tokens":
-            found = {self.labels[i][2:] for i in target if self.labels[i] != "O"}
+            found = {
+                self.labels[i][2:] if "O" in self.labels else self.labels[i] for i in target if self.labels[i] != "O"
+            }
         else:
             found = {self.labels[target]}
         return found or {"none"}
@@ -112,7 +118,7 @@ def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
 
     `training_documents` removes test sentences from a corpus of the user's own.
     """
-    own = corpus.train if corpus.origin.source == "embedded" else []
+    own = corpus.parts.get(next(iter(corpus.parts), ""), corpus).train if corpus.origin.source == "embedded" else []
     distilled = {sentence for document in own for sentence in document.sentences}
     loaded = [load_task(spec, corpus) for spec in specs]
     names = [task.name for task in loaded]
@@ -125,7 +131,9 @@ def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
 
 def origins(corpus: Corpus, tasks: list[Task]) -> dict[str, Any]:
     """The records of corpus and tasks by name, as JSON-like values (the fields of `sources.Origin`)."""
-    return {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
+    parts = {code: asdict(part.origin) for code, part in corpus.parts.items()}
+    found = {"corpus": asdict(corpus.origin), "tasks": {task.name: asdict(task.origin) for task in tasks}}
+    return found | ({"corpora": parts} if parts else {})
 
 
 def load_task(spec: config.Task, corpus: Corpus) -> Task:
@@ -229,17 +237,25 @@ def english_twins(task: Task) -> Split | None:
     return Split(list(rows["text"]), [task.labels.index(label) for label in rows["label"]])
 
 
-def _split_rows(name: str, kind: str, labels: list[str], texts: list, targets: list) -> Task:
+def _split_rows(
+    name: str, kind: str, labels: list[str], texts: list, targets: list, documents: list | None = None
+) -> Task:
     """Hold out a share of each class (of each label combination), equal on every machine.
 
-    Rows with a held-out text are removed from the training side.
+    Rows with a held-out text are removed from the training side. With `documents`, the rows of a document stay
+    together; then classes are not balanced.
     """
     groups: dict[str, list[int]] = {}
-    for i in sorted(
-        range(len(texts)), key=lambda i: hashlib.sha256(repr(texts[i]).encode("utf-8", "replace")).hexdigest()
-    ):
-        groups.setdefault(str(targets[i]) if kind != "tokens" else "", []).append(i)
+    ranks = [hashlib.sha256(repr(text).encode("utf-8", "replace")).hexdigest() for text in texts]
+    first: dict[Any, str] = {}  # of a document: the lowest rank of its rows
+    for rank, document in zip(ranks, documents or ()):
+        first[document] = min(rank, first.get(document, rank))
+    for i in sorted(range(len(texts)), key=lambda i: (first[documents[i]], ranks[i]) if documents else ranks[i]):
+        groups.setdefault(str(targets[i]) if kind != "tokens" and not documents else "", []).append(i)
     test = {i for group in groups.values() for i in group[: round(len(group) * TEST_SHARE)]}
+    if documents:
+        cut = {documents[i] for i in test}
+        test = {i for i in range(len(texts)) if documents[i] in cut}
     held = {repr(texts[i]) for i in test}
     train = [i for i in range(len(texts)) if repr(texts[i]) not in held]
     if not test or not train:
@@ -298,6 +314,7 @@ EMBEDDED = {
 
 def _own(spec: config.Task) -> Task:
     """A task of the user. Words and tags of kind tokens are lists, or strings with spaces."""
+    changes: Counter[str] = Counter()
     label_columns = spec.label if isinstance(spec.label, list) else [spec.label]
     if spec.kind == "pair" and not spec.second:
         raise UserError(f"task {spec.name}: kind pair needs the column of the second text: second")
@@ -308,12 +325,20 @@ def _own(spec: config.Task) -> Task:
     columns = [spec.text, *([spec.second] if spec.second else []), *label_columns]
     rows, commit = read_table(spec, columns)
     frames = [rows, read_rows(spec, columns, split=spec.test)] if spec.test else [rows]
+    read = sum(map(len, frames))
+    frames = [_filled(spec, frame, columns) for frame in frames]
+    if spec.repair:
+        texts = [column for column in (spec.text, spec.second) if column]
+        frames = [frame.assign(**{c: frame[c].map(_repaired) for c in texts}) for frame in frames]
     labels: list[str] = label_columns
     if spec.kind in ("classify", "pair"):
-        labels = sorted({str(x) for x in frames[0][spec.label]})
+        frames = [frame.assign(**{columns[-1]: _trimmed(frame[columns[-1]], changes)}) for frame in frames]
+        labels = sorted(set(frames[0][spec.label]))
     elif spec.kind == "tokens":
-        tags = {tag for row in frames[0][spec.label] for tag in _words(row, f"task {spec.name}", spec.label)}
-        labels = sorted({"O", *tags}, key=lambda tag: (tag != "O", tag[2:], tag))
+        frames = [frame.assign(**{columns[-1]: _tags(spec, frame, changes)}) for frame in frames]
+        tags = {tag for row in frames[0][spec.label] for tag in row}
+        outside = {"O"} if any(map(LIKE_TAG.fullmatch, tags)) else set()
+        labels = sorted(outside | tags, key=lambda tag: (tag != "O", tag[2:] if outside else tag, tag))
     if len(labels) < 2:
         raise UserError(
             f"task {spec.name}: column {spec.label!r} holds one class only ({', '.join(labels)}); "
@@ -321,10 +346,69 @@ def _own(spec: config.Task) -> Task:
         )
     splits = [_own_split(spec, frame, labels) for frame in frames]
     if len(splits) == 1:
-        task = _split_rows(spec.name, spec.kind, labels, splits[0].texts, splits[0].targets)
+        documents = list(frames[0]["document"]) if spec.kind == "tokens" and "document" in frames[0] else []
+        documents = documents if len(set(documents)) > 1 else None
+        task = _split_rows(spec.name, spec.kind, labels, splits[0].texts, splits[0].targets, documents)
     else:
         task = _apart(Task(spec.name, spec.kind, labels, *splits))
-    return replace(task, origin=_origin(task, splits, spec.source, commit))
+    notes = tuple(f"{count:,} {what}" for what, count in changes.items())
+    if notes:
+        warnings.warn(f"task {spec.name}: {'; '.join(notes)}", stacklevel=2)
+    origin = _origin(task, splits, spec.source, commit)
+    return replace(task, origin=replace(origin, skipped=read - sum(map(len, frames)), notes=notes))
+
+
+def _filled(spec: config.Task, frame: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """The rows with text and label in all columns. Raises UserError for others, unless the task skips them."""
+    empty = frame[columns].map(_is_empty)
+    lacking = empty.any(axis=1).to_numpy()
+    if lacking.any() and not spec.skip_empty:
+        first = int(lacking.argmax())
+        column = columns[int(empty.iloc[first].to_numpy().argmax())]
+        raise UserError(
+            f"task {spec.name}: {lacking.sum():,} of {len(frame):,} rows have no text or no label, such as row "
+            f"{first + 1} (column {column!r} holds {frame[column].iloc[first]!r}); skip_empty: true leaves them out"
+        )
+    if lacking.all():
+        raise UserError(f"task {spec.name}: none of the {len(frame):,} rows has both text and label")
+    return frame[~lacking]
+
+
+def _repaired(value: Any) -> Any:
+    if isinstance(value, str):
+        return repaired(value)
+    return [_repaired(item) for item in value] if isinstance(value, (list, np.ndarray)) else value
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return (
+        len(value) == 0
+        if isinstance(value, (list, np.ndarray))
+        else bool(pd.api.types.is_scalar(value) and pd.isna(value))
+    )
+
+
+def _trimmed(labels: Iterable[Any], changes: Counter[str]) -> list[str]:
+    """Labels as text without spaces around them; their number is added to `changes`."""
+    found = [str(label) for label in labels]
+    changes["labels had spaces around them, which are removed"] += sum(label != label.strip() for label in found)
+    changes += Counter()  # without what is 0
+    return [label.strip() for label in found]
+
+
+def _tags(spec: config.Task, frame: pd.DataFrame, changes: Counter[str]) -> list[list[str]]:
+    """The tags of each row. Entities that start with I (the form IOB1) start with B; they are counted in `changes`."""
+    found = []
+    for value in frame[spec.label]:
+        tags = _words(value, f"task {spec.name}", spec.label)
+        kinds = ["O", *(tag[2:] if TAG.fullmatch(tag) and tag != "O" else "O" for tag in tags)]
+        starts = [tag.startswith("I-") and kind != before for tag, kind, before in zip(tags, kinds[1:], kinds)]
+        if any(starts):
+            changes["entities started with I-, now with B-"] += sum(starts)
+        found.append([f"B-{tag[2:]}" if start else tag for tag, start in zip(tags, starts)])
+    return found
 
 
 def _apart(task: Task) -> Task:
@@ -366,13 +450,13 @@ def _words(value: Any, where: str, column: str) -> list[str]:
 
 def _own_split(spec: config.Task, frame: pd.DataFrame, labels: list[str]) -> Split:
     texts, targets = [], []
-    for number, row in enumerate(frame.to_dict("records"), start=1):
+    for number, row in zip(frame.index + 1, frame.to_dict("records")):
         where = f"task {spec.name}, row {number}"
         if spec.kind == "tokens":
-            text, tags = _words(row[spec.text], where, spec.text), _words(row[spec.label], where, spec.label)
+            text, tags = _words(row[spec.text], where, spec.text), row[spec.label]
             if len(text) != len(tags):
                 raise UserError(f"{where}: {len(text)} words but {len(tags)} tags")
-            if wrong := [tag for tag in tags if not TAG.fullmatch(tag)]:
+            if "O" in labels and (wrong := [tag for tag in tags if not TAG.fullmatch(tag)]):
                 raise UserError(f"{where}: column {spec.label!r} holds {wrong[0]!r}; a tag is O, B-kind or I-kind")
             target = [_index(labels, tag, where) for tag in tags]
         else:
@@ -382,9 +466,7 @@ def _own_split(spec: config.Task, frame: pd.DataFrame, labels: list[str]) -> Spl
             if spec.kind == "multilabel":
                 target = [_binary(row[column], where, column) for column in labels]
             else:
-                if pd.api.types.is_scalar(row[spec.label]) and (pd.isna(row[spec.label]) or row[spec.label] == ""):
-                    raise UserError(f"{where}: column {spec.label!r} holds no label")
-                target = _index(labels, str(row[spec.label]), where)
+                target = _index(labels, row[spec.label], where)
         texts.append(text)
         targets.append(target)
     return Split(texts, targets)

@@ -6,6 +6,7 @@ tokens that a corpus and a word list use, every special token, and the single ch
 
 import functools
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -112,6 +113,7 @@ def select_tokens(
     extra: Sequence[str] = (),
     characters: str = "scripts",
     max_rows: int | None = None,
+    counts: np.ndarray | None = None,
 ) -> Selection:
     """Choose the tokens to keep.
 
@@ -127,6 +129,7 @@ def select_tokens(
         characters: "scripts" keeps characters of the scripts in `texts` and neutral ones (digits, punctuation,
             symbols); "all" keeps those of every script.
         max_rows: embedding rows at most; None: no limit.
+        counts: those of `count_tokens` for `texts`, where they are known; then `texts` is not read.
 
     Raises:
         UserError: where `texts` is empty, or `max_rows` leaves no room for special tokens and characters.
@@ -134,7 +137,7 @@ def select_tokens(
     model = tokenizer_model(tokenizer)
     kind = model["type"]
     tokens = token_list(tokenizer)
-    counts = _count(tokenizer, texts, len(tokens))
+    counts = _count(tokenizer, texts, len(tokens)) if counts is None else counts
     if not counts.any():
         raise UserError("vocabulary: the corpus has no text to choose tokens from")
     reason: dict[int, str] = {}
@@ -175,6 +178,49 @@ def select_tokens(
         if not claim(word_ids, "wordlist", max_rows):
             break
     return Selection(sorted(reason), reason, counts, dropped)
+
+
+def select_by_coverage(
+    tokenizer: PreTrainedTokenizerFast,
+    texts: Iterable[str],
+    words: Sequence[str] = (),
+    extra: Sequence[str] = (),
+    characters: str = "scripts",
+    max_rows: int | None = None,
+    *,
+    coverage: float,
+    heldout: Sequence[Iterable[str]],
+) -> Selection:
+    """Keep as few tokens as cover a share of the running tokens of held-out texts, in the order of `select_tokens`.
+
+    Args:
+        tokenizer: see `select_tokens`, also for the others to `max_rows`, all of which is used where it does not reach.
+        texts: the corpus.
+        words: a word list.
+        extra: further texts to keep exact.
+        characters: "scripts" or "all".
+        max_rows: embedding rows at most.
+        coverage: the share, between 0 and 1.
+        heldout: texts of each language. The share is reached in each of them, or a warning says how much is.
+    """
+    more = (words, extra, characters)
+    whole = select_tokens(tokenizer, texts, *more, max_rows)
+    order = np.array(list(whole.reason))
+    goals, size = [], sum(why in ("special", "character") for why in whole.reason.values())
+    for lines in heldout:
+        counts = _count(tokenizer, lines, len(whole.counts))
+        covered = np.cumsum(counts[order]) / max(1, counts.sum())
+        if covered[-1] < coverage:
+            told = f"vocabulary.coverage {coverage} is not reached: all rows cover {covered[-1]:.4f}"
+            warnings.warn(told, stacklevel=2)
+            return whole
+        goals.append((counts, coverage * counts.sum()))
+        size = max(size, int(np.searchsorted(covered, coverage)) + 1)
+    for rows in range(size, len(order)):  # a BPE token and what it is merged from may not fit into `size`
+        found = select_tokens(tokenizer, (), *more, rows, whole.counts)
+        if all(counts[found.ids].sum() >= goal for counts, goal in goals):
+            return found
+    return whole
 
 
 def _specials(tokenizer: PreTrainedTokenizerFast, model: dict) -> set[int]:

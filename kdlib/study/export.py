@@ -57,7 +57,7 @@ def export_run(folder: Path, int8: bool = True, runs: int = 30) -> pd.DataFrame:
         teacher, spec = profile.teacher, profile.benchmark
         encoder = load_encoder(student, "student", prefix_of(teacher), teacher.max_length)
         export_student(encoder, student, int8)
-        corpus = load_corpus(profile.corpus, profile.language, profile.seed, run.path / "cache")
+        corpus = load_corpus(profile.corpus, profile.target, profile.seed, run.path / "cache")
         task = load_task(probed[0], corpus).small(spec.probe_rows, spec.probe_test_rows)
         texts = sentences(corpus.heldout)[:TEXTS]
         kinds = [kind for kind in FILES if int8 or "int8" not in kind]

@@ -107,9 +107,9 @@ def run_mteb(study: Study, names: Sequence[str] = (), tasks: Sequence[Any] = ())
         names: tasks by the library's names; none: all text tasks of `TYPES` for the language.
         tasks: task objects instead of names.
     """
-    chosen = list(tasks) or tasks_for(study.profile.language, names)
+    chosen = list(tasks) or tasks_for(study.profile.target, names)
     models = {name: study.graph.models[name].get for name in MODELS}
-    table = study.run.record("mteb", score(models, chosen, study.profile.language))
+    table = study.run.record("mteb", score(models, chosen, study.profile.target))
     study.write_cards()
     wide = table.pivot_table(
         index=["task", "language", "metric", "method"], columns="model", values="value", sort=False

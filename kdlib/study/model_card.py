@@ -24,7 +24,7 @@ OWN_CORPUS = (
 class CardFacts(Settings):
     """How a student was made; teacher and corpus are the sources in the profile."""
 
-    language: str
+    language: str | list[str]
     teacher: str
     prefix: str
     max_length: int
@@ -61,6 +61,7 @@ def write_card(
     )  # fmt: skip
     card = ModelCard.from_template(
         about, str(TEMPLATE), facts=facts, teacher=teacher, license=licence,
+        language=facts.language if isinstance(facts.language, str) else " and ".join(facts.language),
         corpus=OWN_CORPUS if facts.corpus == "embedded" else facts.corpus,
         layers=_counted(facts.layers, "layer"), passes=_counted(facts.epochs, "pass", "passes"),
         head_file=HEAD_FILE if (folder / HEAD_FILE).is_file() else "",
@@ -104,7 +105,7 @@ def _data(run: Path) -> str:
     except UserError:
         return "No text was read yet."
     lines = ["| what | source | commit | sizes | sha256 |", "| --- | --- | --- | --- | --- |"]
-    for name, origin in {"corpus (documents)": read["corpus"], **read["tasks"]}.items():
+    for name, origin in {"corpus (documents)": read["corpus"], **read.get("corpora", {}), **read["tasks"]}.items():
         sizes = ", ".join(f"{split} {count:,}" for split, count in origin["rows"].items())
         commit = (origin["revision"] or "")[:12]
         lines.append(f"| {name} | {origin['source']} | {commit} | {sizes} | {origin['sha256'][:12]} |")

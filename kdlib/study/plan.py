@@ -12,6 +12,7 @@ from kdlib.data.corpus import (
     draw,
     first_pairs,
     load_corpus,
+    load_languages,
     load_parallel,
     translation_pairs,
     windows,
@@ -37,6 +38,7 @@ from kdlib.models.encoder import Encoder
 from kdlib.models.loading import load_teacher, prefix_of
 from kdlib.models.safetensors_files import weights_fingerprint
 from kdlib.models.static import static_encoder
+from kdlib.models.tokenizer_files import token_ids
 from kdlib.study.arms import INT8, Arm, arms, students
 from kdlib.study.model_card import CardFacts
 from kdlib.study.reports import (
@@ -99,7 +101,7 @@ class Graph:
                 layer_map(rule, depth, max([depth, *rule]), key)
 
     def _check_parallel(self) -> None:
-        spec, language = self.profile.parallel, self.profile.language
+        spec, language = self.profile.parallel, self.profile.target
         if spec is None or language not in spec.languages or len(spec.languages) < 2:
             raise UserError(
                 "distill.objectives: crosslingual and transport need parallel text; set parallel.source, and in "
@@ -111,14 +113,26 @@ class Graph:
     @cached_property
     def corpus(self) -> Source[Corpus]:
         """The corpus, split into training, held-out and test documents."""
-        spec, language, seed = self.profile.corpus, self.profile.language, self.profile.seed
+        profile, cache = self.profile, self.context.cache
+        spec, language, seed = profile.corpus, profile.language, profile.seed
         settings = [spec.model_dump(), language, seed]
+        if isinstance(language, str):
+            return self.context.source(
+                "corpus",
+                settings,
+                lambda: load_corpus(spec, language, seed, cache),
+                lambda source: source.value.origin.sha256,
+            )
+        settings += [{code: other.model_dump() for code, other in profile.corpora.items()}, profile.shares]
+
+        def count(texts: list[str]) -> int:
+            return sum(map(len, token_ids(self.teacher.get().tokenizer, texts)))
+
         return self.context.source(
-            "corpus",
-            settings,
-            lambda: load_corpus(spec, language, seed, self.context.cache),
-            lambda source: source.value.origin.sha256,
-        )
+            "corpus", settings, lambda: load_languages(profile, count, cache),
+            lambda source: fingerprint({code: part.origin.sha256 for code, part in source.value.parts.items()}),
+            also=[self.teacher.key],
+        )  # fmt: skip
 
     @cached_property
     def tasks(self) -> Source[list[Task]]:
@@ -139,7 +153,7 @@ class Graph:
     @cached_property
     def parallel(self) -> Source[dict[str, list[str]]]:
         """The parallel sentences by language; none where the study's language is missing."""
-        spec, language, rows = self.profile.parallel, self.profile.language, self.profile.probe.languages_rows
+        spec, language, rows = self.profile.parallel, self.profile.target, self.profile.probe.languages_rows
         settings = [spec and spec.model_dump(), language, rows]
         return self.context.source(
             "parallel",
@@ -151,7 +165,7 @@ class Graph:
     @cached_property
     def pairs(self) -> Derived[tuple[TranslationPairs, TranslationPairs]]:
         """Pairs of translations for training, and held-out pairs. Those that retrieval is measured on are left out."""
-        spec, language, seed = self.profile.parallel, self.profile.language, self.profile.seed
+        spec, language, seed = self.profile.parallel, self.profile.target, self.profile.seed
         rows = self.profile.probe.languages_rows
         settings = [spec and spec.model_dump(), language]
         whole = self.context.source(
@@ -200,11 +214,19 @@ class Graph:
 
     @cached_property
     def heldout(self) -> Derived[Sequence[str]]:
-        """The held-out texts of evaluations during training: windows like those of training, so losses compare."""
-        spec, seed = self.profile.distill, self.profile.seed
+        """The held-out texts of evaluations during training: windows like those of training, so losses compare.
+
+        Those of several languages keep the shares of the profile.
+        """
+        spec, seed, shares = self.profile.distill, self.profile.seed, self.profile.shares
 
         def make() -> Sequence[str]:
-            return draw(windows(self.corpus.get().heldout, spec.windows), spec.heldout_texts, 1.0, seed)
+            corpus, found = self.corpus.get(), {}
+            for code, part in (corpus.parts or {self.profile.target: corpus}).items():
+                count = max(1, round(spec.heldout_texts * shares[code]))
+                found[code] = draw(windows(part.heldout, spec.windows), count, 1.0, seed)
+            most = min(len(some) / shares[code] for code, some in found.items())  # the shares hold for a short part too
+            return [text for code, some in found.items() for text in some[: max(1, round(most * shares[code]))]]
 
         return Derived("heldout", [spec.heldout_texts, spec.windows, seed], make, corpus=self.corpus)
 
@@ -214,7 +236,7 @@ class Graph:
     def prune(self) -> Prune:
         """The pruned teacher."""
         spec, profile = self.profile.vocabulary, self.profile
-        settings = PruneSettings(vocabulary=spec, language=profile.language, teacher=profile.teacher)
+        settings = PruneSettings(vocabulary=spec, languages=profile.languages, teacher=profile.teacher)
         link = "vocabulary" if self.links else ""
         return self.context.stage(Prune(self.context, settings, link, teacher=self.teacher, corpus=self.corpus))
 
@@ -358,7 +380,7 @@ class Graph:
         found: dict[str, Any] = dict(teacher=self.prune, compared=self.heldout, tasks=self.tasks)
         if not transfer:
             return found
-        language = self.profile.language
+        language = self.profile.target
         tested = Derived("tested", language, lambda: first_pairs(self.parallel.get(), language), parallel=self.parallel)
         return found | dict(reader=self.teacher, tested=tested)
 
@@ -378,7 +400,7 @@ class Graph:
         """The reports by the name of their stage, in the order of the notebooks."""
         profile, context, precision = self.profile, self.context, self.profile.distill.precision
         read = dict(teacher=self.teacher, corpus=self.corpus, parallel=self.parallel)
-        probe = ProbeSettings(probe=profile.probe, language=profile.language, seed=profile.seed, precision=precision)
+        probe = ProbeSettings(probe=profile.probe, language=profile.target, seed=profile.seed, precision=precision)
         cloze = ClozeSettings(cloze_sentences=profile.probe.cloze_sentences, precision=precision)
         methods = {method: self.named(method) for method in ("probe", "finetune", "fewshot")}
         methods["best layer"] = methods["probe"]
@@ -388,7 +410,12 @@ class Graph:
         references = {"teacher": self._reference(self.prune), "no distillation": self._reference(self.start())}
         found: list[Report[Any]] = [
             ProbeReport(context, probe, tasks=self.tasks, **read),
-            PruneReport(context, PruneReportSettings(language=profile.language), pruned=self.prune, **read),
+            PruneReport(
+                context,
+                PruneReportSettings(language=profile.target, coverage=profile.vocabulary.coverage),
+                pruned=self.prune,
+                **read,
+            ),
             ConditionReport(context, cloze, pruned=self.prune, conditioned=self.condition, corpus=self.corpus),
             DistillReport(context, NoSettings(), student=self.distill, heldout=self.heldout),
             BenchmarkReport(context, benchmark, self.models, tasks=self.tasks, corpus=self.corpus),

@@ -107,7 +107,7 @@ def _about(run: Run) -> str:
     machine = table[table["metric"] == "threads"]
     where = f", on {machine['value'].iloc[0]:g} threads of {machine['arm'].iloc[0]}" if len(machine) else ""
     sizes = table[(table["metric"] == "parameters") & (table["stage"] == "benchmark")].set_index("model")["value"]
-    text = f"Profile `{run.profile.name}`, language `{run.profile.language}`: {clock(seconds)}{where}."
+    text = f"Profile `{run.profile.name}`, language `{run.profile.target}`: {clock(seconds)}{where}."
     if "student" in kept.index:
         room = table.query("metric == 'room' and method == 'probe' and low > 0")["task"]
         over = f"the tasks with room ({', '.join(room)})" if mean == "with room" else "all tasks"

@@ -57,7 +57,7 @@ class ProbeReport(Report[ProbeSettings]):
         Without parallel sentences in the language we use held-out text and give one row.
         """
         parallel, language = self.parallel.get(), self.settings.language
-        texts = parallel or {language: sentences(self.corpus.get().heldout)}
+        texts = parallel or _heldout(self.corpus.get(), language)
         return [
             dict(
                 model="teacher", language=code, metric=metric, value=value, n=len(lines),
@@ -98,9 +98,10 @@ class ProbeReport(Report[ProbeSettings]):
 
 
 class PruneReportSettings(Settings):
-    """The settings of the report on pruning."""
+    """The settings of the report on pruning. coverage: the share of held-out tokens asked for."""
 
     language: str
+    coverage: float | None = None
 
 
 class PruneReport(Report[PruneReportSettings]):
@@ -122,15 +123,16 @@ class PruneReport(Report[PruneReportSettings]):
         """Sizes, tokens and unknown tokens before and after; what is kept by script and reason; coverage by size."""
         full, pruned, chosen = self.teacher.get(), self.pruned.get(), self.pruned.selection
         corpus, parallel, language = self.corpus.get(), self.parallel.get(), self.settings.language
-        texts = {"corpus": sentences(corpus.train), "heldout": sentences(corpus.heldout)}
-        if language in parallel:
-            texts["parallel"] = parallel[language]
+        texts = [("corpus", language, sentences(corpus.train))]
+        heldout = _heldout(corpus, language)
+        texts += [("heldout", code, lines) for code, lines in heldout.items()]
+        texts += [("parallel", code, parallel[code]) for code in heldout if code in parallel and language in parallel]
         rows = size_rows(full, "teacher") + size_rows(pruned, "pruned teacher")
         for name, encoder in (("teacher", full), ("pruned teacher", pruned)):
-            for method, lines in texts.items():
+            for method, code, lines in texts:
                 facts = segmentation(encoder.tokenizer, lines)
                 rows += [
-                    dict(model=name, metric=metric, method=method, value=facts[metric], n=len(lines))
+                    dict(model=name, language=code, metric=metric, method=method, value=facts[metric], n=len(lines))
                     for metric in ("fertility", "unknown_rate")
                 ]
         tokens, kept = token_list(full.tokenizer), set(chosen.ids)
@@ -142,11 +144,21 @@ class PruneReport(Report[PruneReportSettings]):
             rows.append(shared | dict(metric="rows_kept" if keep else "rows_cut", arm=script, value=count))
         for reason, count in pd.Series(chosen.reason).value_counts().items():
             rows.append(shared | dict(metric="rows_reason", arm=reason, value=count))
-        held = count_tokens(full.tokenizer, texts["heldout"])
-        for method, counts in (("corpus", chosen.counts), ("heldout", held)):
-            shared |= dict(metric="coverage", method=method, n=int(counts.sum()))
+        held = [("heldout", code, count_tokens(full.tokenizer, lines)) for code, lines in heldout.items()]
+        for method, code, counts in [("corpus", language, chosen.counts), *held]:
+            shared |= dict(metric="coverage", method=method, language=code, n=int(counts.sum()))
             rows += [shared | dict(x=size, value=share) for size, share in coverage_curve(chosen, counts)]
+        if self.settings.coverage:
+            rows.append(
+                dict(model="pruned teacher", metric="rows_found", x=self.settings.coverage, value=len(chosen.ids))
+            )
         return rows
+
+
+def _heldout(corpus: Corpus, language: str) -> dict[str, Sequence[str]]:
+    """The held-out sentences by language."""
+    parts = corpus.parts or {language: corpus}
+    return {code: sentences(part.heldout) for code, part in parts.items()}
 
 
 class ClozeSettings(Settings):

@@ -123,7 +123,7 @@ class Run:
         table["stage"] = stage
         if "language" not in table:
             table["language"] = None
-        table["language"] = table["language"].fillna(self.profile.language)
+        table["language"] = table["language"].fillna(self.profile.target)
         table = table.reindex(columns=COLUMNS).astype(dict.fromkeys(WHOLE_COLUMNS, "Int64"))
         others = self.results()
         others = others[others["stage"] != stage]

@@ -76,6 +76,7 @@ def run_study(
     arms: Sequence[str] = (),
     console: Console | None = None,
     shared: AsyncKernelManager | None = None,
+    again: bool = True,
 ) -> None:
     """Run the notebooks of a study. A stage that finished with the same parameters is skipped.
 
@@ -88,6 +89,7 @@ def run_study(
         arms: run only these ablations, "family" or "family/arm"; the stage then counts as unfinished.
         console: where to print.
         shared: a kernel to run notebooks in; None: a new one.
+        again: whether stages that `only` or `start` name are run although they finished before.
 
     Raises:
         UserError: for bad input, before anything runs.
@@ -105,7 +107,7 @@ def run_study(
         for stage in stages:
             report = reports[stage]
             key, data = report.key, contents(report)
-            if not only and not start and study.run.done(stage, key) and report.intact():
+            if not (again and (only or start)) and study.run.done(stage, key) and report.intact():
                 console.print(f"[dim]{NOTEBOOKS[stage]}: done before[/dim]")
                 continue
             if changed := study.run.changed(stage, data):

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from kdlib.models.loading import prefix_of
 from kdlib.models.onnx import FILES, FOLDER, export_student, load_exported
 from kdlib.models.safetensors_files import weights_folder
 from kdlib.pruning.model import prune_encoder
-from kdlib.pruning.selection import Selection, keep_all, select_tokens, word_list
+from kdlib.pruning.selection import Selection, keep_all, select_by_coverage, select_tokens, word_list
 from kdlib.study.model_card import CardFacts, write_card
 from kdlib.study.stage import Context, Keyed, Settings, Source, Stage, Watch
 
@@ -52,7 +53,7 @@ class PruneSettings(Settings):
     """The settings of pruning."""
 
     vocabulary: config.Vocabulary
-    language: str
+    languages: list[str]
     teacher: config.Teacher
 
 
@@ -66,13 +67,18 @@ class Prune(Stage[PruneSettings, Encoder]):
     @cached_property
     def selection(self) -> Selection:
         """The tokens to keep, with reasons."""
-        spec, tokenizer = self.settings.vocabulary, self.teacher.get().tokenizer
-        texts = sentences(self.corpus.get().train)
+        spec, tokenizer, corpus = self.settings.vocabulary, self.teacher.get().tokenizer, self.corpus.get()
+        texts = sentences(corpus.train)
         if not spec.prune:
             return keep_all(tokenizer, texts)
-        words = word_list(self.settings.language) if spec.wordlist else []
+        lists = [word_list(code) for code in self.settings.languages] if spec.wordlist else []
+        words = [word for rank in zip_longest(*lists) for word in rank if word is not None]
         prefix = prefix_of(self.settings.teacher)
-        return select_tokens(tokenizer, texts, words, [prefix] if prefix else [], spec.characters, spec.max_rows)
+        more = ([prefix] if prefix else [], spec.characters, spec.max_rows)
+        if spec.coverage is None:
+            return select_tokens(tokenizer, texts, words, *more)
+        held = [sentences(part.heldout) for part in corpus.parts.values()] or [sentences(corpus.heldout)]
+        return select_by_coverage(tokenizer, texts, words, *more, coverage=spec.coverage, heldout=held)
 
     def make(self, folder: Path, watch: Watch) -> None:
         """Prune the teacher, from its files where they hold its weights."""

@@ -201,10 +201,12 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     figure = style.new_figure("How much of the vocabulary does the language need?", 5.2)
     left, right = figure.subplots(1, 2)
     left.axvline(size, color=INK, linewidth=1.2, linestyle=":", label=f"after pruning: {size:,.0f} rows")
-    for i, (method, mine) in enumerate(coverage.groupby("method", sort=False)):
+    several = coverage["language"].nunique() > 1
+    for i, ((method, code), mine) in enumerate(coverage.groupby(["method", "language"], sort=False, dropna=False)):
         mine = mine.sort_values("x")
         look = {"color": PALETTE[i], "linestyle": LINES[i % 4], "marker": MARKERS[i]}
         label = {"heldout": "held-out texts"}.get(method, style.wrap(method))
+        label += f", {code}" if several and method == "heldout" else ""
         left.plot(mine["x"], mine["value"], **look | {"marker": ""})
         left.plot(size, np.interp(size, mine["x"], mine["value"]), **look, markeredgecolor="white", label=label)
     left.set_xscale("log")

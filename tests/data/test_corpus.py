@@ -462,3 +462,82 @@ def test_pairs_to_train_on_are_those_that_nothing_is_tested_on():
 def test_too_few_pairs_are_refused(parallel, rows):
     with pytest.raises(UserError, match="to train on; objectives of translations need at least 10"):
         translation_pairs(parallel, "tgl", rows, set(), 0)
+
+
+# -- text as it comes
+
+
+@pytest.mark.parametrize("memory", [module.IN_MEMORY, 300])
+@pytest.mark.parametrize("exact", [module.EXACT, 3])
+def test_repeated_sentences_are_counted_and_left_out_on_request(txt, monkeypatch, memory, exact):
+    monkeypatch.setattr(module, "IN_MEMORY", memory)
+    monkeypatch.setattr(module, "EXACT", exact)
+    monkeypatch.setattr(module, "SAMPLE", 1)
+    file = txt("\n\n".join(f"Pangungusap {i}.\nPahina {i // 2} ng aklat." for i in range(40)))
+    kept, less = own(file), own(file, **{"corpus.drop_repeats": True})
+    assert kept.origin.repeated == less.origin.repeated == 20 / 80
+    count = [sum("aklat" in s for d in [*c.train, *c.heldout] for s in d.sentences) for c in (kept, less)]
+    assert count[0] > 35 and count[1] == 20
+
+
+def test_rows_without_text_are_counted(tmp_path):
+    rows = [{"text": f"Isa {i}."} for i in range(20)] + [{"text": ""}, {"text": None}, {"other": 1}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert own(tmp_path / "a.jsonl").origin.skipped == 3
+
+
+def test_text_is_repaired_on_request(txt):
+    bad = "El Niño — “sige”".encode().decode("cp1252", "replace")
+    lines = [f"{bad} &amp; Nena, pagka\u00adin {i}." for i in range(20)]
+    file = txt("\n".join(lines))
+    assert "&amp;" in own(file).train[0].sentences[0]
+    repaired = own(file, **{"corpus.repair": True}).train[0].sentences[0]
+    assert repaired.startswith("El Niño — “sige") and "& Nena, pagkain" in repaired
+
+
+# -- several languages
+
+
+def bilingual(tmp_path, tagalog, english, **more):
+    (tmp_path / "tgl.txt").write_text(tagalog)
+    (tmp_path / "eng.txt").write_text(english)
+    given = {
+        "language": ["tgl", "eng"],
+        "corpus.source": str(tmp_path / "tgl.txt"),
+        "corpora": {"eng": {"source": str(tmp_path / "eng.txt")}},
+    }
+    profile = load_profile("smoke", given | {"corpus.max_documents": None} | more)
+    return module.load_languages(profile, lambda texts: sum(len(t.split()) for t in texts))
+
+
+def tokens(documents, word):
+    sizes = [(sum(len(s.split()) for s in d.sentences), any(word in s for s in d.sentences)) for d in documents]
+    return sum(n for n, mine in sizes if mine) / sum(n for n, _ in sizes)
+
+
+@pytest.mark.parametrize("count", [30, 100, 400])
+@pytest.mark.parametrize("memory", [module.IN_MEMORY, 500])
+def test_another_language_is_drawn_or_repeated_to_its_share_of_the_tokens(tmp_path, monkeypatch, count, memory):
+    monkeypatch.setattr(module, "IN_MEMORY", memory)
+    english = "\n".join(f"Page {i} of a book that somebody wrote." for i in range(count))
+    corpus = bilingual(tmp_path, "\n".join(f"Pahina {i} ng aklat." for i in range(200)), english)
+    assert tokens(corpus.train, "Page") == pytest.approx(0.3, abs=0.02)
+    mine = [d for d in corpus.train if "Pahina" in d.sentences[0]]
+    assert [d.sentences for d in mine] == [d.sentences for d in corpus.parts["tgl"].train]
+    assert list(corpus.train) == list(corpus.train)
+
+
+def test_a_scarce_language_is_repeated_four_times_at_most(tmp_path):
+    english = "\n".join(f"Page {i}." for i in range(12))
+    corpus = bilingual(tmp_path, "\n".join(f"Pahina {i} ng aklat." for i in range(400)), english)
+    pages = [d.sentences[0] for d in corpus.train if d.sentences[0].startswith("Page")]
+    assert len(pages) == 4 * len(corpus.parts["eng"].train) == 4 * len(set(pages))
+
+
+def test_each_language_holds_out_its_own_documents(tmp_path):
+    english = "\n".join(f"Page {i} of a book." for i in range(100))
+    corpus = bilingual(tmp_path, "\n".join(f"Pahina {i} ng aklat." for i in range(200)), english)
+    held = {code: [d.sentences[0] for d in part.heldout] for code, part in corpus.parts.items()}
+    assert len(held["tgl"]) == 6 and len(held["eng"]) == 3
+    assert {s for d in corpus.train for s in d.sentences}.isdisjoint(held["tgl"] + held["eng"])
+    assert [d.sentences[0] for d in corpus.heldout] == held["tgl"] + held["eng"]

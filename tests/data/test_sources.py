@@ -215,7 +215,7 @@ def test_missing_column_lists_those_there_are(put):
         "./a",
         "~/nothing",
         "~nobody-here/a.txt",
-        "a.json",
+        "a.doc",
         "a",
         "a\0/b",
         "x" * 5000,
@@ -228,7 +228,7 @@ def test_missing_file(tmp_path, name, monkeypatch):
 
 
 def test_file_of_an_unknown_kind(put):
-    assert ".jsonl" in refusal(put("a.json", "{}"))
+    assert ".jsonl" in refusal(put("a.doc", "{}"))
 
 
 @pytest.mark.parametrize("kind", ["txt", *FORMATS])
@@ -470,7 +470,14 @@ def test_digest_tells_content_and_order():
 
 @pytest.mark.parametrize(
     "name, kind",
-    [("a.csv", ".csv"), ("A.TXT.GZ", ".txt"), ("a.parquet.gz", ".parquet"), ("a.json", None), ("gz", None)],
+    [
+        ("a.csv", ".csv"),
+        ("A.TXT.GZ", ".txt"),
+        ("a.parquet.gz", ".parquet"),
+        ("a.JSON.xz", ".json"),
+        ("a.doc", None),
+        ("gz", None),
+    ],
 )
 def test_kind_by_name(tmp_path, name, kind):
     assert suffix(tmp_path / name) == kind
@@ -530,7 +537,7 @@ def test_pieces_of_a_file_are_the_file(name, text, packed, tmp_path, monkeypatch
     monkeypatch.setattr(readers, "CHUNK", 600)
     found = list(chunks(path))
     assert pd.concat(found, ignore_index=True).equals(whole)
-    assert len(found) > 3 or name.endswith("sv")
+    assert len(found) > 2 or name.endswith("sv")
     assert read_rows(Source(source=str(path))).equals(whole)
 
 
@@ -544,7 +551,7 @@ def test_pieces_of_a_parquet_file_are_the_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, data, told",
     [
-        ("a.jsonl", b'{"text": "a"}\n' * 200 + b"{broken\n", "from line .* on: not a readable .jsonl file .line"),
+        ("a.jsonl", b'{"text": "a"}\n' * 200 + b"{broken\n", "not a readable .jsonl file .line 201: "),
         ("a.txt", b"linya\n" * 200 + b"\0", "holds NUL bytes"),
         ("a.csv", b"text\n" + b"linya\n" * 200 + b"\0\n", "holds NUL bytes"),
         ("a.csv", b"text\n" + b"linya\n" * 200 + b"\xff\n", "not UTF-8 text"),

@@ -3,11 +3,13 @@
 A case is built of values that hypothesis draws and of valid files that a seeded generator damages.
 """
 
+import bz2
 import csv
 import functools
 import gzip
 import io
 import json
+import lzma
 import os
 import pickle
 import stat
@@ -21,9 +23,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 from unittest.mock import patch
+from xml.sax.saxutils import escape
 
 import models.test_embedded_teacher as test_embedded
 import numpy as np
+import openpyxl
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
@@ -32,6 +36,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 from transformers.utils import logging
 
 from kdlib import config
@@ -236,6 +241,21 @@ def parquet_bomb() -> bytes:
     return out.getvalue()
 
 
+@functools.cache
+def xlsx_bomb() -> bytes:
+    """A workbook with one cell at the far corner of a sheet, and gigabytes of spaces beside it."""
+    out = io.BytesIO(_xlsx([["text"]]))
+    with zipfile.ZipFile(out) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    sheet = files["xl/worksheets/sheet1.xml"].decode()
+    row = '<row r="1048576"><c r="XFD1048576" t="inlineStr"><is><t>a</t></is></c></row></sheetData>'
+    files["xl/worksheets/sheet1.xml"] = sheet.replace("</sheetData>", row).encode()
+    with zipfile.ZipFile(out := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
 # -- code that must not run
 
 EVIL = f"import os\nopen(os.environ[{CANARY!r}], 'w').close()\n"
@@ -361,7 +381,7 @@ def read_embedded(here: Path, case: Case) -> None:
 # -- tables
 
 TABLE = st.lists(st.dictionaries(TEXT | st.just("text"), ODD, max_size=4), max_size=6)
-KINDS = ("txt", "jsonl", "csv", "tsv", "parquet")
+KINDS = ("txt", "jsonl", "csv", "tsv", "parquet", "json", "arrow", "conll", "conllu", "xlsx", "xml")
 FEATURES = [
     {"info": {"features": {"text": {"_type": "ClassLabel", "names": ["a"]}}}},
     {"info": {"features": {"text": {"_type": "Value", "dtype": "x"}}}},
@@ -374,8 +394,17 @@ def written(kind: str, rows: list[dict], rng: Random) -> bytes:
     """Rows as a file of a kind."""
     names = list(dict.fromkeys(name for row in rows for name in row)) or ["text"]
     texts = [[str(row.get(name, "")) for name in names] for row in rows]
-    if kind == "parquet":
-        return _parquet(names, texts, rng)
+    if kind in ("parquet", "arrow"):
+        return _parquet(names, texts, rng, kind)
+    if kind == "xlsx":
+        return _xlsx([names, *texts])
+    if kind == "xml":
+        return encoded(WIKI % "\n".join(PAGE % tuple(map(escape, (cells[0], " ".join(cells)))) for cells in texts), rng)
+    if kind in ("conll", "conllu"):
+        lines = [["1"] * (9 if kind == "conllu" else 0) + [cell, *cells[:1]] for cells in texts for cell in cells]
+        return encoded("\n".join(rng.choice("\t ").join(line) + "\n" * (rng.random() < 0.2) for line in lines), rng)
+    if kind == "json":
+        return json.dumps(rows, indent=rng.choice((None, 1))).encode()
     if kind == "jsonl":
         lines = [json.dumps(row, ensure_ascii=rng.random() < 0.5) for row in rows]
         return rng.choice(("\n", "\n", "\r\n", "\n\n", "\r")).join(lines).encode("utf-8", "surrogatepass")
@@ -389,11 +418,26 @@ def written(kind: str, rows: list[dict], rng: Random) -> bytes:
     return encoded(out.getvalue(), rng)
 
 
-def _parquet(names: list[str], texts: list[list[str]], rng: Random) -> bytes:
+WIKI = "<mediawiki><siteinfo><namespaces><namespace key='6'>Talaksan</namespace></namespaces></siteinfo>%s</mediawiki>"
+PAGE = "<page><title>%s</title><ns>0</ns><revision><text>%s</text></revision></page>"
+ENTITIES = "".join(f"<!ENTITY a{i + 1} '{f'&a{i};' * 10}'>" for i in range(12))
+LAUGHS = f"<!DOCTYPE m [<!ENTITY a0 'ha'>{ENTITIES}]>"
+
+
+def _xlsx(lines: list[list[str]]) -> bytes:
+    book, out = openpyxl.Workbook(write_only=True), io.BytesIO()
+    sheet = book.create_sheet()
+    for cells in lines:
+        sheet.append([ILLEGAL_CHARACTERS_RE.sub("", clean(cell)) for cell in cells])
+    book.save(out)
+    return out.getvalue()
+
+
+def _parquet(names: list[str], texts: list[list[str]], rng: Random, kind: str) -> bytes:
     columns, out = [], io.BytesIO()
     for cells in zip(*texts) if texts else [()] * len(names):
         cells = [clean(cell)[:500] for cell in cells]
-        plain, kind = pa.array(cells, pa.string()), rng.randrange(12)
+        plain, cell_kind = pa.array(cells, pa.string()), rng.randrange(12)
         numbers = [len(cell) for cell in cells]
         others = {
             0: lambda: pa.array([cell.encode() for cell in cells], pa.binary()),
@@ -403,11 +447,16 @@ def _parquet(names: list[str], texts: list[list[str]], rng: Random) -> bytes:
             4: plain.dictionary_encode,
             5: lambda: pa.nulls(len(cells)),
         }
-        columns.append(others.get(kind, lambda: plain)())
+        columns.append(others.get(cell_kind, lambda: plain)())
     names = [clean(name) for name in names]
     table = pa.Table.from_arrays(columns, names[:1] * len(names) if rng.random() < 0.1 else names)
     if rng.random() < 0.2:
         table = table.replace_schema_metadata({rng.choice(("huggingface", "pandas")): dumped(rng.choice(FEATURES))})
+    if kind == "arrow":
+        new = rng.choice((pa.ipc.new_stream, pa.ipc.new_file))
+        with new(out, table.schema, options=pa.ipc.IpcWriteOptions(compression=rng.choice((None, "zstd")))) as writer:
+            writer.write_table(table)
+        return out.getvalue()
     pa.parquet.write_table(table, out, compression=rng.choice(("none", "snappy", "gzip", "zstd")))
     return out.getvalue()
 
@@ -424,6 +473,9 @@ def huge(kind: str, rng: Random) -> bytes:
         "jsonl": ('{"text": "%s"}', '{"text": %s}', '{"text": 1%s}', '{"%s": 1}', "%s"),
         "csv": ("text\n%s", 'text\n"%s"', 'text\n"%s', "%s\n1", "text,label\n%s,1", "%s"),
         "tsv": ("text\n%s", 'text\n"%s"', 'text\n"%s', "%s\n1", "text\tlabel\n%s\t1", "%s"),
+        "json": ('[{"text": "%s"}]', '[{"text": %s}]', "[%s]", "%s"),
+        "conll": ("%s O", "a %s", "%s"),
+        "xml": (WIKI % (PAGE % ("a", "%s")), f"{LAUGHS}<mediawiki>%s&a12;</mediawiki>", "<mediawiki>%s", "%s"),
     }
     return (rng.choice(forms.get(kind, ("%s",))) % text).encode()
 
@@ -439,13 +491,20 @@ DEEP = (
 )
 
 
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
 def build_table(kind: str) -> Callable[[list[dict], Random], Case]:
     def build(rows: list[dict], rng: Random) -> Case:
         if rng.random() < 0.7:
             rows = rows + [{"text": " ".join(rng.choices(tiny.WORDS, k=3)), "label": str(i % 2)} for i in range(3)]
         name, chance = f"data.{rng.choice((kind, kind, kind.upper()))}", rng.random()
         if chance < 0.002:
-            data = parquet_bomb() if kind == "parquet" else huge(kind, rng)
+            data = {"parquet": parquet_bomb, "xlsx": xlsx_bomb}.get(kind, lambda: huge(kind, rng))()
         elif chance < 0.03:
             data = rng.choice((*SHORT, *(DEEP if kind == "jsonl" else ()), *pickles()))
         else:
@@ -453,6 +512,10 @@ def build_table(kind: str) -> Callable[[list[dict], Random], Case]:
             data = damage(data, rng) if chance < 0.4 else data
         if rng.random() < 0.25:
             name, data = f"{name}.gz", gzip_bomb() if rng.random() < 0.006 else gzipped(data, rng)
+        elif rng.random() < 0.2:
+            end = rng.choice(list(PACKERS))
+            data = PACKERS[end](data)
+            name, data = name + end, damage(data, rng) if rng.random() < 0.3 else data
         return Case({name: data}, name, (name,))
 
     return build

@@ -224,7 +224,7 @@ def write_data(root: Path) -> list[str]:
     datasets.disable_progress_bars()
     home = root / "datasets"
     profile = load_profile("workshop")
-    corpus = load_corpus(profile.corpus, profile.language, profile.seed)
+    corpus = load_corpus(profile.corpus, profile.target, profile.seed)
     tasks = {task.name: task for task in load_tasks(profile.tasks, corpus)}
     pages = [
         {

@@ -11,7 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from kdlib.errors import UserError
 from kdlib.models.tokenizer_files import token_list
-from kdlib.pruning.selection import count_tokens, coverage_curve, main_script, script_of, select_tokens, word_list
+from kdlib.pruning.selection import (
+    count_tokens,
+    coverage_curve,
+    main_script,
+    script_of,
+    select_by_coverage,
+    select_tokens,
+    word_list,
+)
 from kdlib.pruning.tokenizer import prune_tokenizer
 
 
@@ -209,3 +217,28 @@ def test_what_is_no_language_code_is_refused(code):
 def test_script_of_a_piece(token, scripts):
     assert script_of(token) == scripts
     assert main_script(token) == ("mixed" if len(scripts) > 1 else (*scripts, "neutral")[0])
+
+
+# -- sized by coverage
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9, 0.97])
+def test_coverage_gives_the_fewest_rows_that_reach_it_in_every_language(study, share):
+    heldout = [study.corpus[:40], study.corpus[40:]]
+    counts = [count_tokens(study.tokenizer, lines) for lines in heldout]
+
+    def reached(selection):
+        return min(c[selection.ids].sum() / c.sum() for c in counts)
+
+    found = select_by_coverage(study.tokenizer, study.corpus, coverage=share, heldout=heldout)
+    assert share <= reached(found) and len(found.ids) < len(study.chosen.ids)
+    least = sum(why in ("special", "character") for why in found.reason.values())
+    if len(found.ids) > least + 1:
+        assert reached(select_tokens(study.tokenizer, study.corpus, max_rows=len(found.ids) - 1)) < share
+
+
+def test_coverage_out_of_reach_is_told(tokenizers):
+    tokenizer, text = tokenizers("unigram"), ["ang bata"]
+    with pytest.warns(UserWarning, match="not reached: all rows cover"):
+        found = select_by_coverage(tokenizer, text, coverage=0.999, heldout=[["Magandang umaga sa inyong lahat"]])
+    assert found.ids == select_tokens(tokenizer, text).ids

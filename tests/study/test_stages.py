@@ -88,7 +88,9 @@ def leaves(model: type[BaseModel], path: str = "") -> dict[str, Any]:
     found = {}
     for name, field in model.model_fields.items():
         inner = next((t for t in [field.annotation, *get_args(field.annotation)] if is_section(t)), None)
-        inner = None if name in ("fallbacks", "baselines") else inner  # lists and dicts that smoke leaves empty
+        inner = (
+            None if name in ("fallbacks", "baselines", "corpora") else inner
+        )  # lists and dicts that smoke leaves empty
         found |= leaves(inner, f"{path}{name}.") if inner else {f"{path}{name}": field}
     return found
 
@@ -137,6 +139,9 @@ SPECIAL = {  # values that a rule on the type alone does not give
     "task_student.arms": {"task_student.arms": {"balanced": {"balance": True}}},
     "compute.backend": {"compute.backend": "dask", "compute.address": "tcp://first:8786"},
     "compute.address": {"compute.backend": "dask", "compute.address": "tcp://second:8786"},
+    "corpora": {"language": ["tgl", "eng"], "corpora": {"eng": {"source": "other.txt"}}},
+    "weights": {"weights": {"tgl": 0.6, "eng": 0.4}},
+    "vocabulary.coverage": {"vocabulary.coverage": 0.99},
 }
 LEAVES = leaves(config.Profile)
 
@@ -144,6 +149,8 @@ LEAVES = leaves(config.Profile)
 @pytest.mark.parametrize("leaf", LEAVES)
 def test_every_parameter_changes_the_key_of_a_stage_or_says_why_not(unread, tmp_path, leaf):
     base: dict[str, Any] = {"corpus.source": "mine.txt", "students": {"wide": {"condition.use": True}}}
+    if leaf == "weights":
+        base |= SPECIAL["corpora"]
     if leaf.startswith("tasks."):
         name, task = leaf.removeprefix("tasks."), {"name": "topic", "kind": "classify"}
         task |= {"distill": True} if name == "unlabelled" else {}
