@@ -75,7 +75,7 @@ def export_task_run(folder: Path, name: str, int8: bool = True) -> pd.DataFrame:
     if spec is None:
         raise UserError(f"{folder}: its profile has no task {name!r}")
     with run.lock():
-        corpus = load_corpus(run.profile.corpus, run.profile.language, run.profile.seed, run.path / "cache")
+        corpus = load_corpus(run.profile.corpus, run.profile.target, run.profile.seed, run.path / "cache")
         task = load_task(spec, corpus)
         task = task.small(None, run.profile.benchmark.finetune_test_rows)
         rows = export_task_student(made, task, int8, run.profile.benchmark.bootstrap)
