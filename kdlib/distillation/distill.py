@@ -21,7 +21,7 @@ from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.teacher_cache import TeacherStates, gigabytes
 from kdlib.distillation.tokenized_corpus import Masking, RankCollator, TokenizedCorpus, compared_layers, training_size
 from kdlib.errors import UserError
-from kdlib.models.encoder import Encoder
+from kdlib.models.encoder import Encoder, layer_states
 from kdlib.models.masking import mask_id
 from kdlib.models.mlm_head import MaskedHead, new_head
 from kdlib.training import checkpoints
@@ -370,7 +370,7 @@ def _fit_projection(student: StateCapture, trainer: DistillTrainer, texts: Token
     for start in range(0, len(places), 32):
         inputs = trainer._prepare_inputs(texts.collate(places[start : start + 32]))
         keep, theirs = inputs["attention_mask"].bool(), trainer.target(inputs)
-        mine = student.model(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True).hidden_states
+        mine = layer_states(student.model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         pairs = list(zip([mine[layer] for layer in student.layers], theirs.hidden, strict=True))
         pairs += [(mine[0], theirs.embedded)] if student.needs.embedded else []
         for x, y in pairs:

@@ -30,6 +30,7 @@ class ModelOutputs:
         embedded: [batch, tokens, hidden], the states after the embeddings.
         logits: [masked tokens, vocabulary].
         targets: [masked tokens], the tokens before masking.
+        reach: of each compared layer with local attention, how many tokens away a token sees; None for all.
     """
 
     hidden: list[torch.Tensor]
@@ -39,6 +40,7 @@ class ModelOutputs:
     embedded: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     targets: torch.Tensor | None = None
+    reach: list[int | None] = field(default_factory=list)
 
 
 torch.export.register_dataclass(ModelOutputs)  # training by several processes must find the tensors in it
@@ -126,15 +128,18 @@ def tinybert_attention_loss(student: ModelOutputs, teacher: ModelOutputs) -> tor
 
 
 def _scores(student: ModelOutputs, teacher: ModelOutputs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Attention scores of each layer [batch, heads, tokens, tokens], and the mask of real pairs."""
+    """Attention scores of each layer [batch, heads, tokens, tokens], and the mask of real pairs that it sees."""
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
             "they must be as many, and some"
         )
     pairs = (student.mask[:, None, :, None] * student.mask[:, None, None, :]).bool()
-    for mine, theirs in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), strict=True):
-        yield attention_scores(*mine), attention_scores(*theirs), pairs
+    place = torch.arange(student.mask.shape[1], device=student.mask.device)
+    reach = teacher.reach or [None] * len(teacher.query)
+    for mine, theirs, most in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), reach, strict=True):
+        seen = pairs if most is None else pairs & ((place[:, None] - place).abs() <= most)  # local attention
+        yield attention_scores(*mine), attention_scores(*theirs), seen
 
 
 def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

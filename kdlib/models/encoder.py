@@ -4,19 +4,25 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Encoding, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.batching import budget_batches, model_inputs, tokens_per_batch
 from kdlib.device import autocast
+from kdlib.models.build import save_model
+from kdlib.models.families import FAMILIES
 from kdlib.models.mlm_head import MaskedHead, save_head
 from kdlib.models.safetensors_files import HEAD_FILE
 from kdlib.models.tokenizer_files import save_tokenizer
 from kdlib.models.vector_cache import VectorCache
 from kdlib.progress import track
+
+NORM_EPS = 1e-6  # of the norm of states between layers
 
 
 @dataclass
@@ -91,7 +97,7 @@ class Encoder:
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that transformers 5 and 4.4x load, and the head, if any, beside it."""
-        self.model.save_pretrained(folder)
+        save_model(self.model, folder)
         save_tokenizer(self.tokenizer, folder)
         if self.head is not None:
             save_head(self.head, Path(folder) / HEAD_FILE)
@@ -113,6 +119,21 @@ def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
     finally:
         for step in bare:
             step.add_prefix_space = False
+
+
+def layer_states(model: PreTrainedModel, **inputs: torch.Tensor) -> Any:
+    """The hidden states of all layers, 0 = embeddings: [batch, tokens, hidden] each.
+
+    In families whose layers begin with a norm, states between layers have no norm yet: a few dimensions are hundreds of
+    times as large as others. These states are normalised here, without gains, so that they can be compared. The last
+    state has the model's own norm.
+    """
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    kind = FAMILIES[model.config.model_type].states if model.config.model_type in FAMILIES else ""
+    if not kind or isinstance(states, dict):  # ONNX files have the last state alone
+        return states
+    normalise = F.layer_norm if kind == "layer" else F.rms_norm
+    return tuple(normalise(state, state.shape[-1:], eps=NORM_EPS) for state in states[:-1]) + states[-1:]
 
 
 def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -214,5 +235,5 @@ def run_batches(encoder: Encoder, encodings: list[Encoding], label: str):
         inputs = model_inputs([ids[i] for i in batch], chosen, encoder.tokenizer.pad_token_id)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with autocast(device, encoder.bf16):
-            output = encoder.model(**inputs, output_hidden_states=True)
-        yield batch, output.hidden_states, inputs["attention_mask"]
+            states = layer_states(encoder.model, **inputs)
+        yield batch, states, inputs["attention_mask"]

@@ -216,6 +216,8 @@ def _checkpoint_head(
     family = family_of(model.config.model_type)
     newer = family.newer_head if not getattr(model.config, "legacy", True) else None
     names = newer or family.head
+    if names is None:
+        return None
     activation = getattr(model.config, family.activation) if family.activation else "gelu"
     parts = {
         "dense.weight": [f"{names.dense}.weight"],
@@ -228,7 +230,8 @@ def _checkpoint_head(
     beside = {_modern(name) for name in beside}
     discriminator = any(name.startswith("mask_predictions.") for name in beside)
     tied = getattr(model.config, "tie_word_embeddings", True) or newer is not None
-    if discriminator or not tied or not all(beside & set(names) for names in parts.values()):
+    wanted = {part: found for part, found in parts.items() if not _without_bias(model.config, part)}
+    if discriminator or not tied or not all(beside & set(names) for names in wanted.values()):
         return None
     stored = _read_tensors(
         source, {*functools.reduce(operator.iadd, parts.values(), []), output}, output, allow_pickle, options
@@ -237,17 +240,26 @@ def _checkpoint_head(
     if output in stored and not torch.equal(stored[output].float(), embeddings[:TIED_ROWS]):
         return None
     found = {part: next((stored[name] for name in names if name in stored), None) for part, names in parts.items()}
-    if any(value is None for value in found.values()):  # AutoModel found another file than the ones named here
+    if any(found[part] is None for part in wanted):  # AutoModel found another file than the ones named here
         return None
-    state = {part: value.float() for part, value in found.items()}
+    state = {part: value.float() for part, value in found.items() if value is not None}
+    for part in parts.keys() - wanted.keys():
+        state[part] = torch.zeros(len(state[part.replace("bias", "weight")]))
     try:
         return build_head(state, model, head_eps(model), activation, str(source))
     except UserError:  # a head left over from resized embeddings
         return None
 
 
+def _without_bias(settings: PreTrainedConfig, part: str) -> bool:
+    """Whether the head has no such bias, by ModernBERT's settings."""
+    key = {"dense.bias": "classifier_bias", "norm.bias": "norm_bias"}.get(part)
+    return key is not None and not getattr(settings, key, True)
+
+
 def _modern(name: str) -> str:
-    """The current name of a weight; the oldest checkpoints say gamma and beta."""
+    """The current name of a weight; the oldest checkpoints say gamma and beta, gte's files have an own name."""
+    name = name.replace("lm_head.norm.", "lm_head.layer_norm.")
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.files import new_folder
-from kdlib.models.build import with_state
+from kdlib.models.build import save_model, with_state
 from kdlib.models.encoder import Encoder
 from kdlib.models.families import family_of
 from kdlib.models.mlm_head import prune_head, save_head
@@ -79,7 +79,7 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
         if source is not None and _holds(source, encoder.model):
             prune_files(source, folder, ids, encoder.tokenizer)
         else:
-            prune_model(encoder.model, encoder.tokenizer, ids).save_pretrained(folder)
+            save_model(prune_model(encoder.model, encoder.tokenizer, ids), folder)
             save_pruned_tokenizer(encoder.tokenizer, ids, folder)
         if encoder.head is not None:
             save_head(prune_head(encoder.head, ids), folder / HEAD_FILE)

@@ -14,7 +14,7 @@ from kdlib.data.corpus import Corpus, sentences
 from kdlib.data.tasks import Task
 from kdlib.distillation.conditioning import condition
 from kdlib.distillation.distill import Outcome, distill
-from kdlib.distillation.student_init import build_student, layer_map
+from kdlib.distillation.student_init import build_student, layer_map, source_layers
 from kdlib.distillation.tokenized_corpus import TokenizedCorpus, prepare, training_size
 from kdlib.errors import UserError
 from kdlib.evaluation.benchmark import Trial, load_trials, run_trials, save_trials
@@ -165,7 +165,7 @@ class Distill(Stage[DistillSettings, Trained]):
     def copied_layers(self) -> list[int]:
         """The teacher layers that the student copies, 1 = first; none for a random start."""
         spec = self.settings.student
-        return [] if spec.init == "random" else layer_map(spec.init, spec.layers, self.teacher.layers)
+        return [] if spec.init == "random" else source_layers(spec.init, spec.layers, self.teacher.model.config)
 
     @property
     def compared_layers(self) -> list[int]:
