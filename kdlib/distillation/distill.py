@@ -1,7 +1,7 @@
 """Distillation: a `transformers.Trainer` that trains a student towards the teacher's hidden states."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder, layer_states
 from kdlib.models.masking import mask_id
 from kdlib.models.mlm_head import MaskedHead, new_head
+from kdlib.models.sentence import SentenceVector
 from kdlib.training import checkpoints
 from kdlib.training.arguments import training_arguments, training_attention
 from kdlib.training.callbacks import Curve
@@ -48,10 +49,11 @@ class DistillTrainer(BudgetTrainer):
         spec: config.Distill,
         masking: Masking | None,
         bf16: bool,
+        sentence: SentenceVector,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.teacher, self.teacher_layers = teacher, teacher_layers
+        self.teacher, self.teacher_layers, self.sentence = teacher, teacher_layers, sentence
         self.spec, self.masking, self.bf16 = spec, masking, bf16
         self.sums: dict[str, list[torch.Tensor]] = {}
 
@@ -60,7 +62,7 @@ class DistillTrainer(BudgetTrainer):
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
         student = replace(student, targets=inputs.get("targets"), mask=inputs.get("counted", student.mask))
-        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature)
+        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature, self.sentence)
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)
         return (loss, None) if return_outputs else loss
@@ -191,12 +193,15 @@ class Outcome:
         curve: a table of split, step, seconds, loss and each objective.
         facts: sizes and speeds.
         head: the student's masked-language head, where an objective trained one.
+        sentence: how the student's vectors are made: as the teacher's. Dense layers of a narrower student contain the
+            projection.
     """
 
     student: PreTrainedModel
     curve: pd.DataFrame
     facts: dict
     head: MaskedHead | None = None
+    sentence: SentenceVector = field(default_factory=SentenceVector)
 
 
 def distill(
@@ -291,7 +296,7 @@ def distill(
         callbacks=[checkpoints.Checkpoints(max(1, steps // LOGS))],
         curve=lambda trainer: _History(trainer, label, on_point, should_stop),
         teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
-        bf16=teacher.bf16,
+        bf16=teacher.bf16, sentence=teacher.sentence.to(device),
     )  # fmt: skip
     with distributed.main_process_first():  # the first process removes torn ones
         last = checkpoints.newest(work)
@@ -316,7 +321,8 @@ def distill(
         "cache_gigabytes": gigabytes(train.tokens, len(cached), teacher.hidden),
         "real_token_share": BudgetSampler(train.lengths, spec.batch_tokens, seed).real_share(),
     }  # fmt: skip
-    return Outcome(student, curve, facts, watched.head)
+    sentence = teacher.sentence.after(student.config.hidden_size, watched.projection)
+    return Outcome(student, curve, facts, watched.head, sentence)
 
 
 def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from kdlib import distributed
 from kdlib.errors import UserError
-from kdlib.models.encoder import mean_pool
+from kdlib.models.sentence import mean_pool
 
 
 @dataclass
@@ -147,10 +147,13 @@ def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     return query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
 
 
-def sentence_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """1 - cosine of the mean-pooled last states, mean over texts."""
-    mine = mean_pool(student.hidden[-1].float(), student.mask)
-    theirs = mean_pool(teacher.hidden[-1].float(), teacher.mask)
+Vector = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # from states and mask to the vectors of texts
+
+
+def sentence_loss(student: ModelOutputs, teacher: ModelOutputs, vector: Vector = mean_pool) -> torch.Tensor:
+    """1 - cosine of the texts' vectors, mean over texts. `vector`: the teacher's way from last states to a vector."""
+    mine = vector(student.hidden[-1].float(), student.mask)
+    theirs = vector(teacher.hidden[-1].float(), teacher.mask)
     real = student.mask.any(1)
     return _over(((1 - F.cosine_similarity(mine, theirs)) * real).sum(), real.sum())
 
@@ -243,10 +246,14 @@ def check_objectives(weights: dict[str, float]) -> None:
 
 
 def total_loss(
-    weights: dict[str, float], student: ModelOutputs, teacher: ModelOutputs | None, temperature: float = 2.0
+    weights: dict[str, float],
+    student: ModelOutputs,
+    teacher: ModelOutputs | None,
+    temperature: float = 2.0,
+    vector: Vector = mean_pool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum, and each objective's own value. `temperature` is that of the soft targets (kl)."""
-    settings = {"kl": {"temperature": temperature}}
+    """The weighted sum, and each objective's own value. `temperature` is that of kl, `vector` of sentence."""
+    settings: dict[str, dict] = {"kl": {"temperature": temperature}, "sentence": {"vector": vector}}
     parts = {
         name: OBJECTIVES[name].loss(student, teacher, **settings.get(name, {}))
         for name, weight in weights.items()

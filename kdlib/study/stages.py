@@ -179,7 +179,10 @@ class Distill(Stage[DistillSettings, Trained]):
         spec = self.settings.student if init is None else self.settings.student.model_copy(update={"init": init})
         sample = [encoding.ids for encoding in self.teacher.tokenize(sentences(self.corpus.get().train)[:SAMPLE])]
         model = build_student(self.teacher.model, spec, self.settings.seed, sample).to(self.context.device)
-        return replace(self.teacher, model=model, name=start_name(init), head=None, vector_cache=None)
+        sentence = self.teacher.sentence.after(model.config.hidden_size)
+        return replace(
+            self.teacher, model=model, name=start_name(init), head=None, vector_cache=None, sentence=sentence
+        )
 
     def prepare(self, texts: Sequence[str]) -> TokenizedCorpus:
         """Tokenise texts and get the teacher's states that the student is compared with."""
@@ -208,7 +211,10 @@ class Distill(Stage[DistillSettings, Trained]):
         """Train, and write the student."""
         outcome = self.train(*self.training_sets, self.work, watch)
         if distributed.rank() == 0:
-            made = replace(self.teacher, model=outcome.student, name="student", head=outcome.head, vector_cache=None)
+            made = replace(
+                self.teacher, model=outcome.student, name="student", head=outcome.head, vector_cache=None,
+                sentence=outcome.sentence,
+            )  # fmt: skip
             made.save(folder)
             write_training(folder, outcome.curve, outcome.facts)
 
@@ -294,8 +300,9 @@ class Scored(Stage[ScoreSettings, Scores]):
         kept = self.context.path / "benchmark" if keys else None
         trials = run_trials({encoder.name: encoder}, tasks, spec, "probe", kept, keys)
         held, target = self.compared.get(), text_vectors(self.teacher.get(), self.compared.get())[:, 0]
-        if encoder.hidden == target.shape[1]:
-            cosines = similarities(text_vectors(encoder, held)[:, 0], target).astype(float)
+        vectors = text_vectors(encoder, held)[:, 0]
+        if vectors.shape == target.shape:
+            cosines = similarities(vectors, target).astype(float)
             same = Metric("similarity", np.stack([cosines, np.ones_like(cosines)], 1))
             trials += [Trial(encoder.name, "similarity", "probe", seed, [same]) for seed in spec.seeds]
         save_trials(folder / "trials.npz", trials)
@@ -339,7 +346,10 @@ class ArmScores(Scored):
         outcome = arm.train(train, heldout, self.work, watch)
         outcome.curve.to_csv(folder / "curve.csv", index=False)
         loss = float(outcome.curve.query("split == 'heldout'")["loss"].iloc[-1])
-        student = replace(arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None)
+        student = replace(
+            arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None,
+            sentence=outcome.sentence,
+        )  # fmt: skip
         self.score(student, folder, heldout_loss=loss, steps=outcome.facts["steps"])
 
 

@@ -115,16 +115,6 @@ def test_written_again_after_the_benchmark(make):
     assert "Not measured yet" not in text and "0.765 [0.715, 0.815]" in text
 
 
-def test_settings_of_sentence_transformers(make):
-    folder = make("teacher.max_length=96")
-    modules = json.loads((folder / "modules.json").read_text())
-    assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling"]
-    assert [m["path"] for m in modules] == ["", "1_Pooling"] and all((folder / m["path"]).is_dir() for m in modules)
-    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
-    assert pooling == {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
-    assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 96
-
-
 @pytest.mark.parametrize(
     "override, prefix", [((), "query: "), ({"teacher.prefix": ""}, ""), ({"teacher.prefix": "tanong: "}, "tanong: ")]
 )
