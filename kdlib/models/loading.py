@@ -243,7 +243,10 @@ def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
     if tokenizer.pad_token_id is None:
         raise UserError(f"{source}: its tokenizer has no padding token")
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
-        raise UserError(f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings")
+        raise UserError(
+            f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings; "
+            "if words were added to the tokenizer, the model needs rows for them (resize_token_embeddings)"
+        )
     try:
         encoder.tokenize([("a", "\U0001f600")])
         with torch.inference_mode():

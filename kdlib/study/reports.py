@@ -133,6 +133,8 @@ class PruneReport(Report[PruneReportSettings]):
                     for metric in ("fertility", "unknown_rate")
                 ]
         tokens, kept = token_list(full.tokenizer), set(chosen.ids)
+        spare = len(full.model.get_input_embeddings().weight) - len(tokens)
+        rows.append(dict(model="teacher", metric="rows_without_token", value=spare))
         scripts = pd.DataFrame(
             {"script": [main_script(token) for token in tokens], "kept": [i in kept for i in range(len(tokens))]}
         )

@@ -1,5 +1,6 @@
 """The stages that write a model, and the arms of the ablations."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from kdlib.pruning.selection import Selection, keep_all, select_tokens, word_lis
 from kdlib.study.model_card import CardFacts, write_card
 from kdlib.study.stage import Context, Keyed, Settings, Source, Stage, Watch
 
+log = logging.getLogger(__name__)
 CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
 SAMPLE = 500  # sentences whose hidden states choose the directions that a narrower student keeps
 
@@ -77,8 +79,12 @@ class Prune(Stage[PruneSettings, Encoder]):
     def make(self, folder: Path, watch: Watch) -> None:
         """Prune the teacher, from its files where they hold its weights."""
         ids, spec = self.selection.ids, self.settings.teacher
+        teacher = self.teacher.get()
+        spare = len(teacher.model.get_input_embeddings().weight) - len(self.selection.counts)
+        if spare and spec.source != "embedded":
+            log.warning("%s: %d of its embedding rows have no token in its tokenizer; they go", spec.source, spare)
         stored = embedded_teacher.folder() if spec.source == "embedded" else weights_folder(spec.source, spec.revision)
-        prune_encoder(self.teacher.get(), ids, folder, stored)
+        prune_encoder(teacher, ids, folder, stored)
         np.save(folder / "kept_ids.npy", np.array(ids))
 
     def load(self, folder: Path) -> Encoder:
