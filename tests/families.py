@@ -1,13 +1,24 @@
 """Small random teachers of every family, with its quirks and a tokenizer of its kind, and the stages each must pass."""
 
+import json
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import tiny
 import torch
 import transformers
-from pruning.pairs import fill, train_bpe, train_fallback, train_llama, train_unigram, train_wordpiece
+from pruning.pairs import (
+    ACCENTED,
+    FOREIGN,
+    fill,
+    train_bpe,
+    train_fallback,
+    train_llama,
+    train_unigram,
+    train_wordpiece,
+)
 
 import kdlib
 from kdlib import config
@@ -150,3 +161,22 @@ STAGES = {
     **{name: lambda stages, name=name: stages.objective(name) for name in OBJECTIVES},
     "save and load": Stages.save,
 }
+
+
+def training_texts() -> tuple[list[str], list[str]]:
+    """Texts of several languages to train tokenizers on, and a Tagalog corpus."""
+    lines = (resources.files("kdlib") / "data" / "bundled" / "parallel.jsonl").read_text("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:120]]
+    texts = [row[code] for row in rows for code in ("tgl", "eng", "ceb")] + (ACCENTED + FOREIGN) * 3
+    return texts, [row["tgl"] for row in rows[:80]]
+
+
+def try_stages(family: str, folder: Path, texts: list[str], corpus: list[str]) -> dict[str, Exception]:
+    """Run every stage on a teacher of the family. Returns the errors by stage."""
+    stages, failed = Stages(family, folder, texts, corpus), {}
+    for name, stage in STAGES.items():
+        try:
+            stage(stages)
+        except Exception as error:
+            failed[name] = error
+    return failed
