@@ -1,4 +1,4 @@
-"""Pruning of teachers with the largest vocabularies, at their real sizes: seconds and memory, with random weights.
+"""Pruning of teachers with the largest vocabularies, at their real sizes: processor time and memory, random weights.
 
 python -m benchmarks.teachers; a table, `teachers.json`, and the table in docs/teachers.md. The tokenizers have as many
 tokens as the real ones, made of words of wordfreq in all its languages.
@@ -7,6 +7,7 @@ tokens as the real ones, made of words of wordfreq in all its languages.
 import itertools
 import json
 import shutil
+import string
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +35,10 @@ XLMR = dict(
 def tokens() -> Iterator[str]:
     """Words of all languages, the frequent ones first, each after its prefixes, as a BPE would have merged it."""
     lists = [wordfreq.top_n_list(code, 10**6, wordlist="best") for code in sorted(wordfreq.available_languages("best"))]
-    seen: set[str] = set()
+    seen = set("▁" + string.printable)
+    yield from sorted(seen)
     for word in itertools.chain.from_iterable(itertools.zip_longest(*lists, fillvalue="")):
-        for form in (f"▁{word}", word):
+        for form in (f"▁{word}", word, f"▁{word.capitalize()}"):
             for end in range(1, len(form) + 1):
                 if form[:end] not in seen:
                     seen.add(form[:end])
@@ -68,6 +70,7 @@ def fallback(rows: int) -> PreTrainedTokenizerFast:
         vocabulary[token] = len(vocabulary)
         if len(token) > 1 and token[-1] in vocabulary:
             merges.append((token[:-1], token[-1]))
+    merges.sort(key=lambda pair: pair[0][0] != "▁")  # the starts of words first
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "▁")
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
@@ -120,7 +123,7 @@ def measure() -> list[dict]:
             "teacher": name, "layers": settings.num_hidden_layers, "hidden": settings.hidden_size,
             "rows": settings.vocab_size, "kept": chosen["kept"], "load_seconds": chosen["load"],
             "choose_seconds": chosen["choose"], "choose_megabytes": chosen["megabytes"],
-            "prune_seconds": sorted(report["seconds"] for report in pruned)[ROUNDS // 2],
+            "prune_seconds": sorted(report["processor"] for report in pruned)[ROUNDS // 2],
             "prune_megabytes": max(report["megabytes"] for report in pruned),
             "full_megabytes": sizes[0], "pruned_megabytes": sizes[1], "machine": machine(),
         }  # fmt: skip

@@ -14,12 +14,12 @@ from kdlib.pruning.selection import select_tokens, word_list
 
 folder, target = sys.argv[1:]
 texts, words = sentences(load_corpus(Corpus(), "tgl", 0).train), word_list("tgl")
-start = time.perf_counter()
+start = time.process_time()
 tokenizer = full_tokenizer(folder)
-loaded = time.perf_counter()
+loaded = time.process_time()
 ids = select_tokens(tokenizer, texts, words).ids
 np.save(target, ids)
-end = time.perf_counter()
+end = time.process_time()
 print(
     json.dumps(
         {"load": loaded - start, "choose": end - loaded, "megabytes": peak_megabytes(), "rows": len(tokenizer)}

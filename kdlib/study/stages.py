@@ -62,6 +62,7 @@ class Prune(Stage[PruneSettings, Encoder]):
     """The teacher with the pruned vocabulary."""
 
     name = "vocabulary"
+    version = 2
     teacher: Source[Encoder]
     corpus: Source[Corpus]
 
