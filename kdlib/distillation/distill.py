@@ -1,5 +1,6 @@
 """Distillation: a `transformers.Trainer` that trains a student towards the teacher's hidden states."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from kdlib.training.arguments import training_arguments, training_attention
 from kdlib.training.callbacks import Curve
 from kdlib.training.trainer import BudgetTrainer
 
+log = logging.getLogger(__name__)
 LOGS = 50  # points of the training curve
 FIT_TOKENS = 4096  # texts that the projection's start is fitted on
 
@@ -275,6 +277,8 @@ def distill(
         _head(student, teacher, seed) if needs.masked else None,
     )  # fmt: skip
     target = StateCapture(teacher.model, teacher_layers, needs, head=teacher.head if needs.soft else None)
+    if needs.attention:
+        _tell_kinds(watched, target)
     masking = None
     if needs.masked:
         if train.maskable is None or heldout.maskable is None:
@@ -323,6 +327,20 @@ def distill(
     }  # fmt: skip
     sentence = teacher.sentence.after(student.config.hidden_size, watched.projection)
     return Outcome(student, curve, facts, watched.head, sentence)
+
+
+def _tell_kinds(student: StateCapture, teacher: StateCapture) -> None:
+    """Warn where attention objectives compare a layer of local attention with one of global attention."""
+    differ = [
+        f"{mine} with {theirs}"
+        for mine, theirs, *reach in zip(student.layers, teacher.layers, student.reach, teacher.reach)
+        if reach[0] != reach[1]
+    ]
+    if differ:
+        log.warning(
+            "attention objectives compare local with global attention (student with teacher layer: %s); "
+            "distill.layers may name others", ", ".join(differ),
+        )  # fmt: skip
 
 
 def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs) -> None:
