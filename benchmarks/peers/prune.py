@@ -13,6 +13,7 @@ from kdlib.pruning.files import prune_files
 
 folder, out, ids = Path(sys.argv[1]), Path(sys.argv[2]), np.load(sys.argv[3])
 shutil.rmtree(out, ignore_errors=True)
-start = time.perf_counter()
+start, processor = time.perf_counter(), time.process_time()
 prune_files(folder, out, ids)
-print(json.dumps({"seconds": time.perf_counter() - start, "megabytes": peak_megabytes()}))
+spent = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
+print(json.dumps(spent | {"megabytes": peak_megabytes()}))

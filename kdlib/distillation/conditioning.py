@@ -274,7 +274,7 @@ def condition(
     main = run("all", spec.epochs, spec.learning_rate, lambda t: ConditionCurve(t, "train", label, evaluate, tell))
     encoder = Encoder(
         model.encoder.eval(), teacher.tokenizer, "conditioned teacher", teacher.prefix, teacher.max_length,
-        teacher.bf16, model.head.eval(),
+        teacher.bf16, model.head.eval(), sentence=teacher.sentence,
     )  # fmt: skip
     targets = np.concatenate([inputs["targets"].numpy() for _, inputs in prepared])
     facts = {

@@ -1,7 +1,8 @@
 """Distillation: a `transformers.Trainer` that trains a student towards the teacher's hidden states."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,16 @@ from kdlib.distillation.state_capture import StateCapture
 from kdlib.distillation.teacher_cache import TeacherStates, gigabytes
 from kdlib.distillation.tokenized_corpus import Masking, RankCollator, TokenizedCorpus, compared_layers, training_size
 from kdlib.errors import UserError
-from kdlib.models.encoder import Encoder
+from kdlib.models.encoder import Encoder, layer_states
 from kdlib.models.masking import mask_id
 from kdlib.models.mlm_head import MaskedHead, new_head
+from kdlib.models.sentence import SentenceVector
 from kdlib.training import checkpoints
 from kdlib.training.arguments import training_arguments, training_attention
 from kdlib.training.callbacks import Curve
 from kdlib.training.trainer import BudgetTrainer
 
+log = logging.getLogger(__name__)
 LOGS = 50  # points of the training curve
 FIT_TOKENS = 4096  # texts that the projection's start is fitted on
 
@@ -48,10 +51,11 @@ class DistillTrainer(BudgetTrainer):
         spec: config.Distill,
         masking: Masking | None,
         bf16: bool,
+        sentence: SentenceVector,
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self.teacher, self.teacher_layers = teacher, teacher_layers
+        self.teacher, self.teacher_layers, self.sentence = teacher, teacher_layers, sentence
         self.spec, self.masking, self.bf16 = spec, masking, bf16
         self.sums: dict[str, list[torch.Tensor]] = {}
 
@@ -60,7 +64,9 @@ class DistillTrainer(BudgetTrainer):
         target = self.target(inputs, noise=self.spec.teacher_noise and model.training)
         student = model(inputs["input_ids"], inputs["attention_mask"], inputs.get("masked"))
         student = replace(student, targets=inputs.get("targets"), mask=inputs.get("counted", student.mask))
-        loss, parts = total_loss(self.spec.objectives, student, target, self.spec.temperature, self.spec.relation_heads)
+        loss, parts = total_loss(
+            self.spec.objectives, student, target, self.spec.temperature, self.spec.relation_heads, self.sentence
+        )
         for name, value in {"loss": loss.detach(), **parts}.items():
             self.sums.setdefault(name, []).append(value)
         return (loss, None) if return_outputs else loss
@@ -192,12 +198,15 @@ class Outcome:
         curve: a table of split, step, seconds, loss and each objective.
         facts: sizes and speeds.
         head: the student's masked-language head, where an objective trained one.
+        sentence: how the student's vectors are made: as the teacher's. Dense layers of a narrower student contain the
+            projection.
     """
 
     student: PreTrainedModel
     curve: pd.DataFrame
     facts: dict
     head: MaskedHead | None = None
+    sentence: SentenceVector = field(default_factory=SentenceVector)
 
 
 def distill(
@@ -273,6 +282,8 @@ def distill(
         _head(student, teacher, seed) if needs.masked else None,
     )  # fmt: skip
     target = StateCapture(teacher.model, teacher_layers, needs, head=teacher.head if needs.soft else None)
+    if needs.attention:
+        _tell_kinds(watched, target)
     masking = None
     if needs.masked:
         if train.maskable is None or heldout.maskable is None:
@@ -294,7 +305,7 @@ def distill(
         callbacks=[checkpoints.Checkpoints(max(1, steps // LOGS))],
         curve=lambda trainer: _History(trainer, label, on_point, should_stop),
         teacher=target if needs.teacher else None, teacher_layers=teacher_layers, spec=spec, masking=masking,
-        bf16=teacher.bf16,
+        bf16=teacher.bf16, sentence=teacher.sentence.to(device),
     )  # fmt: skip
     with distributed.main_process_first():  # the first process removes torn ones
         last = checkpoints.newest(work)
@@ -319,7 +330,22 @@ def distill(
         "cache_gigabytes": gigabytes(train.tokens, len(cached), teacher.hidden),
         "real_token_share": BudgetSampler(train.lengths, spec.batch_tokens, seed).real_share(),
     }  # fmt: skip
-    return Outcome(student, curve, facts, watched.head)
+    sentence = teacher.sentence.after(student.config.hidden_size, watched.projection)
+    return Outcome(student, curve, facts, watched.head, sentence)
+
+
+def _tell_kinds(student: StateCapture, teacher: StateCapture) -> None:
+    """Warn where attention objectives compare a layer of local attention with one of global attention."""
+    differ = [
+        f"{mine} with {theirs}"
+        for mine, theirs, *reach in zip(student.layers, teacher.layers, student.reach, teacher.reach)
+        if reach[0] != reach[1]
+    ]
+    if differ:
+        log.warning(
+            "attention objectives compare local with global attention (student with teacher layer: %s); "
+            "distill.layers may name others", ", ".join(differ),
+        )  # fmt: skip
 
 
 def _check_pair(teacher: Encoder, student: PreTrainedModel, needs: RequiredOutputs, spec: config.Distill) -> None:
@@ -379,7 +405,7 @@ def _fit_projection(student: StateCapture, trainer: DistillTrainer, texts: Token
     for start in range(0, len(places), 32):
         inputs = trainer._prepare_inputs(texts.collate(places[start : start + 32]))
         keep, theirs = inputs["attention_mask"].bool(), trainer.target(inputs)
-        mine = student.model(inputs["input_ids"], inputs["attention_mask"], output_hidden_states=True).hidden_states
+        mine = layer_states(student.model, input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         pairs = list(zip([mine[layer] for layer in student.layers], theirs.hidden, strict=True))
         pairs += [(mine[0], theirs.embedded)] if student.needs.embedded else []
         for x, y in pairs:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from kdlib import distributed
 from kdlib.errors import UserError
-from kdlib.models.encoder import mean_pool
+from kdlib.models.sentence import mean_pool
 
 
 @dataclass
@@ -34,6 +34,7 @@ class ModelOutputs:
         targets: [masked tokens], the tokens before masking.
         translation: of the teacher, [batch, translations' tokens, hidden], its last states of each text's translation.
         translated: [batch, translations' tokens], 1 at real tokens; all 0 for a text without a translation.
+        reach: of each compared layer with local attention, how many tokens away a token sees; None for all.
     """
 
     hidden: list[torch.Tensor]
@@ -46,6 +47,7 @@ class ModelOutputs:
     targets: torch.Tensor | None = None
     translation: torch.Tensor | None = None
     translated: torch.Tensor | None = None
+    reach: list[int | None] = field(default_factory=list)
 
 
 torch.export.register_dataclass(ModelOutputs)  # training by several processes must find the tensors in it
@@ -146,15 +148,18 @@ def tinybert_attention_loss(student: ModelOutputs, teacher: ModelOutputs) -> tor
 
 
 def _scores(student: ModelOutputs, teacher: ModelOutputs) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Attention scores of each layer [batch, heads, tokens, tokens], and the mask of real pairs."""
+    """Attention scores of each layer [batch, heads, tokens, tokens], and the mask of real pairs that it sees."""
     if not student.query or len(student.query) != len(teacher.query):
         raise ValueError(
             f"attention maps: student {len(student.query)}, teacher {len(teacher.query)}; "
             "they must be as many, and some"
         )
     pairs = _real_pairs(student.mask)
-    for mine, theirs in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), strict=True):
-        yield attention_scores(*mine), attention_scores(*theirs), pairs
+    place = torch.arange(student.mask.shape[1], device=student.mask.device)
+    reach = teacher.reach or [None] * len(teacher.query)
+    for mine, theirs, most in zip(zip(student.query, student.key), zip(teacher.query, teacher.key), reach, strict=True):
+        seen = pairs if most is None else pairs & ((place[:, None] - place).abs() <= most)  # local attention
+        yield attention_scores(*mine), attention_scores(*theirs), seen
 
 
 def _real_pairs(mask: torch.Tensor) -> torch.Tensor:
@@ -165,6 +170,9 @@ def _real_pairs(mask: torch.Tensor) -> torch.Tensor:
 def attention_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Q K^T / sqrt(head size): [batch, heads, tokens, size] twice -> [batch, heads, tokens, tokens]."""
     return query.float() @ key.float().transpose(-1, -2) / query.shape[-1] ** 0.5
+
+
+Vector = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # from states and mask to the vectors of texts
 
 
 def relation_loss(student: ModelOutputs, teacher: ModelOutputs, heads: int = 12) -> torch.Tensor:
@@ -217,10 +225,10 @@ def comet_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
     return _mean_square(mine, theirs, pairs) / _variance(theirs[pairs])
 
 
-def similarity_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
+def similarity_loss(student: ModelOutputs, teacher: ModelOutputs, vector: Vector = mean_pool) -> torch.Tensor:
     """MSE between the matrices of cosines of all texts of a batch, of student and of teacher.
 
-    mean over texts i, j of (cos(s_i, s_j) - cos(t_i, t_j))^2, with mean-pooled last states s and t. The term on the
+    mean over texts i, j of (cos(s_i, s_j) - cos(t_i, t_j))^2, with vectors s and t of the texts. The term on the
     order of all pairs of pairs, which Jasper adds, is left out: it needs memory of the order of texts^4.
 
     References:
@@ -228,7 +236,7 @@ def similarity_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tenso
     """
     real = student.mask.any(1)
     mine, theirs = (
-        F.normalize(mean_pool(side.hidden[-1].float(), student.mask), dim=-1) * real.unsqueeze(1)
+        F.normalize(vector(side.hidden[-1].float(), student.mask), dim=-1) * real.unsqueeze(1)
         for side in (student, teacher)
     )
     everybody = distributed.gather(real.float().unsqueeze(1)).sum()
@@ -236,8 +244,8 @@ def similarity_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tenso
     return _over(difference.square().sum(), real.sum() * everybody)
 
 
-def alignment_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """MSE(student, teacher) / Var(teacher) of the mean-pooled last states, over texts.
+def alignment_loss(student: ModelOutputs, teacher: ModelOutputs, vector: Vector = mean_pool) -> torch.Tensor:
+    """MSE(student, teacher) / Var(teacher) of the texts' vectors, over texts.
 
     Unlike `sentence` it compares lengths too, so the student's vectors can be searched in an index of the teacher's.
     The paper's abstract names direct alignment of the vectors; the square and the division by the variance are ours.
@@ -245,17 +253,18 @@ def alignment_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor
     References:
         LEAF (2025), arXiv 2509.12539.
     """
-    return _vector_loss(student, mean_pool(teacher.hidden[-1].float(), teacher.mask), student.mask.any(1))
+    target = vector(teacher.hidden[-1].float(), teacher.mask)
+    return _vector_loss(student, target, student.mask.any(1), vector)
 
 
-def _vector_loss(student: ModelOutputs, target: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """MSE / Var(target) of the mean-pooled last states and `target` [batch, hidden], over the `real` texts."""
-    mine = mean_pool(student.hidden[-1].float(), student.mask)
+def _vector_loss(student: ModelOutputs, target: torch.Tensor, real: torch.Tensor, vector: Vector) -> torch.Tensor:
+    """MSE / Var(target) of the student's vectors and `target` [batch, hidden], over the `real` texts."""
+    mine = vector(student.hidden[-1].float(), student.mask)
     return _mean_square(mine, target, real.unsqueeze(1)) / _variance(target[real])
 
 
-def crosslingual_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """MSE(student, teacher) / Var(teacher) of the mean-pooled last states; the teacher reads the translation.
+def crosslingual_loss(student: ModelOutputs, teacher: ModelOutputs, vector: Vector = mean_pool) -> torch.Tensor:
+    """MSE(student, teacher) / Var(teacher) of the texts' vectors; the teacher reads the translation.
 
     Over the texts that have one. Reimers and Gurevych also compare the student's vectors of the English text; our
     student reads one language. CLKD compares scores of answers instead of vectors, with text translated either way; for
@@ -264,8 +273,8 @@ def crosslingual_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Ten
     References:
         Reimers and Gurevych (2020), eq. 1, the second term; CLKD (2023), arXiv 2305.16302.
     """
-    target = mean_pool(teacher.translation.float(), teacher.translated)
-    return _vector_loss(student, target, student.mask.any(1) & teacher.translated.any(1))
+    target = vector(teacher.translation.float(), teacher.translated)
+    return _vector_loss(student, target, student.mask.any(1) & teacher.translated.any(1), vector)
 
 
 def transport_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
@@ -309,10 +318,10 @@ def transport_plan(
     return (kernel + u.unsqueeze(2) + v.unsqueeze(1)).exp()
 
 
-def sentence_loss(student: ModelOutputs, teacher: ModelOutputs) -> torch.Tensor:
-    """1 - cosine of the mean-pooled last states, mean over texts."""
-    mine = mean_pool(student.hidden[-1].float(), student.mask)
-    theirs = mean_pool(teacher.hidden[-1].float(), teacher.mask)
+def sentence_loss(student: ModelOutputs, teacher: ModelOutputs, vector: Vector = mean_pool) -> torch.Tensor:
+    """1 - cosine of the texts' vectors, mean over texts. `vector`: the teacher's way from last states to a vector."""
+    mine = vector(student.hidden[-1].float(), student.mask)
+    theirs = vector(teacher.hidden[-1].float(), teacher.mask)
     real = student.mask.any(1)
     return _over(((1 - F.cosine_similarity(mine, theirs)) * real).sum(), real.sum())
 
@@ -422,6 +431,7 @@ def total_loss(
     teacher: ModelOutputs | None,
     temperature: float = 2.0,
     relation_heads: int = 12,
+    vector: Vector = mean_pool,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The weighted sum, and each objective's own value. Objectives of translations need a batch that has some.
 
@@ -431,8 +441,10 @@ def total_loss(
         teacher: its outputs; None where no objective needs them.
         temperature: of the soft targets (kl).
         relation_heads: of relation.
+        vector: from states and mask to the vectors of texts, for the objectives that compare those.
     """
-    settings = {"kl": {"temperature": temperature}, "relation": {"heads": relation_heads}}
+    settings: dict[str, dict] = {"kl": {"temperature": temperature}, "relation": {"heads": relation_heads}}
+    settings |= {name: {"vector": vector} for name in ("sentence", "similarity", "alignment", "crosslingual")}
     parts = {
         name: OBJECTIVES[name].loss(student, teacher, **settings.get(name, {}))
         for name, weight in weights.items()

@@ -1,11 +1,13 @@
 """Student building: a smaller encoder of the teacher's family, initialised from the teacher's weights."""
 
 import copy
+import logging
 import re
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,8 +15,9 @@ from kdlib import config
 from kdlib.distillation.importance import most_important, sample_batches
 from kdlib.errors import UserError
 from kdlib.models.build import with_state
-from kdlib.models.families import FAMILIES, Family, family_of
+from kdlib.models.families import FAMILIES, LOCAL, Family, family_of, layer_kinds
 
+log = logging.getLogger(__name__)
 SAMPLE_TOKENS = 8192  # of the sample that a narrower student is fitted on
 
 
@@ -51,6 +54,50 @@ def layer_map(rule: str | list[int], student_layers: int, teacher_layers: int, k
     if rule == "last":
         return list(range(teacher_layers - student_layers + 1, teacher_layers + 1))
     return [(i + 1) * teacher_layers // student_layers for i in range(student_layers)]
+
+
+def source_layers(rule: str | list[int], student_layers: int, teacher: PretrainedConfig) -> list[int]:
+    """The teacher layer (1 = first) that each student layer is copied from.
+
+    In families whose layers differ (ModernBERT), a named rule is followed as far as kinds of layers allow: the first
+    layer, which lacks a norm, is copied from the first, and each further one from the nearest layer of its own kind. So
+    global and local attention keep the teacher's order, which transformers 4 needs. A list is taken as it is, and
+    layers keep their kinds.
+
+    Args:
+        rule: as `layer_map` has it.
+        student_layers: l.
+        teacher: the teacher's configuration.
+
+    Raises:
+        UserError: where a list puts the first layer elsewhere, or another layer first.
+    """
+    wished = layer_map(rule, student_layers, teacher.num_hidden_layers)
+    family = FAMILIES.get(teacher.model_type)
+    if family is None or not family.first_stays:
+        return wished
+    kinds = layer_kinds(teacher) or [""] * teacher.num_hidden_layers
+    if isinstance(rule, list):
+        if rule[0] != 1 or 1 in rule[1:]:
+            raise UserError(
+                f"student.init is {rule}; the first layer of a {teacher.model_type} has no norm before its attention: "
+                "the list must begin with 1, and have no other 1"
+            )
+        copied = [kinds[layer - 1] for layer in rule]
+        if copied != kinds[: len(rule)]:
+            log.warning(
+                "student.init: layers %s are %s; transformers 4 knows no such order of global and local attention, "
+                "version 5 does", rule, ", ".join("local" if kind == LOCAL else "global" for kind in copied),
+            )  # fmt: skip
+        return rule
+    found, end = [], teacher.num_hidden_layers + 1
+    for i in range(student_layers - 1, 0, -1):  # from the end, so that enough layers are left for those before
+        options = [layer for layer in range(i + 1, end) if kinds[layer - 1] == kinds[i]]
+        end = min(options, key=lambda layer: abs(layer - wished[i]))
+        found.insert(0, end)
+    if [1, *found] != wished:
+        log.info("student.init: %s is layers %s of this teacher, not %s", rule, [1, *found], wished)
+    return [1, *found]
 
 
 def count_layers(model: PreTrainedModel) -> int:
@@ -91,13 +138,20 @@ def build_student(
     sizes = _student_config(teacher, spec)
     if spec.init == "random":
         return _blank(teacher, sizes, seed)
-    source = layer_map(spec.init, spec.layers, count_layers(teacher))
+    source = source_layers(spec.init, spec.layers, teacher.config)
     wide = _with_layers(teacher, source)
+    if getattr(sizes, "layer_types", None):
+        sizes.layer_types = wide.config.layer_types
     if _sizes(wide.config) == _sizes(sizes):
         return wide
     if teacher.base_model is not teacher:
         raise UserError(f"cannot resize a {type(teacher).__name__}: student.init must be random")
     return _narrow(teacher, source, wide, _blank(teacher, sizes, seed), spec.narrow, sample)
+
+
+def _key_heads(settings: PretrainedConfig) -> int | None:
+    """The number of heads of keys and values where it is set apart; several heads of queries may share one."""
+    return getattr(settings, "num_key_value_heads", None)
 
 
 def _sizes(settings: PretrainedConfig) -> tuple[int, int, int]:
@@ -128,11 +182,26 @@ def _student_config(teacher: PreTrainedModel, spec: config.Student) -> Pretraine
     sizes = copy.deepcopy(teacher.config)
     sizes.num_hidden_layers, sizes.hidden_size, sizes.num_attention_heads = spec.layers, hidden, heads
     setattr(sizes, _ffn_key(sizes), ffn)
-    if getattr(sizes, "layer_types", None):
+    if getattr(sizes, "layer_types", None):  # of a random start; a copied layer keeps its own
         sizes.layer_types = sizes.layer_types[: spec.layers]
-    for key, value in (("attention_head_size", hidden // heads), ("pooler_hidden_size", hidden)):
-        if hasattr(sizes, key):  # DeBERTa's
+    family, sharing = FAMILIES.get(sizes.model_type), theirs[1] // (_key_heads(sizes) or theirs[1])
+    if heads % sharing:
+        raise UserError(f"student.heads is {heads}; {sharing} heads of the teacher share a key: it must be a multiple")
+    if family and family.rotary and hidden // heads % 2:
+        raise UserError(f"student.hidden / student.heads is {hidden // heads}; rotary positions need an even number")
+    for key, value in (
+        ("attention_head_size", hidden // heads), ("pooler_hidden_size", hidden),  # DeBERTa's
+        ("head_dim", hidden // heads), ("num_key_value_heads", heads // sharing),  # EuroBERT's
+    ):  # fmt: skip
+        if getattr(sizes, key, None) is not None:
             setattr(sizes, key, value)
+    if (embedded := getattr(sizes, "embedding_size", None)) == theirs[0]:  # ELECTRA's, else narrower than the states
+        sizes.embedding_size = hidden
+    elif embedded == hidden and spec.init != "random":
+        raise UserError(
+            f"student.hidden is {hidden}, which is the width of this {sizes.model_type}'s embeddings: it would lose "
+            "their projection to the states; take another width"
+        )
     return sizes
 
 
@@ -147,7 +216,7 @@ def _with_layers(teacher: PreTrainedModel, source: list[int]) -> PreTrainedModel
     shorter = copy.deepcopy(teacher.config)
     shorter.num_hidden_layers = len(source)
     if getattr(shorter, "layer_types", None):
-        shorter.layer_types = shorter.layer_types[: len(source)]
+        shorter.layer_types = [shorter.layer_types[layer - 1] for layer in source]
     layer = re.compile(rf"^(.*{re.escape(family_of(teacher.config.model_type).layers)}\.)(\d+)(\..*)$")
     state, seen = {}, set()
     for name, value in teacher.state_dict().items():
@@ -179,15 +248,16 @@ def _narrow(
     BiStil (Ansell et al. 2023). Weights that read the stream are multiplied by the basis, weights that write it by its
     transpose. A LayerNorm's bias is projected too; its gain g becomes the diagonal of basis^T diag(g) basis. The states
     are then the teacher's projected, about sqrt(new width / width) as long; a learned projection corrects the length.
-    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights, or
-    the most important ones.
+    Heads: see `_narrow_heads`. Feed-forward neurons: those with the largest product of the norms of their weights (a
+    gated layer's neuron has three), or the most important ones.
     """
     names = family_of(teacher.config.model_type)
     (width, heads, ffn), (new_width, new_heads, new_ffn) = _sizes(wide.config), _sizes(start.config)
     state = {name: value.float() for name, value in wide.state_dict().items()}
     layers = [f"{names.layers}.{i}." for i in range(len(source))]
     if how == "random":
-        changed = [*names.attention] * (new_heads != heads) + [names.up, names.down] * (new_ffn != ffn)
+        changed = [*names.attention] * (new_heads != heads) + [*names.up, names.down] * (new_ffn != ffn)
+        changed = [next((whole for whole, parts in names.fused.items() if n in parts), n) for n in changed]
         drawn = {f"{layer}{name}.{kind}" for layer in layers for name in changed for kind in ("weight", "bias")}
         kept = {} if new_width != width else {name: value for name, value in state.items() if name not in drawn}
         start.load_state_dict(start.state_dict() | kept)
@@ -197,19 +267,31 @@ def _narrow(
         basis = _principal(teacher, source, new_width, sample)
     chosen = None
     if how == "importance":
+        if names.rotary and new_heads != heads:
+            raise UserError(f"student.narrow: importance removes no heads of a {wide.config.model_type}; keep {heads}")
         chosen = most_important(wide.to(teacher.device), new_heads, new_ffn, sample)
     for i, prefix in enumerate(layers):
+        _split(state, prefix, names)
         if (new_heads, new_width) != (heads, width):
-            groups = [[head] for head in chosen[i][0]] if chosen else np.array_split(np.arange(heads), new_heads)
-            _narrow_heads(state, prefix, names, heads, groups, basis, reduce=how != "truncate")
+            if names.rotary:
+                _narrow_rotary_heads(state, prefix, names, wide.config, start.config, basis, reduce=how != "truncate")
+            else:
+                groups = [[head] for head in chosen[i][0]] if chosen else np.array_split(np.arange(heads), new_heads)
+                _narrow_heads(state, prefix, names, heads, groups, basis, reduce=how != "truncate")
         if new_ffn != ffn:
-            up, bias, down = (
-                prefix + name for name in (f"{names.up}.weight", f"{names.up}.bias", f"{names.down}.weight")
-            )
-            strength = state[up].norm(dim=1) * state[down].norm(dim=0)
+            down = f"{prefix}{names.down}.weight"
+            ups = [f"{prefix}{name}.weight" for name in names.up]
+            strength = torch.stack([state[up].norm(dim=1) for up in ups]).prod(0) * state[down].norm(dim=0)
             kept = chosen[i][1] if chosen else strength.topk(new_ffn).indices.sort().values
-            state[up], state[bias], state[down] = state[up][kept], state[bias][kept], state[down][:, kept]
-    gains = {f"{name}.weight" for name, module in start.named_modules() if isinstance(module, nn.LayerNorm)}
+            for name in [*ups, *(up.removesuffix("weight") + "bias" for up in ups)]:
+                if name in state:
+                    state[name] = state[name][kept]
+            state[down] = state[down][:, kept]
+        _join(state, prefix, names)
+    for name in [n for n in state if n.endswith("relative_attention_bias.weight") and new_heads != heads]:  # MPNet's
+        groups = np.array_split(np.arange(heads), new_heads)
+        state[name] = torch.stack([state[name][:, group].mean(1) for group in groups], 1)
+    gains = {f"{name}.weight" for name, module in start.named_modules() if _is_norm(module)}
     for name, value in start.state_dict().items():
         through = basis.square() if name in gains else basis
         for axis, (old, new) in enumerate(zip(state[name].shape, value.shape, strict=True)):
@@ -219,6 +301,26 @@ def _narrow(
     return start
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+
+
+def _split(state: dict[str, torch.Tensor], prefix: str, names: Family) -> None:
+    """Split the fused matrices of a layer into their parts, in place."""
+    for whole, parts in names.fused.items():
+        for kind in ("weight", "bias"):
+            if (fused := state.pop(f"{prefix}{whole}.{kind}", None)) is not None:
+                state |= {f"{prefix}{part}.{kind}": value for part, value in zip(parts, fused.chunk(len(parts)))}
+
+
+def _join(state: dict[str, torch.Tensor], prefix: str, names: Family) -> None:
+    """Undo `_split`."""
+    for whole, parts in names.fused.items():
+        for kind in ("weight", "bias"):
+            if f"{prefix}{parts[0]}.{kind}" in state:
+                state[f"{prefix}{whole}.{kind}"] = torch.cat([state.pop(f"{prefix}{part}.{kind}") for part in parts])
+
+
 @torch.no_grad()
 def _principal(
     teacher: PreTrainedModel, source: list[int], size: int, sample: Sequence[Sequence[int]] | None
@@ -226,15 +328,22 @@ def _principal(
     """Principal directions, about the origin, of the teacher's states on a sample, strongest first.
 
     The states after the embeddings, after the layers `source` and after their attention have equal weight, as have
-    DeBERTa's relative positions. Returns float [width, size] with orthonormal columns.
+    DeBERTa's relative positions. Where layers begin with a norm, the states are those that norms read, each divided by
+    its length. Returns float [width, size] with orthonormal columns.
     """
     names = family_of(teacher.config.model_type)
-    read = [teacher.embeddings, *(teacher.get_submodule(f"{names.layers}.{layer - 1}") for layer in source)]
-    norms = [module for part in read for module in part.modules() if isinstance(module, nn.LayerNorm)]
+    read = [teacher.get_submodule(f"{names.layers}.{layer - 1}") for layer in source]
+    if not names.states:
+        read.insert(0, teacher.embeddings)
+    norms = [module for part in read for module in part.modules() if _is_norm(module)]
     moments: dict[nn.Module, torch.Tensor] = {}
 
-    def add(norm: nn.Module, _: tuple, states: torch.Tensor) -> None:
-        real = states[mask.bool()].double()
+    def add(norm: nn.Module, read: tuple, states: torch.Tensor) -> None:
+        real = (read[0] if names.states else states)[mask.bool()].double()
+        if names.states:
+            real = F.normalize(real, dim=-1)
+        if real.shape[-1] != teacher.config.hidden_size:  # of narrower embeddings
+            return
         moments[norm] = moments.get(norm, 0) + real.T @ real
 
     hooks = [norm.register_forward_hook(add) for norm in norms]
@@ -298,6 +407,58 @@ def _narrow_heads(
                 made.setdefault(f"{module}.{kind}", []).append(through @ state[f"{module}.{kind}"][inner])
         made.setdefault(f"{out}.weight", []).append(state[f"{out}.weight"][:, inner] @ written.T)
     state.update({name: torch.cat(parts, 1 if name == f"{out}.weight" else 0) for name, parts in made.items()})
+
+
+def _narrow_rotary_heads(
+    state: dict[str, torch.Tensor],
+    prefix: str,
+    names: Family,
+    wide: PretrainedConfig,
+    start: PretrainedConfig,
+    basis: torch.Tensor,
+    reduce: bool,
+) -> None:
+    """Map the heads of one layer with rotary positions onto fewer or smaller ones, in place.
+
+    Dimension j of a head is rotated together with j + half its size, j / half of the way to the lowest frequency. So
+    queries and keys cannot be mixed as in `_narrow_heads`: a smaller head keeps the pairs whose frequencies are those
+    of its own pairs, and its scores are enlarged, since the pairs that stay stand for all. Of fewer heads, a new one is
+    the strongest of its neighbours, by the product of the norms of values and output; heads that share a key stay
+    together. Values and output are approximated as in `_narrow_heads`.
+    """
+    size, new_size = wide.hidden_size // wide.num_attention_heads, start.hidden_size // start.num_attention_heads
+    keys, new_keys = (_key_heads(c) or c.num_attention_heads for c in (wide, start))
+    sharing = wide.num_attention_heads // keys
+    pairs = torch.arange(new_size // 2) * size // new_size
+    pairs = torch.cat([pairs, pairs + size // 2])
+    query, key, value, out = (f"{prefix}{name}" for name in (names.query[0], names.key[0], names.value, names.out))
+    heads = {name: _by_head(state, name, size) for name in (query, key, value)}
+    written = state[f"{out}.weight"].unflatten(1, (-1, size)).movedim(1, 0)  # [heads, width, size]
+    strength = heads[value].flatten(1).norm(dim=1) * written.unflatten(0, (keys, sharing)).flatten(1).norm(dim=1)
+    kept = [int(group[strength[group].argmax()]) for group in map(torch.tensor, np.array_split(range(keys), new_keys))]
+    made: dict[str, list[torch.Tensor]] = {name: [] for name in (query, key, value, out)}
+    for head in kept:
+        made[key].append(heads[key][head][pairs])
+        outs = written[head * sharing : (head + 1) * sharing]
+        read = torch.cat([heads[value][head][:, :-1] @ basis, heads[value][head][:, -1:]], 1)
+        carried, through = inner_maps(read, torch.cat([o.T @ basis for o in outs], 1), new_size, reduce)
+        made[value].append(carried @ heads[value][head])
+        for i, o in enumerate(outs):
+            made[query].append(heads[query][head * sharing + i][pairs] * (size / new_size) ** 0.5)
+            made[out].append(o @ through.T)
+    for name in (query, key, value):
+        joined = torch.cat(made[name])
+        state[f"{name}.weight"] = joined[:, :-1]
+        if f"{name}.bias" in state:
+            state[f"{name}.bias"] = joined[:, -1]
+    state[f"{out}.weight"] = torch.cat(made[out], 1)
+
+
+def _by_head(state: dict[str, torch.Tensor], name: str, size: int) -> torch.Tensor:
+    """A projection's weight with its bias, which may be absent, as last column: [heads, size, width + 1]."""
+    weight = state[f"{name}.weight"]
+    bias = state.get(f"{name}.bias", torch.zeros(len(weight)))
+    return torch.cat([weight, bias.unsqueeze(1)], 1).unflatten(0, (-1, size))
 
 
 def inner_maps(left: torch.Tensor, right: torch.Tensor, size: int, reduce: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ from kdlib.batching import budget_batches, pad, tokens_per_batch
 from kdlib.device import autocast
 from kdlib.errors import UserError
 from kdlib.files import checksum, clear_unfinished, locked, new_file, write_json
-from kdlib.models.encoder import Encoder
+from kdlib.models.encoder import Encoder, layer_states
 from kdlib.progress import track
 
 log = logging.getLogger(__name__)
@@ -183,9 +183,7 @@ def write_states(files: dict[int, Path], teacher: Encoder, ids, starts: np.ndarr
     for batch in track(budget_batches([len(row) for row in ids], tokens_per_batch()), "caching the teacher's states"):
         tokens, mask = pad([ids[i] for i in batch], teacher.tokenizer.pad_token_id)
         with autocast(device, teacher.bf16):
-            hidden = teacher.model(
-                input_ids=tokens.to(device), attention_mask=mask.to(device), output_hidden_states=True
-            ).hidden_states
+            hidden = layer_states(teacher.model, input_ids=tokens.to(device), attention_mask=mask.to(device))
         for layer, states in out.items():
             found = hidden[layer].to(torch.float16).cpu()
             if not torch.isfinite(found).all():

@@ -3,7 +3,7 @@
 import copy
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from kdlib.data.tasks import Split, Task
 from kdlib.device import autocast
 from kdlib.evaluation.metrics import Metric, score
 from kdlib.evaluation.probing import PENALTY, train_targets
-from kdlib.models.encoder import Encoder, first_tokens, mean_pool, text_vectors, word_vectors
+from kdlib.models.encoder import Encoder, first_tokens, text_vectors, word_vectors
 from kdlib.models.families import positions
+from kdlib.models.sentence import mean_pool
 from kdlib.training import checkpoints
 from kdlib.training.arguments import training_arguments, training_attention
 from kdlib.training.callbacks import Curve
@@ -32,11 +33,11 @@ TEXTS_AT_ONCE = 4096  # texts tokenised in one call: a tokenizer's records need 
 
 
 class TaskModel(nn.Module):
-    """An encoder with a linear head: on the mean-pooled state of a text, or on every token (kind tokens)."""
+    """An encoder with a linear head: on the pooled state of a text, or on every token (kind tokens)."""
 
-    def __init__(self, encoder: nn.Module, kind: str, labels: int):
+    def __init__(self, encoder: nn.Module, kind: str, labels: int, pool: Callable = mean_pool):
         super().__init__()
-        self.encoder, self.kind = encoder, kind
+        self.encoder, self.kind, self.pool = encoder, kind, pool
         self.dropout = nn.Dropout(0.1)
         self.head = nn.Linear(encoder.config.hidden_size, labels)
 
@@ -44,7 +45,7 @@ class TaskModel(nn.Module):
         """Logits of a batch and, with labels, the loss."""
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        states = states if self.kind == "tokens" else mean_pool(states, attention_mask)
+        states = states if self.kind == "tokens" else self.pool(states, attention_mask)
         logits = self.head(self.dropout(states)).float()
         return {"logits": logits} if labels is None else {"loss": self.loss(logits, labels), "logits": logits}
 
@@ -184,7 +185,7 @@ def trained(
     """A copy of the encoder and a new head, trained on the task's training rows, in eval mode. See `finetune`."""
     set_seed(seed)
     device = next(encoder.model.parameters()).device
-    model = TaskModel(copy.deepcopy(encoder.model), task.kind, len(task.labels)).to(device)
+    model = TaskModel(copy.deepcopy(encoder.model), task.kind, len(task.labels), encoder.sentence.pool).to(device)
     if spec.finetune_head == "probe":
         fit_head(model, tokens.encoder, task)
     label = f"{encoder.name}: fine-tuning on {task.name}, seed {seed}"
@@ -254,7 +255,7 @@ def fit_head(model: TaskModel, encoder: Encoder, task: Task) -> None:
     if task.kind == "tokens":
         states, labels = word_vectors(encoder, texts)[0], train_targets(encoder, task)
     else:
-        states, labels = text_vectors(encoder, texts), np.asarray(task.train.targets)
+        states, labels = text_vectors(encoder, texts, [encoder.layers]), np.asarray(task.train.targets)
     states = torch.from_numpy(states[:, 0]).to(device)
     labels = torch.as_tensor(labels, dtype=_label_type(task.kind), device=device)
     fit_linear(model.head, model.kind, states, labels)

@@ -1,8 +1,13 @@
-"""Models built from a config and weights."""
+"""Models built from a config and weights, and written."""
+
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+
+from kdlib.files import read_json, write_json
+from kdlib.models.families import older_settings
 
 
 def with_state(kind: type[PreTrainedModel], config: AutoConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -15,3 +20,12 @@ def with_state(kind: type[PreTrainedModel], config: AutoConfig, state: dict[str,
         raise ValueError(f"weights do not fit {kind.__name__}: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     return model.eval()
+
+
+def save_model(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write a model's folder, with the settings that transformers 4 looks for."""
+    model.save_pretrained(folder)
+    file = Path(folder) / "config.json"
+    settings = read_json(file)
+    if older := older_settings(settings):
+        write_json(file, settings | older)

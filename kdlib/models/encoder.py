@@ -2,21 +2,28 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Encoding, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.batching import budget_batches, model_inputs, tokens_per_batch
 from kdlib.device import autocast
+from kdlib.models.build import save_model
+from kdlib.models.families import FAMILIES
 from kdlib.models.mlm_head import MaskedHead, save_head
 from kdlib.models.safetensors_files import HEAD_FILE
+from kdlib.models.sentence import SentenceVector, save_sentence
 from kdlib.models.tokenizer_files import save_tokenizer
 from kdlib.models.vector_cache import VectorCache
 from kdlib.progress import track
+
+NORM_EPS = 1e-6  # of the norm of states between layers
 
 
 @dataclass
@@ -29,6 +36,7 @@ class Encoder:
         max_length: tokens per text; longer texts are truncated.
         head: the trained masked-language head, where there is one.
         vector_cache: the vectors of texts already read, where they are kept.
+        sentence: how a text's vector is made from its states.
     """
 
     model: PreTrainedModel
@@ -39,6 +47,7 @@ class Encoder:
     bf16: bool = False
     head: MaskedHead | None = None
     vector_cache: VectorCache | None = None
+    sentence: SentenceVector = field(default_factory=SentenceVector)
 
     @property
     def layers(self) -> int:
@@ -85,14 +94,19 @@ class Encoder:
     def to(self, device: torch.device | str) -> "Encoder":
         """Move model and head to a device; returns the encoder itself."""
         self.model.to(device)
+        self.sentence.to(device)
         if self.head is not None:
             self.head.to(device)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder that transformers 5 and 4.4x load, and the head, if any, beside it."""
-        self.model.save_pretrained(folder)
+        """Write a Hugging Face folder that transformers 5 and 4.4x load, and sentence-transformers, too.
+
+        The head, if any, is beside it.
+        """
+        save_model(self.model, folder)
         save_tokenizer(self.tokenizer, folder)
+        save_sentence(self.sentence, folder, self.hidden, self.max_length, self.prefix)
         if self.head is not None:
             save_head(self.head, Path(folder) / HEAD_FILE)
 
@@ -115,33 +129,49 @@ def _spaced(tokenizer: PreTrainedTokenizerFast) -> Iterator[None]:
             step.add_prefix_space = False
 
 
-def mean_pool(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of the states over real tokens: [batch, tokens, hidden], mask [batch, tokens] -> [batch, hidden]."""
-    weights = mask.unsqueeze(1).to(states.dtype)  # a matrix product needs no weighted copy of the states
-    return (weights @ states).squeeze(1) / weights.sum(2).clamp(min=1)
+def layer_states(model: PreTrainedModel, **inputs: torch.Tensor) -> Any:
+    """The hidden states of all layers, 0 = embeddings: [batch, tokens, hidden] each.
+
+    In families whose layers begin with a norm, states between layers have no norm yet: a few dimensions are hundreds of
+    times as large as others. These states are normalised here, without gains, so that they can be compared. The last
+    state has the model's own norm.
+    """
+    states = model(**inputs, output_hidden_states=True).hidden_states
+    kind = FAMILIES[model.config.model_type].states if model.config.model_type in FAMILIES else ""
+    if not kind or isinstance(states, dict):  # ONNX files have the last state alone
+        return states
+    normalise = F.layer_norm if kind == "layer" else F.rms_norm
+    return tuple(normalise(state, state.shape[-1:], eps=NORM_EPS) for state in states[:-1]) + states[-1:]
 
 
 @torch.inference_mode()
 def text_vectors(encoder: Encoder, texts: Sequence, layers: Sequence[int] | None = None, label: str = "") -> np.ndarray:
-    """Mean-pooled hidden states of texts.
+    """Vectors of texts.
 
     Args:
         encoder: the model.
         texts: texts, pairs or word lists.
-        layers: 0 = embeddings, n = after layer n; default the last one.
+        layers: pooled states of these layers: 0 = embeddings, n = after layer n. None: the encoder's sentence vectors,
+            which are the pooled states of the last layer after its dense layers, if it has some.
         label: name of the progress bar; "" shows none.
 
     Returns:
-        float32 [texts, layers, hidden].
+        float32 [texts, layers, hidden]; where `layers` is None [texts, 1, width].
     """
-    layers = [encoder.layers] if layers is None else list(layers)
+    if layers is None:
+        last = text_vectors(encoder, texts, [encoder.layers], label)
+        if encoder.sentence.plain:
+            return last
+        device = next(encoder.model.parameters()).device
+        return encoder.sentence.to(device).finish(torch.from_numpy(last).to(device)).cpu().numpy()
+    layers = list(layers)
     encodings = encoder.tokenize(list(texts))
 
     def pooled(places: Sequence[int], layers: Sequence[int]) -> np.ndarray:
         out = np.empty((len(places), len(layers), encoder.hidden), np.float32)
         for batch, states, mask in run_batches(encoder, [encodings[i] for i in places], label):
             for k, layer in enumerate(layers):
-                out[batch, k] = mean_pool(states[layer].float(), mask).cpu().numpy()
+                out[batch, k] = encoder.sentence.pool(states[layer].float(), mask).cpu().numpy()
         return out
 
     if encoder.vector_cache is None:
@@ -214,5 +244,5 @@ def run_batches(encoder: Encoder, encodings: list[Encoding], label: str):
         inputs = model_inputs([ids[i] for i in batch], chosen, encoder.tokenizer.pad_token_id)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         with autocast(device, encoder.bf16):
-            output = encoder.model(**inputs, output_hidden_states=True)
-        yield batch, output.hidden_states, inputs["attention_mask"]
+            states = layer_states(encoder.model, **inputs)
+        yield batch, states, inputs["attention_mask"]

@@ -2,9 +2,11 @@
 
 import functools
 import json
+import logging as python_logging
 import operator
 import os
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from tokenizers import normalizers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
@@ -24,8 +27,10 @@ from kdlib.models.encoder import Encoder
 from kdlib.models.families import family_of, positions
 from kdlib.models.mlm_head import MaskedHead, build_head, head_eps, load_head
 from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors, weights_folder
+from kdlib.models.sentence import MODULES, PROMPTS, SentenceVector, read_sentence
 from kdlib.models.vector_cache import VectorCache, body_key
 
+log = python_logging.getLogger(__name__)
 MOST_LAYERS = 1000
 TIED_ROWS = 256  # rows of the output matrix compared with the embeddings: if they were trained separately, all differ
 
@@ -57,13 +62,45 @@ def prefix_of(spec: config.Teacher) -> str:
     """The prefix of every text: the profile's, else the one the teacher was trained with, if known."""
     if spec.prefix is not None:
         return spec.prefix
-    return embedded_teacher.PREFIX if spec.source == "embedded" else ""
+    return embedded_teacher.PREFIX if spec.source == "embedded" else default_prompt(spec.source, spec.revision)
+
+
+@functools.cache
+def default_prompt(source: str, revision: str | None = None) -> str:
+    """The text that sentence-transformers puts before every text, by the model's own settings. "" where none is set."""
+    try:
+        repo = hub.Repo() if os.path.isdir(source) else hub.find(source, "model", revision)
+        settings = _finder(source, _options(revision, repo))(PROMPTS)
+        found = json.loads(settings.read_text("utf-8")) if settings else {}
+        return str((found.get("prompts") or {}).get(found.get("default_prompt_name")) or "")
+    except (UserError, OSError, ValueError, AttributeError):  # loading the model says what is wrong
+        return ""
+
+
+def _options(revision: str | None, repo: hub.Repo) -> dict[str, Any]:
+    """Arguments for reading a model's files."""
+    return (dict(revision=revision) if revision else {}) | (dict(local_files_only=True) if repo.silent else {})
+
+
+def _finder(source: str | Path, options: dict[str, Any]) -> Callable[[str], Path | None]:
+    """Gives the local path of a model's file by name, None where it is absent."""
+
+    def file(name: str) -> Path | None:
+        if os.path.isdir(source):
+            path = Path(source) / name
+            return path if path.is_file() else None
+        try:
+            return Path(cached_file(str(source), name, **options))
+        except OSError:
+            return None
+
+    return file
 
 
 def load_encoder(
     source: str | Path,
     name: str | None = None,
-    prefix: str = "",
+    prefix: str | None = None,
     max_length: int = 128,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -81,7 +118,7 @@ def load_encoder(
     Args:
         source: a local folder, or a hub id.
         name: what results call it; None: the last part of `source`.
-        prefix: put before every text.
+        prefix: put before every text; None: the default prompt of a sentence-transformers folder, else none.
         max_length: tokens per text, where it is truncated; the model's own limit where that is smaller.
         revision: commit, tag or branch on the hub.
         allow_pickle: read .bin weights where there is no safetensors file.
@@ -108,9 +145,7 @@ def load_encoder(
     repo = hub.Repo(files=os.listdir(folder)) if local else hub.find(str(source), "model", revision)
     if not allow_pickle:
         _refuse_pickles(source, repo.files)
-    options = dict(revision=revision) if revision else {}
-    if repo.silent:
-        options["local_files_only"] = True
+    options = _options(revision, repo)
     trusted = options | {"trust_remote_code": False}  # without this argument the user would be asked
     quiet, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -132,6 +167,9 @@ def load_encoder(
             )
         )
         tokenizer = hub.retried(lambda: AutoTokenizer.from_pretrained(source, **trusted))
+        sentence = None
+        if MODULES in repo.files or repo.silent:
+            sentence = read_sentence(_finder(source, options), source, allow_pickle)
         if local and (folder / HEAD_FILE).is_file():
             head = load_head(folder / HEAD_FILE, model)
         else:
@@ -152,13 +190,30 @@ def load_encoder(
             logging.enable_progress_bar()
     if not tokenizer.is_fast:
         raise UserError(f"{source}: no fast tokenizer (tokenizer.json)")
-    limit, name = min(max_length, positions(model.config)), name or Path(source).name
-    model = model.eval().to(device)
-    encoder = Encoder(model, tokenizer, name, prefix, limit, bf16, head.to(device) if head is not None else None)
+    limit = min(max_length, positions(model.config))
+    if sentence is not None:  # version 6 keeps its limit in the tokenizer
+        limit = min(limit, sentence.max_length or tokenizer.model_max_length)
+    sentence = sentence or SentenceVector()
+    if prefix is None:
+        prefix = sentence.prompts.get(sentence.default_prompt or "", "")
+    if sentence.lower:
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [backend.normalizer])])
+    model, name = model.eval().to(device), name or Path(source).name
+    encoder = Encoder(
+        model, tokenizer, name, prefix, limit, bf16, head.to(device) if head is not None else None,
+        sentence=sentence.to(device),
+    )  # fmt: skip
+    if not prefix and sentence.prompts:
+        log.warning(
+            "%s: no prefix is set; its prompts are %s (teacher.prefix)", source,
+            ", ".join(f"{key}: {text!r}" for key, text in sentence.prompts.items()),
+        )  # fmt: skip
     _check(encoder, source, info["missing_keys"])
     if cache_root is None:
         return encoder
-    key = body_key(model, bf16, encoder.token_types)
+    pooling = [sentence.pooling] if sentence.pooling != "mean" else []
+    key = body_key(model, bf16, encoder.token_types, *pooling)
     return replace(encoder, vector_cache=VectorCache(cache_root / f"vectors-{key}", kept_ids))
 
 
@@ -188,7 +243,10 @@ def _check(encoder: Encoder, source: str | Path, missing: set[str]) -> None:
     if tokenizer.pad_token_id is None:
         raise UserError(f"{source}: its tokenizer has no padding token")
     if (largest := max(tokenizer.get_vocab().values(), default=0)) >= rows:
-        raise UserError(f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings")
+        raise UserError(
+            f"{source}: its tokenizer has ids up to {largest}, the model only {rows} embeddings; "
+            "if words were added to the tokenizer, the model needs rows for them (resize_token_embeddings)"
+        )
     try:
         encoder.tokenize([("a", "\U0001f600")])
         with torch.inference_mode():
@@ -216,6 +274,8 @@ def _checkpoint_head(
     family = family_of(model.config.model_type)
     newer = family.newer_head if not getattr(model.config, "legacy", True) else None
     names = newer or family.head
+    if names is None:
+        return None
     activation = getattr(model.config, family.activation) if family.activation else "gelu"
     parts = {
         "dense.weight": [f"{names.dense}.weight"],
@@ -228,7 +288,8 @@ def _checkpoint_head(
     beside = {_modern(name) for name in beside}
     discriminator = any(name.startswith("mask_predictions.") for name in beside)
     tied = getattr(model.config, "tie_word_embeddings", True) or newer is not None
-    if discriminator or not tied or not all(beside & set(names) for names in parts.values()):
+    wanted = {part: found for part, found in parts.items() if not _without_bias(model.config, part)}
+    if discriminator or not tied or not all(beside & set(names) for names in wanted.values()):
         return None
     stored = _read_tensors(
         source, {*functools.reduce(operator.iadd, parts.values(), []), output}, output, allow_pickle, options
@@ -237,17 +298,26 @@ def _checkpoint_head(
     if output in stored and not torch.equal(stored[output].float(), embeddings[:TIED_ROWS]):
         return None
     found = {part: next((stored[name] for name in names if name in stored), None) for part, names in parts.items()}
-    if any(value is None for value in found.values()):  # AutoModel found another file than the ones named here
+    if any(found[part] is None for part in wanted):  # AutoModel found another file than the ones named here
         return None
-    state = {part: value.float() for part, value in found.items()}
+    state = {part: value.float() for part, value in found.items() if value is not None}
+    for part in parts.keys() - wanted.keys():
+        state[part] = torch.zeros(len(state[part.replace("bias", "weight")]))
     try:
         return build_head(state, model, head_eps(model), activation, str(source))
     except UserError:  # a head left over from resized embeddings
         return None
 
 
+def _without_bias(settings: PreTrainedConfig, part: str) -> bool:
+    """Whether the head has no such bias, by ModernBERT's settings."""
+    key = {"dense.bias": "classifier_bias", "norm.bias": "norm_bias"}.get(part)
+    return key is not None and not getattr(settings, key, True)
+
+
 def _modern(name: str) -> str:
-    """The current name of a weight; the oldest checkpoints say gamma and beta."""
+    """The current name of a weight; the oldest checkpoints say gamma and beta, gte's files have an own name."""
+    name = name.replace("lm_head.norm.", "lm_head.layer_norm.")
     return re.sub(r"\.beta$", ".bias", re.sub(r"\.gamma$", ".weight", name))
 
 

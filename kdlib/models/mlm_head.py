@@ -22,8 +22,8 @@ IGNORE = -100
 class MaskedHead(nn.Module):
     """Dense layer, activation, LayerNorm, and the product with the input embeddings plus a bias.
 
-    BERT, RoBERTa, XLM-R, DistilBERT and DeBERTa-v2 share this head under different names. The embedding matrix is tied,
-    so it is not part of the head; the caller passes it.
+    BERT and most later families share this head under different names; ModernBERT's has no bias before the output. The
+    embedding matrix is tied, so it is not part of the head; the caller passes it.
     """
 
     def __init__(self, hidden: int, embedding: int, rows: int, eps: float = 1e-12, activation: str = "gelu"):
@@ -59,8 +59,8 @@ def new_head(model: PreTrainedModel, frequencies: np.ndarray | None = None, seed
 
 
 def head_eps(model: PreTrainedModel) -> float:
-    """The epsilon of the head's LayerNorm; DistilBERT's config lacks it."""
-    return getattr(model.config, "layer_norm_eps", 1e-12)
+    """The epsilon of the head's LayerNorm; ModernBERT has another name for it, DistilBERT's config lacks it."""
+    return getattr(model.config, "layer_norm_eps", getattr(model.config, "norm_eps", 1e-12))
 
 
 def prune_head(head: MaskedHead, ids: Sequence[int]) -> MaskedHead:

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from kdlib.batching import budget_batches, model_inputs, tokens_per_batch
 from kdlib.errors import UserError
 from kdlib.files import new_folder
-from kdlib.models.encoder import Encoder, mean_pool
+from kdlib.models.encoder import Encoder
+from kdlib.models.sentence import SentenceVector, read_sentence, save_sentence
 from kdlib.models.tokenizer_files import save_tokenizer
 
 FOLDER = "onnx"  # inside the student's folder, where other libraries look for these file names too
@@ -30,26 +31,26 @@ LARGEST = 2 * 10**9  # bytes that one ONNX file can hold
 
 
 class _Outputs(nn.Module):
-    """The model with the outputs of an ONNX file: the last states, and their mean over real tokens."""
+    """The model with the outputs of an ONNX file: the last states, and the vector of the text."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, sentence: SentenceVector):
         super().__init__()
-        self.model = model
+        self.model, self.sentence = model, sentence
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         states = self.model(input_ids=input_ids, attention_mask=attention_mask, **types).last_hidden_state
-        return states, mean_pool(states, attention_mask)
+        return states, self.sentence(states, attention_mask)
 
 
 def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> None:
     """Write a student's ONNX files, config and tokenizer into `folder`/onnx, which is whole or absent.
 
     Inputs: input_ids, attention_mask and, for a model with token types, token_type_ids, each int64 [batch, tokens].
-    Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding [batch, hidden], its mean over real
-    tokens. Prefix and max_length are in the files' metadata.
+    Outputs: last_hidden_state [batch, tokens, hidden] and sentence_embedding [batch, width], the
+    student's vector with its pooling, dense layers and normalisation. Prefix and max_length are in the files' metadata.
 
     Args:
         encoder: the student.
@@ -73,6 +74,8 @@ def export_student(encoder: Encoder, folder: str | Path, int8: bool = True) -> N
             _quantise(file, work / FILES["onnx int8"])
         encoder.model.config.save_pretrained(work)
         save_tokenizer(encoder.tokenizer, work)
+        if not encoder.sentence.plain:
+            save_sentence(encoder.sentence, work, encoder.hidden, encoder.max_length, encoder.prefix)
 
 
 def available() -> bool:
@@ -93,7 +96,7 @@ def _packages() -> tuple[ModuleType, ModuleType]:
 
 def write_onnx(encoder: Encoder, file: Path) -> None:
     """Write the encoder's graph in 32-bit floats, with free batch size and length."""
-    model = _Outputs(copy.deepcopy(encoder.model).cpu().float()).eval()
+    model = _Outputs(copy.deepcopy(encoder.model).cpu().float(), copy.deepcopy(encoder.sentence).cpu()).eval()
     outputs = ["last_hidden_state", "sentence_embedding"]
     _write(model, file, outputs, encoder.token_types, encoder.max_length, encoder.name)
 
@@ -221,9 +224,9 @@ class OnnxEncoder(Encoder):
         return self.model.size / 1e6
 
     def vectors(self, texts: Sequence) -> np.ndarray:
-        """Sentence vectors: float32 [texts, hidden]."""
+        """Sentence vectors: float32 [texts, width]."""
         encodings = self.tokenize(list(texts))
-        out = np.empty((len(encodings), self.hidden), np.float32)
+        out = np.empty((len(encodings), self.sentence.width or self.hidden), np.float32)
         for batch in budget_batches([len(e.ids) for e in encodings], tokens_per_batch()):
             types = [encodings[i].type_ids for i in batch] if self.token_types else None
             inputs = model_inputs([encodings[i].ids for i in batch], types, self.tokenizer.pad_token_id)
@@ -252,7 +255,8 @@ def load_exported(folder: str | Path, kind: str = "onnx int8", threads: int | No
         tokenizer = AutoTokenizer.from_pretrained(folder)
         facts = model.session.get_modelmeta().custom_metadata_map
         prefix, max_length = facts["prefix"], int(facts["max_length"])
+        sentence = read_sentence(lambda name: path if (path := folder / name).is_file() else None, folder)
     except Exception as error:  # the readers raise a dozen kinds; people need one line
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file}: not a student that kdlib exported ({reason})") from None
-    return OnnxEncoder(model.eval(), tokenizer, kind, prefix, max_length)
+    return OnnxEncoder(model.eval(), tokenizer, kind, prefix, max_length, sentence=sentence or SentenceVector())

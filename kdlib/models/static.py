@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from kdlib.models.encoder import Encoder
+from kdlib.models.sentence import SentenceVector
 
 SIF = 1e-4  # a token weighs SIF / (SIF + its share of the running tokens)
 WIDTH = 256  # dimensions that PCA keeps
@@ -59,4 +60,5 @@ def static_encoder(encoder: Encoder, counts: np.ndarray | None = None) -> Encode
     table[[i for i in encoder.tokenizer.all_special_ids if i < len(table)]] = 0
     model = StaticModel(table, encoder.model.config).to(next(encoder.model.parameters()).device).eval()
     name = "static" if counts is None else "static SIF"
-    return replace(encoder, model=model, name=name, prefix="", head=None, bf16=False, vector_cache=None)  # pyright: ignore[reportArgumentType] - called like one
+    plain = dict(prefix="", head=None, bf16=False, vector_cache=None, sentence=SentenceVector())
+    return replace(encoder, model=model, name=name, **plain)  # pyright: ignore[reportArgumentType] - called like one

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdlib.errors import UserError
 from kdlib.files import new_folder, write_json
-from kdlib.models.families import family_of
+from kdlib.models.families import family_of, older_settings
 from kdlib.models.safetensors_files import HEAD_FILE, copy_tensors, read_header, runs, stored_tensors
 from kdlib.models.tokenizer_files import portable
 from kdlib.pruning.tokenizer_json import new_ids, parse_tokenizer, prune_spec, read_object
@@ -42,9 +42,9 @@ def prune_files(
         raise UserError(f"{target}: source and target are the same folder")
     tensors, settings = stored_tensors(source), _config(source)
     family = family_of(settings["model_type"])
-    old_rows = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("word_embeddings.weight")}
+    old_rows = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith(family.words)}
     if len(old_rows) != 1:
-        raise UserError(f"{source}: must have one tensor word_embeddings.weight")
+        raise UserError(f"{source}: must have one tensor {family.words}")
     new, old_pad = new_ids(ids), settings["pad_token_id"]
     check_rows(new, min(old_rows))
     settings |= renumbered(settings, new)
@@ -57,7 +57,7 @@ def prune_files(
         settings["max_position_embeddings"] -= shift
         rows |= {n: [(shift, t.shape[0])] for n, t in tensors.items() if n.endswith("position_embeddings.weight")}
     with new_folder(target) as folder:
-        write_json(folder / "config.json", settings)
+        write_json(folder / "config.json", settings | older_settings(settings))
         copy_tensors(folder / "model.safetensors", tensors, rows, {"format": "pt"})
         if (source / HEAD_FILE).is_file():
             head, metadata = read_header(source / HEAD_FILE)
@@ -93,9 +93,12 @@ def check_rows(new: dict[int, int], rows: int) -> None:
 
 
 def renumbered(settings: dict[str, Any], new: dict[int, int]) -> dict[str, Any]:
-    """The fields of a config that pruning changes: vocabulary size and special ids."""
-    special = {k: v for k, v in settings.items() if re.fullmatch(r"\w+_token_id", k) and isinstance(v, int)}
-    return {"vocab_size": len(new)} | {key: new.get(value) for key, value in special.items()}
+    """The fields of a config that pruning changes: vocabulary size and special ids, of which some are lists."""
+    special = {k: v for k, v in settings.items() if re.fullmatch(r"\w+_token_id", k) and isinstance(v, int | list)}
+    return {"vocab_size": len(new)} | {
+        key: [new[i] for i in value if i in new] if isinstance(value, list) else new.get(value)
+        for key, value in special.items()
+    }
 
 
 def _prune_stored_tokenizer(source: Path, target: Path, new: dict[int, int]) -> bool:

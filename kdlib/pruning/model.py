@@ -10,11 +10,12 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from kdlib.files import new_folder
-from kdlib.models.build import with_state
+from kdlib.models.build import save_model, with_state
 from kdlib.models.encoder import Encoder
 from kdlib.models.families import family_of
 from kdlib.models.mlm_head import prune_head, save_head
 from kdlib.models.safetensors_files import HEAD_FILE, stored_tensors
+from kdlib.models.sentence import save_sentence
 from kdlib.pruning.files import check_rows, prune_files, renumbered
 from kdlib.pruning.tokenizer import save_pruned_tokenizer
 from kdlib.pruning.tokenizer_json import new_ids
@@ -79,8 +80,9 @@ def prune_encoder(encoder: Encoder, ids: Sequence[int], target: str | Path, sour
         if source is not None and _holds(source, encoder.model):
             prune_files(source, folder, ids, encoder.tokenizer)
         else:
-            prune_model(encoder.model, encoder.tokenizer, ids).save_pretrained(folder)
+            save_model(prune_model(encoder.model, encoder.tokenizer, ids), folder)
             save_pruned_tokenizer(encoder.tokenizer, ids, folder)
+        save_sentence(encoder.sentence, folder, encoder.hidden, encoder.max_length, encoder.prefix)
         if encoder.head is not None:
             save_head(prune_head(encoder.head, ids), folder / HEAD_FILE)
 

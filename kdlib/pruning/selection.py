@@ -5,6 +5,7 @@ tokens that a corpus and a word list use, every special token, and the single ch
 """
 
 import functools
+import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from kdlib.errors import UserError
 from kdlib.models.tokenizer_files import token_ids, token_list
-from kdlib.pruning.tokenizer import tokenizer_model
+from kdlib.pruning.tokenizer import tokenizer_spec
 from kdlib.pruning.tokenizer_json import merged_pair
 
 NEUTRAL_SCRIPTS = {"Zyyy", "Zinh"}  # digits, punctuation, symbols, emoji; combining marks
@@ -134,8 +135,10 @@ def select_tokens(
     Raises:
         UserError: where `texts` is empty, or `max_rows` leaves no room for special tokens and characters.
     """
-    model = tokenizer_model(tokenizer)
+    spec = tokenizer_spec(tokenizer)
+    model = spec["model"]
     kind = model["type"]
+    by_byte = any("ByteLevel" in json.dumps(spec.get(step)) for step in ("pre_tokenizer", "normalizer"))
     tokens = token_list(tokenizer)
     counts = _count(tokenizer, texts, len(tokens)) if counts is None else counts
     if not counts.any():
@@ -156,12 +159,13 @@ def select_tokens(
     ancestors = _Merges(model) if kind == "BPE" else None
     claim(sorted(_specials(tokenizer, model)), "special")
     used = np.flatnonzero(counts)
+    # Byte-level BPE spells every byte with its own letter; those letters say nothing about scripts.
     scripts = set().union(*(script_of(tokens[i]) for i in used if i not in reason)) | NEUTRAL_SCRIPTS
     claim(
         (
             i
             for i, p in enumerate(tokens)
-            if _is_character(p, kind) and (characters == "all" or _in_scripts(p, scripts, kind))
+            if _is_character(p, kind) and (characters == "all" or by_byte or script_of(p) <= scripts)
         ),
         "character",
     )
@@ -224,9 +228,12 @@ def select_by_coverage(
 
 
 def _specials(tokenizer: PreTrainedTokenizerFast, model: dict) -> set[int]:
-    """Special tokens, also undeclared ones: the model's unknown token and those the post-processor adds."""
-    unknown = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model["unk_token"])
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """Special tokens, also undeclared ones: the model's unknown token and those the post-processor adds.
+
+    Tokens that users added to a tokenizer count as special, also words: the tokenizer's model cannot spell them.
+    """
+    unknown = model["unk_id"] if model["type"] == "Unigram" else model["vocab"].get(model.get("unk_token"))
+    added = set(tokenizer.added_tokens_decoder)
     around = tokenizer("").input_ids + tokenizer("", "").input_ids
     return {*tokenizer.all_special_ids, *added, *around} | ({unknown} - {None})
 
@@ -235,11 +242,6 @@ def _is_character(token: str, kind: str) -> bool:
     if kind == "WordPiece" and token.startswith("##"):
         return len(token) == 3
     return len(token) == 1 or BYTE.fullmatch(token) is not None
-
-
-def _in_scripts(token: str, scripts: set[str], kind: str) -> bool:
-    # Byte-level BPE spells every byte with its own letter; those letters say nothing about scripts.
-    return kind == "BPE" or script_of(token) <= scripts
 
 
 class _Merges:

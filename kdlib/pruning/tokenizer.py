@@ -12,11 +12,6 @@ from kdlib.models.tokenizer_files import save_tokenizer
 from kdlib.pruning.tokenizer_json import new_ids, parse_tokenizer, prune_spec
 
 
-def tokenizer_model(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """The model part of the tokenizer's tokenizer.json."""
-    return tokenizer_spec(tokenizer)["model"]
-
-
 def tokenizer_spec(tokenizer: PreTrainedTokenizerFast) -> dict:
     """The contents of the tokenizer's tokenizer.json."""
     if not tokenizer.is_fast:

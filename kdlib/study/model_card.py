@@ -1,6 +1,5 @@
 """The model card in a student's folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from kdlib.config import Init
 from kdlib.errors import UserError
 from kdlib.evaluation.metrics import headline
-from kdlib.files import new_file, read_json, write_json
+from kdlib.files import new_file, read_json
 from kdlib.models import embedded_teacher
 from kdlib.models.safetensors_files import HEAD_FILE
+from kdlib.models.sentence import SentenceVector, read_sentence
 from kdlib.study.stage import Settings
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -39,7 +39,7 @@ class CardFacts(Settings):
 def write_card(
     folder: Path, facts: CardFacts, run: Path, results: pd.DataFrame | None = None, model: str = "student"
 ) -> None:
-    """Write README.md and the settings of sentence-transformers into a student's folder.
+    """Write README.md into a student's folder.
 
     Args:
         folder: a Hugging Face folder.
@@ -65,24 +65,12 @@ def write_card(
         corpus=OWN_CORPUS if facts.corpus == "embedded" else facts.corpus,
         layers=_counted(facts.layers, "layer"), passes=_counted(facts.epochs, "pass", "passes"),
         head_file=HEAD_FILE if (folder / HEAD_FILE).is_file() else "",
+        sentence=read_sentence(lambda name: path if (path := folder / name).is_file() else None, folder)
+        or SentenceVector(),
         data=_data(run), numbers=_numbers(results, model),
     )  # fmt: skip
     with new_file(folder / "README.md") as path:
         path.write_text(card.content, "utf-8")
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    width = json.loads((folder / "config.json").read_text())["hidden_size"]
-    prompts = {"prompts": {"query": facts.prefix}, "default_prompt_name": "query"} if facts.prefix else {}
-    files = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
-        ],
-        "1_Pooling/config.json": {"word_embedding_dimension": width, "pooling_mode_mean_tokens": True},
-        "sentence_bert_config.json": {"max_seq_length": facts.max_length, "do_lower_case": False},
-        "config_sentence_transformers.json": prompts,
-    }
-    for name, content in files.items():
-        write_json(folder / name, content)
 
 
 def card_results(results: pd.DataFrame, model: str) -> list[EvalResult]:

@@ -136,6 +136,8 @@ class PruneReport(Report[PruneReportSettings]):
                     for metric in ("fertility", "unknown_rate")
                 ]
         tokens, kept = token_list(full.tokenizer), set(chosen.ids)
+        spare = len(full.model.get_input_embeddings().weight) - len(tokens)
+        rows.append(dict(model="teacher", metric="rows_without_token", value=spare))
         scripts = pd.DataFrame(
             {"script": [main_script(token) for token in tokens], "kept": [i in kept for i in range(len(tokens))]}
         )
@@ -225,8 +227,10 @@ class DistillReport(Report[NoSettings]):
             rows.append(dict(model="constant", metric="hidden", method="heldout", value=value, n=len(held)))
         target = text_vectors(self.student.teacher, held)[:, 0]
         for encoder in (self.student.start(), student):
-            value = similarity(text_vectors(encoder, held)[:, 0], target)
-            rows.append(dict(model=encoder.name, metric="similarity", method="heldout", value=value, n=len(held)))
+            vectors = text_vectors(encoder, held)[:, 0]
+            if vectors.shape == target.shape:
+                value = similarity(vectors, target)
+                rows.append(dict(model=encoder.name, metric="similarity", method="heldout", value=value, n=len(held)))
         return rows
 
 

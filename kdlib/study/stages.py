@@ -1,5 +1,6 @@
 """The stages that write a model, and the arms of the ablations."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from kdlib.data.corpus import Corpus, TranslationPairs, sentences
 from kdlib.data.tasks import Task, english_twins
 from kdlib.distillation.conditioning import condition
 from kdlib.distillation.distill import Outcome, distill
-from kdlib.distillation.student_init import build_student, layer_map
+from kdlib.distillation.student_init import build_student, layer_map, source_layers
 from kdlib.distillation.tokenized_corpus import Pairs, TokenizedCorpus, prepare, training_size
 from kdlib.errors import UserError
 from kdlib.evaluation.benchmark import Trial, load_trials, run_trials, save_trials
@@ -32,6 +33,7 @@ from kdlib.pruning.selection import Selection, keep_all, select_by_coverage, sel
 from kdlib.study.model_card import CardFacts, write_card
 from kdlib.study.stage import Context, Keyed, Settings, Source, Stage, Watch
 
+log = logging.getLogger(__name__)
 CURVE = ("split", "step", "seconds", "loss")  # columns of a curve of training
 SAMPLE = 500  # sentences whose hidden states choose the directions that a narrower student keeps
 
@@ -61,6 +63,7 @@ class Prune(Stage[PruneSettings, Encoder]):
     """The teacher with the pruned vocabulary."""
 
     name = "vocabulary"
+    version = 2
     teacher: Source[Encoder]
     corpus: Source[Corpus]
 
@@ -83,8 +86,12 @@ class Prune(Stage[PruneSettings, Encoder]):
     def make(self, folder: Path, watch: Watch) -> None:
         """Prune the teacher, from its files where they hold its weights."""
         ids, spec = self.selection.ids, self.settings.teacher
+        teacher = self.teacher.get()
+        spare = len(teacher.model.get_input_embeddings().weight) - len(self.selection.counts)
+        if spare and spec.source != "embedded":
+            log.warning("%s: %d of its embedding rows have no token in its tokenizer; they go", spec.source, spare)
         stored = embedded_teacher.folder() if spec.source == "embedded" else weights_folder(spec.source, spec.revision)
-        prune_encoder(self.teacher.get(), ids, folder, stored)
+        prune_encoder(teacher, ids, folder, stored)
         np.save(folder / "kept_ids.npy", np.array(ids))
 
     def load(self, folder: Path) -> Encoder:
@@ -177,7 +184,7 @@ class Distill(Stage[DistillSettings, Trained]):
     def copied_layers(self) -> list[int]:
         """The teacher layers that the student copies, 1 = first; none for a random start."""
         spec = self.settings.student
-        return [] if spec.init == "random" else layer_map(spec.init, spec.layers, self.teacher.layers)
+        return [] if spec.init == "random" else source_layers(spec.init, spec.layers, self.teacher.model.config)
 
     @property
     def compared_layers(self) -> list[int]:
@@ -191,7 +198,10 @@ class Distill(Stage[DistillSettings, Trained]):
         spec = self.settings.student if init is None else self.settings.student.model_copy(update={"init": init})
         sample = [encoding.ids for encoding in self.teacher.tokenize(sentences(self.corpus.get().train)[:SAMPLE])]
         model = build_student(self.teacher.model, spec, self.settings.seed, sample).to(self.context.device)
-        return replace(self.teacher, model=model, name=start_name(init), head=None, vector_cache=None)
+        sentence = self.teacher.sentence.after(model.config.hidden_size)
+        return replace(
+            self.teacher, model=model, name=start_name(init), head=None, vector_cache=None, sentence=sentence
+        )
 
     def prepare(self, texts: Sequence[str], heldout: bool = False) -> TokenizedCorpus:
         """Tokenise texts and get the teacher's states that the student is compared with."""
@@ -225,7 +235,10 @@ class Distill(Stage[DistillSettings, Trained]):
         """Train, and write the student."""
         outcome = self.train(*self.training_sets, self.work, watch)
         if distributed.rank() == 0:
-            made = replace(self.teacher, model=outcome.student, name="student", head=outcome.head, vector_cache=None)
+            made = replace(
+                self.teacher, model=outcome.student, name="student", head=outcome.head, vector_cache=None,
+                sentence=outcome.sentence,
+            )  # fmt: skip
             made.save(folder)
             write_training(folder, outcome.curve, outcome.facts)
 
@@ -318,8 +331,9 @@ class Scored(Stage[ScoreSettings, Scores]):
         kept = self.context.path / "benchmark" if keys else None
         trials = run_trials({encoder.name: encoder}, tasks, spec, "probe", kept, keys)
         held, target = self.compared.get(), text_vectors(self.teacher.get(), self.compared.get())[:, 0]
-        if encoder.hidden == target.shape[1]:
-            cosines = similarities(text_vectors(encoder, held)[:, 0], target).astype(float)
+        vectors = text_vectors(encoder, held)[:, 0]
+        if vectors.shape == target.shape:
+            cosines = similarities(vectors, target).astype(float)
             same = Metric("similarity", np.stack([cosines, np.ones_like(cosines)], 1))
             trials += [Trial(encoder.name, "similarity", "probe", seed, [same]) for seed in spec.seeds]
             trials += self.transfer(encoder, self.reader.get()) if self.reader else []
@@ -395,7 +409,10 @@ class ArmScores(Scored):
         outcome = arm.train(train, heldout, self.work, watch)
         outcome.curve.to_csv(folder / "curve.csv", index=False)
         loss = float(outcome.curve.query("split == 'heldout'")["loss"].iloc[-1])
-        student = replace(arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None)
+        student = replace(
+            arm.teacher, model=outcome.student, name=watch.label, head=None, vector_cache=None,
+            sentence=outcome.sentence,
+        )  # fmt: skip
         self.score(student, folder, heldout_loss=loss, steps=outcome.facts["steps"])
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 from sklearn.pipeline import Pipeline
 
 from kdlib.data.tasks import Task
@@ -30,10 +31,9 @@ class Index:
 def build_index(encoder: Encoder, texts: Sequence[str], vectors: np.ndarray | None = None) -> Index:
     """Index texts for `nearest`. `vectors`: float [texts, hidden]; computed if not given."""
     vectors = text_vectors(encoder, list(texts))[:, 0] if vectors is None else np.asarray(vectors, np.float32)
-    if vectors.shape != (len(texts), encoder.hidden):
-        raise UserError(
-            f"vectors are {vectors.shape}; {len(texts)} texts of {encoder.name} need {(len(texts), encoder.hidden)}"
-        )
+    need = (len(texts), *text_vector(encoder, "").shape)
+    if vectors.shape != need:
+        raise UserError(f"vectors are {vectors.shape}; {len(texts)} texts of {encoder.name} need {need}")
     mean = vectors.mean(0)
     return Index(encoder, list(texts), mean, _unit_rows(vectors - mean))
 
@@ -50,8 +50,10 @@ def nearest(index: Index, query: str, count: int = 5) -> pd.DataFrame:
 
 
 def text_vector(encoder: Encoder, text: str) -> np.ndarray:
-    """The mean-pooled last state of one text: float32 [hidden]; as `text_vectors`, without its progress bar."""
-    return token_states(encoder, encoder.tokenize([text])[0].ids).mean(0).cpu().numpy()
+    """The vector of one text: float32 [width]; as `text_vectors`, without its progress bar."""
+    states = token_states(encoder, encoder.tokenize([text])[0].ids).unsqueeze(0)
+    mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    return encoder.sentence.to(states.device)(states, mask)[0].cpu().numpy()
 
 
 def neighbours_html(found: Mapping[str, pd.DataFrame], query: str) -> str:

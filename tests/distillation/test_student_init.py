@@ -17,6 +17,8 @@ from transformers import (
     DebertaV2Model,
     DistilBertConfig,
     DistilBertModel,
+    EuroBertConfig,
+    EuroBertModel,
     ModernBertConfig,
     ModernBertModel,
     RobertaConfig,
@@ -27,7 +29,7 @@ from transformers import (
 
 from kdlib import config
 from kdlib.batching import pad
-from kdlib.distillation.student_init import build_student, count_layers, inner_maps, layer_map
+from kdlib.distillation.student_init import build_student, count_layers, inner_maps, layer_map, source_layers
 from kdlib.errors import UserError
 from kdlib.models.families import FAMILIES
 from kdlib.pruning.model import prune_model
@@ -280,21 +282,141 @@ def test_student_survives_saving(init, family, tmp_path):
 # teachers whose layers cannot be told apart
 
 
-@pytest.mark.parametrize(
-    "teacher",
-    [
-        lambda: AlbertModel(AlbertConfig(**SHAPE, embedding_size=16)),
-        lambda: ModernBertModel(
-            ModernBertConfig(**SHAPE, pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=0, sep_token_id=2)
-        ),
-    ],
-    ids=["albert", "modernbert"],
-)
-def test_teacher_whose_layers_are_not_known_is_refused(teacher):
+def test_teacher_whose_layers_are_not_known_is_refused():
+    def teacher():
+        return AlbertModel(AlbertConfig(**SHAPE, embedding_size=16))
+
     with pytest.raises(UserError, match="a model of kind .*; supported are bert"):
         start(teacher(), 2)
     student = start(teacher(), 2, "random")
     assert count_layers(student) == 2 and torch.isfinite(student(IDS).last_hidden_state).all()
+
+
+# families whose layers differ, or that rotate queries and keys
+
+
+GLOBAL, NEAR = "full_attention", "sliding_attention"
+
+
+def modern(layers=22, **more):
+    """A random ModernBERT; every third layer has global attention."""
+    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=2, cls_token_id=0, sep_token_id=2)
+    torch.manual_seed(0)
+    model = ModernBertModel(
+        ModernBertConfig(**SHAPE | dict(num_hidden_layers=layers), local_attention=4, **ids, **more)
+    )
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.2
+    return model.eval()
+
+
+def euro(**more):
+    """A random EuroBERT, in which two heads of queries share one of keys and values."""
+    torch.manual_seed(0)
+    ids = dict(pad_token_id=1, bos_token_id=0, eos_token_id=1, mask_token_id=3)
+    model = EuroBertModel(EuroBertConfig(**SHAPE, **ids, **dict(num_key_value_heads=2) | more))
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape) * 0.2
+    return model.eval()
+
+
+@pytest.mark.parametrize("rule", ["alternate", "late", "first", "last"])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 6, 11, 22])
+def test_a_modernbert_student_never_has_a_global_layer_where_a_local_one_was(rule, depth):
+    teacher = ModernBertConfig(num_hidden_layers=22)
+    layers = source_layers(rule, depth, teacher)
+    assert layers[0] == 1 and layers == sorted(set(layers)) and len(layers) == depth and layers[-1] <= 22
+    kinds = [teacher.layer_types[layer - 1] for layer in layers]
+    assert kinds == teacher.layer_types[:depth]
+
+
+def test_rules_for_modernbert_take_the_nearest_layer_of_the_same_kind():
+    teacher = ModernBertConfig(num_hidden_layers=22)
+    assert source_layers("alternate", 4, teacher) == [1, 11, 15, 22]  # wished are 5, 11, 16 and 22
+    assert source_layers("last", 4, teacher) == [1, 20, 21, 22]
+
+
+def test_copied_modernbert_layers_are_the_teachers_with_their_kinds():
+    teacher = modern()
+    student = start(teacher, 4)
+    assert student.config.layer_types == [GLOBAL, NEAR, NEAR, GLOBAL]
+    for i, layer in enumerate([1, 11, 15, 22]):
+        theirs = teacher.layers[layer - 1].state_dict()
+        mine = student.layers[i].state_dict()
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert student.layers[i].attention_type == teacher.layers[layer - 1].attention_type
+
+
+def test_a_list_of_modernbert_layers_keeps_their_kinds_and_is_told_where_transformers_4_cannot_read_them(caplog):
+    student = start(modern(), 3, [1, 4, 7])
+    assert student.config.layer_types == [GLOBAL] * 3
+    assert "are global, global, global; transformers 4 knows no such order" in caplog.text
+    caplog.clear()
+    assert start(modern(), 3, [1, 2, 6]).config.layer_types == [GLOBAL, NEAR, NEAR] and not caplog.text
+
+
+@pytest.mark.parametrize("layers", [[2, 3], [3, 1], [1, 1]])
+def test_the_first_layer_of_a_modernbert_stays_first(layers):
+    with pytest.raises(UserError, match="no norm before its attention: the list must begin with 1"):
+        start(modern(), 2, layers)
+
+
+def test_both_halves_of_a_gated_feed_forward_layer_keep_the_same_neurons():
+    teacher = modern(layers=4)
+    student = start(teacher, 2, ffn=12, narrow="truncate")
+    wide, narrow = teacher.layers[0].mlp, student.layers[0].mlp
+    places = [int((wide.Wi.weight[:48] == row).all(1).nonzero()) for row in narrow.Wi.weight[:12]]
+    assert places == sorted(set(places)) and torch.equal(narrow.Wi.weight[12:], wide.Wi.weight[48:][places])
+    assert torch.equal(narrow.Wo.weight, wide.Wo.weight[:, places])
+    value, gate = wide.Wi.weight[:48].norm(dim=1), wide.Wi.weight[48:].norm(dim=1)
+    assert set(places) == set((value * gate * wide.Wo.weight.norm(dim=0)).topk(12).indices.tolist())
+
+
+@pytest.mark.parametrize("teacher", [lambda: modern(layers=4), euro])
+def test_smaller_rotary_heads_keep_the_pairs_of_their_own_frequencies(teacher):
+    """Queries and keys of a head half as large are every second pair, so each turns as fast as before."""
+    wide = teacher()
+    narrow = start(wide, 2, [1, 2], hidden=16, heads=4, narrow="truncate")
+    size = 8
+    pairs = torch.tensor([0, 2, 4, 6])  # of 0..3 with 4..7: the first and third
+    fast = [config_frequencies(model) for model in (wide, narrow)]
+    assert torch.allclose(fast[1], fast[0][::2])
+    taken = wide.state_dict(), narrow.state_dict()
+    name = (
+        "layers.0.attn.Wqkv.weight" if "layers.0.attn.Wqkv.weight" in taken[0] else "layers.0.self_attn.q_proj.weight"
+    )
+    theirs, mine = (state[name][:rows] for state, rows in zip(taken, (4 * size, 4 * size // 2)))
+    expected = theirs.unflatten(0, (4, size))[:, pairs].flatten(0, 1)[:, :16] * 2**0.5
+    assert torch.allclose(mine, expected)
+
+
+def config_frequencies(model):
+    """Turns per token of each pair of dimensions of a head, in a layer with global attention."""
+    rotary = model.rotary_emb
+    return rotary.inv_freq if hasattr(rotary, "inv_freq") else rotary.full_attention_inv_freq
+
+
+def test_heads_that_share_a_key_stay_together():
+    student = start(euro(), 2, heads=2, hidden=16, narrow="pca", sample=SAMPLE)
+    assert student.config.num_key_value_heads == 1 and student.config.head_dim == 8
+    assert student(IDS).last_hidden_state.isfinite().all()
+    with pytest.raises(UserError, match="2 heads of the teacher share a key: it must be a multiple"):
+        start(euro(), 2, heads=1, hidden=32)
+    with pytest.raises(UserError, match="rotary positions need an even number"):
+        start(euro(), 2, heads=4, hidden=12)
+
+
+@pytest.mark.parametrize("teacher", [lambda: modern(layers=4), euro])
+def test_a_narrowed_rotary_student_of_all_directions_is_the_teacher(teacher):
+    """The basis of pca turns the stream without loss where it has as many directions; norms stay close."""
+    wide = teacher()
+    narrow = start(
+        wide, count_layers(wide), list(range(1, count_layers(wide) + 1)), ffn=47, narrow="pca", sample=SAMPLE
+    )
+    ids = torch.tensor([SAMPLE[0]])
+    with torch.inference_mode():
+        similar = torch.cosine_similarity(wide(ids).last_hidden_state, narrow(ids).last_hidden_state, dim=-1)
+    assert similar.mean() > 0.95
 
 
 # other widths
@@ -304,7 +426,7 @@ def sizes_of(student):
     """Width, heads and feed-forward width as the weights have them."""
     modules = dict(student.named_modules())
     names = FAMILIES[student.config.model_type]
-    ffn = modules[f"{names.layers}.0.{names.up}"].weight.shape[0]
+    ffn = modules[f"{names.layers}.0.{names.up[0]}"].weight.shape[0]
     return student.get_input_embeddings().weight.shape[1], student.config.num_attention_heads, ffn
 
 
@@ -312,7 +434,9 @@ def read_write(student, i):
     """The attention and feed-forward modules of layer i (0 = first), by role."""
     names = FAMILIES[student.config.model_type]
     layer = student.get_submodule(f"{names.layers}.{i}")
-    roles = dict(query=names.query[0], key=names.key[0], value=names.value, out=names.out, up=names.up, down=names.down)
+    roles = dict(
+        query=names.query[0], key=names.key[0], value=names.value, out=names.out, up=names.up[0], down=names.down
+    )
     return {role: layer.get_submodule(name) for role, name in roles.items()}
 
 

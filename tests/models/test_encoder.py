@@ -11,8 +11,9 @@ from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, Rober
 
 from kdlib.batching import model_inputs, pad
 from kdlib.models import encoder as module
-from kdlib.models.encoder import Encoder, first_tokens, mean_pool, text_vectors, word_vectors
+from kdlib.models.encoder import Encoder, first_tokens, text_vectors, word_vectors
 from kdlib.models.families import positions
+from kdlib.models.sentence import mean_pool
 
 TEXTS = [*tiny.texts(12), "", "ang", "ñ", "ang aso " * 40, "kumain"]
 WORDS = [text.split() for text in TEXTS]

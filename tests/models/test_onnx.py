@@ -18,8 +18,9 @@ from kdlib.errors import UserError
 from kdlib.evaluation.probing import similarity, task_vectors
 from kdlib.evaluation.speed import export_rows
 from kdlib.models import onnx as export
-from kdlib.models.encoder import Encoder, mean_pool, text_vectors, word_vectors
+from kdlib.models.encoder import Encoder, text_vectors, word_vectors
 from kdlib.models.onnx import FILES, FOLDER, export_student, load_exported
+from kdlib.models.sentence import mean_pool
 
 TEXTS = ["", "si ako", *tiny.texts(30, length=12), " ".join(tiny.WORDS * 4)]  # the last is cut
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")

@@ -123,6 +123,48 @@ def train_bpe(texts, before=()):
     )  # fmt: skip
 
 
+def train_fallback(texts, before=()):
+    """A BPE of characters that spells unknown ones by 256 byte tokens, as Gemma's, whose end is its start."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *before]
+    spelt = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS, special_tokens=[*specials, *spelt], show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    backend = edit(backend, forget(*spelt, *before))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<eos> $A <eos>", pair="<eos> $A <eos> $B <eos>", special_tokens=[("<eos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", cls_token="<eos>", sep_token="<eos>",
+        unk_token="<unk>", pad_token="<pad>", mask_token="<mask>", model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def train_llama(texts, before=()):
+    """A byte-level BPE with its special tokens at the end, of which padding is the end of a text, as EuroBERT's."""
+    backend = Tokenizer(models.BPE(ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|mask|>", "<|reserved_1|>"])
+    ends = [(name, backend.token_to_id(name)) for name in ("<|begin_of_text|>", "<|end_of_text|>")]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A <|end_of_text|>",
+        pair="<|begin_of_text|> $A <|end_of_text|> $B <|end_of_text|>", special_tokens=ends,
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>",
+        cls_token="<|begin_of_text|>", sep_token="<|end_of_text|>", pad_token="<|end_of_text|>",
+        mask_token="<|mask|>", model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
 def fill(model, seed=0):
     """Every weight drawn anew, biases too, so that none is told from another by being zero."""
     generator = torch.Generator().manual_seed(seed)

@@ -224,7 +224,7 @@ def test_every_tensor_by_vocabulary_is_known_by_its_name(kind):
     config = AutoConfig.for_model(kind, **settings)
     stem = type(config).__name__.removesuffix("Config")
     names = re.findall(rf"\b{stem}(?:Model|LMHeadModel|For\w+)\b", " ".join(dir(transformers)))
-    assert len(names) > 4
+    assert len(names) >= 4
     for name in names:
         with torch.device("meta"):
             state = getattr(transformers, name)(config).state_dict()

@@ -1,16 +1,17 @@
 """The model card: front matter that parses, this run's numbers with their intervals, settings other libraries read."""
 
-import json
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 
 from kdlib.config import load_profile
 from kdlib.errors import UserError
 from kdlib.files import write_json
 from kdlib.models.safetensors_files import HEAD_FILE
+from kdlib.models.sentence import SentenceVector, save_sentence
 from kdlib.study.model_card import write_card
 from kdlib.study.plan import card_facts
 from kdlib.study.run import Run
@@ -115,24 +116,20 @@ def test_written_again_after_the_benchmark(make):
     assert "Not measured yet" not in text and "0.765 [0.715, 0.815]" in text
 
 
-def test_settings_of_sentence_transformers(make):
-    folder = make("teacher.max_length=96")
-    modules = json.loads((folder / "modules.json").read_text())
-    assert [m["type"].rpartition(".")[2] for m in modules] == ["Transformer", "Pooling"]
-    assert [m["path"] for m in modules] == ["", "1_Pooling"] and all((folder / m["path"]).is_dir() for m in modules)
-    pooling = json.loads((folder / "1_Pooling" / "config.json").read_text())
-    assert pooling == {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True}
-    assert json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"] == 96
-
-
 @pytest.mark.parametrize(
     "override, prefix", [((), "query: "), ({"teacher.prefix": ""}, ""), ({"teacher.prefix": "tanong: "}, "tanong: ")]
 )
-def test_prefix_goes_into_the_settings_and_the_example(make, override, prefix):
-    folder = make(override)
-    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
-    assert settings.get("prompts", {}).get("query", "") == prefix
-    assert (f'"{prefix}" + text' in card(folder)) == bool(prefix)
+def test_prefix_goes_into_the_example(make, override, prefix):
+    assert (f'"{prefix}" + text' in card(make(override))) == bool(prefix)
+
+
+def test_the_way_to_a_vector_is_said_as_the_folder_has_it(make):
+    folder = make()
+    assert "mean pooling" in card(folder) and "vectors = (states * mask)" in card(folder)
+    dense = torch.nn.Sequential(torch.nn.Linear(384, 8), torch.nn.Tanh())
+    save_sentence(SentenceVector("cls", [dense], normalised=True), folder, 384, 128, "")
+    text = card(make())
+    assert "cls pooling, a dense layer of 8, length 1" in text and "states * mask" not in text
 
 
 def test_example_of_the_card_runs(make, monkeypatch):
