@@ -47,7 +47,9 @@ class StateCapture(nn.Module):
             # any attention implementation; `output_attentions` gives probabilities only, and nothing with sdpa.
             family, modules = family_of(model.config.model_type), dict(model.named_modules())
             for layer in layers:
-                for kind, names in zip(self.caught, (family.query, family.key, (family.value,) * needs.values)):
+                for kind, names in zip(self.caught, (family.query, family.key, (family.value,))):
+                    if kind == "value" and not needs.values:
+                        continue
                     at = _stem(family, names[0])
                     module = _ending(modules, f"{family.layers}.{layer - 1}.{at}")
                     part = (family.fused[at].index(names[0]), len(family.fused[at])) if at != names[0] else None
