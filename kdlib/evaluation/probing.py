@@ -163,6 +163,36 @@ def classifier(kind: str) -> Pipeline:
     return make_pipeline(StandardScaler(), OneVsRestClassifier(regression) if kind == "multilabel" else regression)
 
 
+def probe_weights(fitted: Pipeline, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """A fitted `classifier` as one linear map of vectors as they are, without its scaler.
+
+    Args:
+        fitted: of kind classify or multilabel.
+        labels: number of the task's labels.
+
+    Returns:
+        Weights [labels, features] and biases [labels]. With scores = vectors @ weights.T + biases the probabilities are
+        the softmax of the scores for kind classify, and their logistic function for multilabel.
+    """
+    scaler, model = fitted[0], fitted[-1]
+    weights, biases = (
+        np.zeros((labels, len(scaler.mean_))),
+        np.full(labels, -1e4),
+    )  # a class without rows: probability 0
+    if isinstance(model, OneVsRestClassifier):
+        for i, one in enumerate(model.estimators_):
+            if isinstance(one, LogisticRegression):
+                weights[i], biases[i] = one.coef_[0], one.intercept_[0]
+            elif one.predict(np.zeros((1, 1)))[0]:  # every row has this label
+                biases[i] = 1e4
+    elif len(model.classes_) == 2:  # scikit-learn has one row for two classes
+        weights[model.classes_[1]], biases[model.classes_] = model.coef_[0], [0, model.intercept_[0]]
+    else:
+        weights[model.classes_], biases[model.classes_] = model.coef_, model.intercept_
+    weights /= scaler.scale_
+    return weights, biases - weights @ scaler.mean_
+
+
 def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, seed: int = 0) -> list[dict]:
     """Rows of a linear probe at every layer (0 = embeddings), and a row of the majority baseline."""
     task, layers = task.small(train_rows, test_rows, seed), range(encoder.layers + 1)
