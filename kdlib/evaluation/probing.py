@@ -175,18 +175,16 @@ def probe_weights(fitted: Pipeline, labels: int) -> tuple[np.ndarray, np.ndarray
         the softmax of the scores for kind classify, and their logistic function for multilabel.
     """
     scaler, model = fitted[0], fitted[-1]
-    weights, biases = (
-        np.zeros((labels, len(scaler.mean_))),
-        np.full(labels, -1e4),
-    )  # a class without rows: probability 0
+    weights = np.zeros((labels, len(scaler.mean_)))
+    biases = np.full(labels, -1e4)  # a class without training rows has probability 0
     if isinstance(model, OneVsRestClassifier):
         for i, one in enumerate(model.estimators_):
             if isinstance(one, LogisticRegression):
-                weights[i], biases[i] = one.coef_[0], one.intercept_[0]
+                weights[i], biases[i] = one.coef_[0], np.ravel(one.intercept_)[0]
             elif one.predict(np.zeros((1, 1)))[0]:  # every row has this label
                 biases[i] = 1e4
     elif len(model.classes_) == 2:  # scikit-learn has one row for two classes
-        weights[model.classes_[1]], biases[model.classes_] = model.coef_[0], [0, model.intercept_[0]]
+        weights[model.classes_[1:]], biases[model.classes_] = model.coef_, [0, *np.ravel(model.intercept_)]
     else:
         weights[model.classes_], biases[model.classes_] = model.coef_, model.intercept_
     weights /= scaler.scale_

@@ -1,5 +1,5 @@
 // The student in the browser: text -> token ids -> vector -> labels and nearest sentences.
-import { AutoModel, AutoTokenizer, env } from "./vendor/transformers.js";
+import { AutoModel, AutoTokenizer, Tensor, env } from "./vendor/transformers.js";
 
 const here = new URL(".", import.meta.url);
 const at = (id) => document.getElementById(id);
@@ -58,12 +58,23 @@ function download(url) {
   return downloads.get(String(url));
 }
 
+/** Token ids of a text. A long one is truncated before the special tokens at its end; transformers.js drops these. */
+function tokenize(text) {
+  const ids = tokenizer.encode(page.prefix + text);
+  if (ids.length <= page.max_length) return ids;
+  const bare = tokenizer.encode(page.prefix + text, { add_special_tokens: false });
+  const before = ids.findIndex((_, i) => bare.every((id, j) => id === ids[i + j]));
+  const after = ids.slice(before + bare.length);
+  return [...ids.slice(0, page.max_length - after.length), ...after];
+}
+
 /** Token ids and the sentence vector of a text, as kdlib gives them, and the milliseconds it took. */
 async function encode(text) {
   const start = performance.now();
-  const inputs = tokenizer(page.prefix + text, { truncation: true, max_length: page.max_length });
-  const vector = (await model(inputs)).sentence_embedding.data;
-  return { ids: Array.from(inputs.input_ids.data, Number), vector, ms: performance.now() - start };
+  const ids = tokenize(text);
+  const whole = (values) => new Tensor("int64", BigInt64Array.from(values, BigInt), [1, ids.length]);
+  const output = await model({ input_ids: whole(ids), attention_mask: whole(ids.map(() => 1)) });
+  return { ids, vector: output.sentence_embedding.data, ms: performance.now() - start };
 }
 
 /** The probability of each label of a task, by the run's linear probe. */
