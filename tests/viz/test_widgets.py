@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
