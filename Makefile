@@ -14,6 +14,7 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: study test test-fast lint docs rehearse fuzz soak bench gpu lab figures reset offline-bundle clean
 .PHONY: study test test-fast lint docs rehearse fuzz soak bench lab demo figures reset offline-bundle clean
+.PHONY: study test test-fast lint docs book rehearse fuzz soak bench lab demo figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -38,6 +39,11 @@ docs: .venv/docs
 	$(BIN)/python docs/parameters.py
 	$(BIN)/python -m sphinx --quiet docs build/docs
 	@echo "open build/docs/index.html"
+
+# The book of a run: its executed notebooks and the pages, as a site in build/book. OUT names the run.
+book: .venv/docs
+	$(BIN)/python docs/book.py --run $(OUT) --out build/book
+	@echo "open build/book/index.html"
 
 # Runs every stage, arm and objective of the paper's profile, small, against a stand-in hub.
 rehearse: .venv/ready
