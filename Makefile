@@ -90,12 +90,13 @@ reset: .venv/ready
 
 # Collects all that machines of the same kind need to install without a network. RUNS names the runs to include.
 BUNDLE = dist/kdlib-offline
-offline-bundle: .venv/ready
+offline-bundle: .venv/docs
 	$(foreach run,$(RUNS),$(BIN)/kdlib run --profile $(run) --out runs/$(run) &&) true
 	rm -rf $(BUNDLE) $(BUNDLE).tar
 	mkdir -p $(BUNDLE)/handout
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch '.[notebooks]'
-	cp -r README.md LICENSE docs figures offline/* $(BUNDLE)
+	$(BIN)/python docs/book.py --run runs/$(lastword $(RUNS)) --out build/book
+	cp -r README.md LICENSE docs figures build/book offline/* $(BUNDLE)
 	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
 	tar -cf $(BUNDLE).tar -C dist kdlib-offline
 	@du -sh $(BUNDLE)/* $(BUNDLE).tar
