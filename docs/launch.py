@@ -23,7 +23,7 @@ from pathlib import Path
 
 if importlib.util.find_spec("kdlib") is None:
     here = next((folder for folder in (Path(), Path("..")) if (folder / "pyproject.toml").is_file()), None)
-    source = f"{{here.resolve()}}[notebooks]" if here else {packed!r}
+    source = f"{{here.resolve()}}[notebooks]" if here else "{packed}"
     if not source:
         raise SystemExit("kdlib is not installed. In a checkout of the project: pip install '.[notebooks]'")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
