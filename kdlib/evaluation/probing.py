@@ -58,7 +58,7 @@ def task_vectors(
     Args:
         encoder: any; it is not trained.
         task: classify and multilabel take the mean-pooled states of the text; pair takes those of both texts u and v
-            as [u, v, |u - v|, u * v]; tokens takes the state of each word's first token, so that items are words.
+            as ``[u, v, |u - v|, u * v]``; tokens takes the state of each word's first token, so that items are words.
         layers: which layers, 0 = embeddings; default the last one.
 
     Returns:

@@ -114,7 +114,7 @@ def test_every_page_is_whole_and_the_search_finds_a_word(site, page):
             ]"""
         )
         assert not broken, name
-        assert not page.locator(".cell_output .traceback, .system-message").count(), name
+        assert not page.locator(".cell_output .traceback, .system-message, .problematic").count(), name
         assert pictures or not name.startswith("notebooks/"), name
         anchors[name] = set(ids)
         links += [(name, href[len(address) :]) for href in hrefs if href.startswith(address)]
