@@ -147,7 +147,8 @@ function describe() {
   at("title").textContent = `${language}: a sentence encoder, on this device`;
   at("facts").textContent =
     `${page.layers} layers, ${(page.parameters / 1e6).toFixed(1)} million parameters, ` +
-    `${page.megabytes.toFixed(0)} MB with 8-bit weights.`;
+    `${page.megabytes.toFixed(0)} MB with 8-bit weights.` +
+    (page.profile === "smoke" ? " A smoke run is a small trial: its labels and neighbours mean little." : "");
   at("searched").textContent = `Of ${page.sentences.length} sentences that the student has not read, with the cosine.`;
   at("sentence").lang = page.code;
   at("examples").replaceChildren(
