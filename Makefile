@@ -12,9 +12,7 @@ ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Two files of tests run at a time. The tests of one file stay together, because they share what takes long to make.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: study test test-fast lint docs rehearse fuzz soak bench gpu lab figures reset offline-bundle clean
-.PHONY: study test test-fast lint docs rehearse fuzz soak bench lab demo figures reset offline-bundle clean
-.PHONY: study test test-fast lint docs book rehearse fuzz soak bench lab demo figures reset offline-bundle clean
+.PHONY: study test test-fast lint docs book rehearse fuzz soak bench gpu lab demo figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -68,7 +66,6 @@ gpu: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
-# Refreshes the figures, the kept results and the numbers in README and docs from a finished run.
 # Voila's template asks another host for icons, which would keep a page waiting where there is no network.
 OWN_STYLES = "--Voila.tornado_settings={'headers': {'Content-Security-Policy': \"style-src 'self' 'unsafe-inline'\"}}"
 
@@ -79,6 +76,7 @@ demo: .venv/ready
 		$(BIN)/kdlib distill --profile smoke; }
 	$(BIN)/voila notebooks/07_try_the_student.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(OWN_STYLES)
 
+# Refreshes the figures, the kept results and the numbers in README and docs from a finished run.
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)
 	$(BIN)/kdlib keep --run $(OUT)

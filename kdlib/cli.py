@@ -156,6 +156,9 @@ def predict(
 
     found = predict_file(task_folder(run_dir, task), file, text, second)
     typer.echo(found.to_csv(sep="\t", index=False), nl=False)
+
+
+@app.command()
 def page(
     run_dir: RunFolder = Path("runs/workshop"),
     out: Annotated[Path, typer.Option("--out", help="the folder of the page")] = Path("page"),

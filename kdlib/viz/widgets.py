@@ -17,7 +17,6 @@ from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.selection import Selection
 from kdlib.viz import figures
-from kdlib.viz.examples import Classify, Index, build_index, labels_html, nearest, neighbours_html, timed, written
 from kdlib.viz.examples import (
     Classify,
     Index,
@@ -27,6 +26,7 @@ from kdlib.viz.examples import (
     neighbours_html,
     probe_classifier,
     timed,
+    written,
 )
 from kdlib.viz.explore import (
     attention_figure,
