@@ -12,7 +12,7 @@ ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 # Two files of tests run at a time. The tests of one file stay together, because they share what takes long to make.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: study test test-fast lint docs rehearse fuzz soak bench gpu lab figures reset offline-bundle clean
+.PHONY: study test test-fast lint docs book rehearse fuzz soak bench gpu lab demo figures reset offline-bundle clean
 
 study: .venv/ready
 	$(BIN)/kdlib run --profile $(PROFILE) --out $(OUT) $(foreach s,$(SET),--set $(s))
@@ -38,6 +38,11 @@ docs: .venv/docs
 	$(BIN)/python -m sphinx --quiet docs build/docs
 	@echo "open build/docs/index.html"
 
+# The book of a run: its executed notebooks and the pages, as a site in build/book. OUT names the run.
+book: .venv/docs
+	$(BIN)/python docs/book.py --run $(OUT) --out build/book
+	@echo "open build/book/index.html"
+
 # Runs every stage, arm and objective of the paper's profile, small, against a stand-in hub.
 rehearse: .venv/ready
 	$(BIN)/python tests/harness/rehearse.py
@@ -61,6 +66,16 @@ gpu: .venv/ready
 lab: .venv/ready
 	$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 $(ROOT) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
+# Voila's template asks another host for icons, which would keep a page waiting where there is no network.
+OWN_STYLES = "--Voila.tornado_settings={'headers': {'Content-Security-Policy': \"style-src 'self' 'unsafe-inline'\"}}"
+
+# A page to try teacher and student of the newest run on one's own sentences. Without a run it distils a small student.
+demo: .venv/ready
+	@ls runs/*/student/made.json > /dev/null 2>&1 || { \
+		echo "no run has a student: distilling a small one (profile smoke), about two minutes"; \
+		$(BIN)/kdlib distill --profile smoke; }
+	$(BIN)/voila notebooks/07_try_the_student.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(OWN_STYLES)
+
 # Refreshes the figures, the kept results and the numbers in README and docs from a finished run.
 figures: .venv/ready
 	$(BIN)/kdlib figures --run $(OUT)
@@ -73,12 +88,13 @@ reset: .venv/ready
 
 # Collects all that machines of the same kind need to install without a network. RUNS names the runs to include.
 BUNDLE = dist/kdlib-offline
-offline-bundle: .venv/ready
+offline-bundle: .venv/docs
 	$(foreach run,$(RUNS),$(BIN)/kdlib run --profile $(run) --out runs/$(run) &&) true
 	rm -rf $(BUNDLE) $(BUNDLE).tar
 	mkdir -p $(BUNDLE)/handout
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch '.[notebooks]'
-	cp -r README.md LICENSE docs figures offline/* $(BUNDLE)
+	$(BIN)/python docs/book.py --run runs/$(lastword $(RUNS)) --out build/book
+	cp -r README.md LICENSE docs figures build/book offline/* $(BUNDLE)
 	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
 	tar -cf $(BUNDLE).tar -C dist kdlib-offline
 	@du -sh $(BUNDLE)/* $(BUNDLE).tar

@@ -2,6 +2,9 @@
 
 from importlib import metadata
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 project = "kdlib"
 author = "kdlib contributors"
 release = metadata.version("kdlib")
@@ -20,3 +23,21 @@ autodoc_typehints = "description"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+html_math_renderer = "mathml"  # browsers show it themselves; MathJax would be loaded from another host
+nb_ipywidgets_js = {}  # a still view stands for each widget
+
+
+def _inline(page, node):
+    page.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def _block(page, node):
+    page.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app):
+    """Formulas become MathML when the pages are built."""
+    app.add_html_math_renderer("mathml", inline_renderers=(_inline, None), block_renderers=(_block, None))

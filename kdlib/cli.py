@@ -159,6 +159,21 @@ def predict(
 
 
 @app.command()
+def page(
+    run_dir: RunFolder = Path("runs/workshop"),
+    out: Annotated[Path, typer.Option("--out", help="the folder of the page")] = Path("page"),
+) -> None:
+    """Write a static page that runs a run's student in the browser, on a phone too, without a server-side.
+
+    Any web server can give the folder out. Needs npm once, and the packages of `pip install 'kdlib[onnx]'`.
+    """
+    from kdlib.study.page import make_page
+
+    typer.echo(f"{out}: {make_page(run_dir, out):.0f} MB")
+    typer.echo(f"to look at it: {sys.executable} -m http.server -b 127.0.0.1 -d {out}, and open http://127.0.0.1:8000")
+
+
+@app.command()
 def parameters(profile: Profile = "workshop") -> None:
     """Print every parameter of a profile, with its value, as YAML."""
     import yaml

@@ -129,6 +129,7 @@ def test_help_and_a_slip_in_a_parameter_need_no_heavy_library(arguments, code, s
         (["distill", "--profile", "huge"], "huge"),
         (["parameters", "--profile", "huge"], "huge"),
         (["export", "--run", "none"], "none/student: no student here"),
+        (["page", "--run", "none"], "none/student: no student here"),
         (["push", "--run", "none", "--to", "owner/student"], "none/student: no student here"),
         (["figures", "--run", "none"], "no run here"),
         (["reset", "--folder", "none"], "nothing was moved"),
@@ -149,7 +150,7 @@ def test_ctrl_c_ends_with_one_line_and_code_130(run, monkeypatch):
     assert (result.exit_code, result.output) == (130, "kdlib: stopped; the same command resumes\n")
 
 
-@pytest.mark.parametrize("command", [["push", "--to", "owner/student"], ["export"]])
+@pytest.mark.parametrize("command", [["push", "--to", "owner/student"], ["export"], ["page"]])
 def test_a_damaged_student_is_refused(command, run):
     weights = run / "student" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])

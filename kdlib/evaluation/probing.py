@@ -58,7 +58,7 @@ def task_vectors(
     Args:
         encoder: any; it is not trained.
         task: classify and multilabel take the mean-pooled states of the text; pair takes those of both texts u and v
-            as [u, v, |u - v|, u * v]; tokens takes the state of each word's first token, so that items are words.
+            as ``[u, v, |u - v|, u * v]``; tokens takes the state of each word's first token, so that items are words.
         layers: which layers, 0 = embeddings; default the last one.
 
     Returns:
@@ -161,6 +161,34 @@ def classifier(kind: str) -> Pipeline:
     """The linear probe for a kind of task, not fitted yet: standardised features, then logistic regression."""
     regression = LogisticRegression(C=PENALTY, max_iter=300, tol=1e-3)
     return make_pipeline(StandardScaler(), OneVsRestClassifier(regression) if kind == "multilabel" else regression)
+
+
+def probe_weights(fitted: Pipeline, labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """A fitted `classifier` as one linear map of vectors as they are, without its scaler.
+
+    Args:
+        fitted: of kind classify or multilabel.
+        labels: number of the task's labels.
+
+    Returns:
+        Weights [labels, features] and biases [labels]. With scores = vectors @ weights.T + biases the probabilities are
+        the softmax of the scores for kind classify, and their logistic function for multilabel.
+    """
+    scaler, model = fitted[0], fitted[-1]
+    weights = np.zeros((labels, len(scaler.mean_)))
+    biases = np.full(labels, -1e4)  # a class without training rows has probability 0
+    if isinstance(model, OneVsRestClassifier):
+        for i, one in enumerate(model.estimators_):
+            if isinstance(one, LogisticRegression):
+                weights[i], biases[i] = one.coef_[0], np.ravel(one.intercept_)[0]
+            elif one.predict(np.zeros((1, 1)))[0]:  # every row has this label
+                biases[i] = 1e4
+    elif len(model.classes_) == 2:  # scikit-learn has one row for two classes
+        weights[model.classes_[1:]], biases[model.classes_] = model.coef_, [0, *np.ravel(model.intercept_)]
+    else:
+        weights[model.classes_], biases[model.classes_] = model.coef_, model.intercept_
+    weights /= scaler.scale_
+    return weights, biases - weights @ scaler.mean_
 
 
 def layer_probe(encoder: Encoder, task: Task, train_rows: int, test_rows: int, seed: int = 0) -> list[dict]:

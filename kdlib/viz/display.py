@@ -1,6 +1,7 @@
 """Show figures, sentences that quote results, and a learning curve that grows, in a notebook."""
 
 import io
+import os
 from collections.abc import Callable
 
 import pandas as pd
@@ -16,8 +17,10 @@ WIDTH = 820  # pixels on the page; the image has twice as many
 def headless() -> bool:
     """Whether nobody can answer: there is no kernel, or papermill, nbconvert or another nbclient runs the cell.
 
-    Front ends with a person allow a cell to ask for input; nbclient does not.
+    Front ends with a person allow a cell to ask for input; nbclient does not. Voila uses nbclient for a person.
     """
+    if os.environ.get("SERVER_SOFTWARE", "").startswith("voila"):
+        return False
     kernel = getattr(get_ipython(), "kernel", None)
     return kernel is None or not kernel.get_parent("shell").get("content", {}).get("allow_stdin", False)
 

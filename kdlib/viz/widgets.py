@@ -17,7 +17,17 @@ from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.pruning.selection import Selection
 from kdlib.viz import figures
-from kdlib.viz.examples import Classify, Index, build_index, labels_html, nearest, neighbours_html, timed, written
+from kdlib.viz.examples import (
+    Classify,
+    Index,
+    build_index,
+    labels_html,
+    nearest,
+    neighbours_html,
+    probe_classifier,
+    timed,
+    written,
+)
 from kdlib.viz.explore import (
     attention_figure,
     attention_html,
@@ -374,5 +384,37 @@ def labels(classifiers: Mapping[str, Classify], sentence: str) -> Panel:
     def view(sentence: str) -> View:
         text = _needs_text(sentence)
         return View(labels_html({name: timed(c, text) for name, c in classifiers.items()}))
+
+    return Panel(view, sentence=partial(text_box, value=sentence))
+
+
+def try_models(
+    encoders: Mapping[str, Encoder], tasks: Sequence[Task], texts: Sequence[str], sentence: str, rows: int | None = 1000
+) -> Panel:
+    """Labels, times and nearest texts of any sentence, by each encoder side by side.
+
+    Args:
+        encoders: by display name.
+        tasks: a linear probe is fitted for each of kind classify or multilabel; others are left out.
+        texts: the texts to search.
+        sentence: the first sentence.
+        rows: training rows of a probe at most; None: all.
+    """
+    tasks = [task for task in tasks if task.kind in ("classify", "multilabel")]
+
+    @lru_cache(maxsize=1)
+    def made() -> tuple[dict[str, Index], dict[str, dict[str, Classify]]]:
+        probes = {t.name: {name: probe_classifier(e, t, rows) for name, e in encoders.items()} for t in tasks}
+        return {name: build_index(encoder, texts) for name, encoder in encoders.items()}, probes
+
+    def view(sentence: str) -> View:
+        text = _needs_text(sentence)
+        indexes, probes = made()
+        parts = []
+        for task, classifiers in probes.items():
+            answers = {name: timed(classify, text) for name, classify in classifiers.items()}
+            parts.append(page(paragraph(f"<b>{escape(task.replace('_', ' '))}</b>")) + labels_html(answers))
+        found = {name: nearest(index, text) for name, index in indexes.items()}
+        return View("".join([*parts, neighbours_html(found, text)]))
 
     return Panel(view, sentence=partial(text_box, value=sentence))

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import tiny
+from scipy.special import expit, softmax
 
 from kdlib.data.tasks import Split, Task
 from kdlib.evaluation.baselines import majority, word_overlap_retrieval
 from kdlib.evaluation.probing import (
     cka_rows,
+    classifier,
     layer_probe,
     linear_cka,
     linear_probe,
+    probe_weights,
     retrieval,
     retrieval_rows,
     segmentation,
@@ -296,3 +299,21 @@ def test_layer_probe_has_a_row_for_each_layer_and_the_majority(encoder, kind):
     for row in rows[:3]:
         assert 0 <= row["low"] <= row["value"] <= row["high"] <= 1 and row["n"] == 15
     assert rows == layer_probe(encoder, tiny_task(kind), 25, 15)
+
+
+@pytest.mark.parametrize("kind", ["classify", "multilabel"])
+@pytest.mark.parametrize("present", [[0, 1], [0, 1, 2], [1, 3]])
+def test_weights_of_a_probe_give_its_probabilities(rng, kind, present):
+    x = rng.normal(3, 2, (60, 5))
+    y = np.array(present)[rng.integers(len(present), size=60)]
+    if kind == "multilabel":
+        y = np.eye(4, dtype=int)[y]
+        y[:, 3] = 1  # in every row
+    fitted = classifier(kind).fit(x, y)
+    weights, biases = probe_weights(fitted, 4)
+    scores = x @ weights.T + biases
+    if kind == "multilabel":
+        np.testing.assert_allclose(expit(scores), fitted.predict_proba(x), atol=1e-9)
+    else:
+        np.testing.assert_allclose(softmax(scores, 1)[:, present], fitted.predict_proba(x), atol=1e-9)
+        assert softmax(scores, 1).sum(1) == pytest.approx(1)

@@ -21,7 +21,7 @@ from kdlib.study.run import read_results
 pytestmark = pytest.mark.slow
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
-NOTEBOOKS = {path.stem.split("_")[0]: path for path in sorted(FOLDER.glob("*.ipynb"))}
+NOTEBOOKS = {path.stem.split("_")[0]: path for path in sorted(FOLDER.glob("0[0-6]*.ipynb"))}  # 07 is a demo
 SMALL = {
     "corpus.max_documents": 80,
     "probe.languages_rows": 20,

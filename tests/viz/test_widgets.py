@@ -12,6 +12,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -640,3 +641,13 @@ def test_headless_every_widget_leaves_a_still_view_and_no_widget(kernel):
         assert ("image/png" in data) == (i in PICTURED) and len(body(data["text/html"])) > 40, cell.source
     assert "has no masked-language head" in made.cells[7].outputs[0].data["text/html"]
     assert "step 4 of 4" in body(made.cells[-1].outputs[1].data["text/html"])
+
+
+def test_models_are_tried_on_a_sentence_side_by_side():
+    encoders = {"teacher": tiny.encoder(layers=2), "student": tiny.encoder(layers=1, seed=1)}
+    tasks = [tiny.task("classify"), tiny.task("multilabel"), tiny.task("pair")]
+    panel = widgets.try_models(encoders, tasks, tiny.texts(12), "ang bata")
+    assert all(word in panel.first.html for word in ("classify task", "multilabel task", "short", "ang bata", " ms"))
+    assert "pair task" not in panel.first.html
+    panel.controls["sentence"].value = "  "
+    assert "Type a sentence." in panel.text.value
