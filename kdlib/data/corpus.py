@@ -66,6 +66,11 @@ class Corpus:
     parts: "dict[str, Corpus]" = field(default_factory=dict, compare=False)  # of several languages: each by its code
     temporary: tempfile.TemporaryDirectory | None = field(default=None, compare=False, repr=False)  # goes with it
 
+    @property
+    def target(self) -> "Corpus":
+        """The corpus of the target language, without other languages."""
+        return next(iter(self.parts.values()), self)
+
 
 def load_corpus(spec: config.Corpus, language: str, seed: int, cache_root: Path | None = None) -> Corpus:
     """Load the profile's corpus, split by document. The split depends on the text alone, not on order or seed.

@@ -118,7 +118,7 @@ def load_tasks(specs: list[config.Task], corpus: Corpus) -> list[Task]:
 
     `training_documents` removes test sentences from a corpus of the user's own.
     """
-    own = corpus.parts.get(next(iter(corpus.parts), ""), corpus).train if corpus.origin.source == "embedded" else []
+    own = corpus.target.train if corpus.origin.source == "embedded" else []
     distilled = {sentence for document in own for sentence in document.sentences}
     loaded = [load_task(spec, corpus) for spec in specs]
     names = [task.name for task in loaded]
@@ -154,7 +154,7 @@ def load_task(spec: config.Task, corpus: Corpus) -> Task:
         raise UserError(
             f"the embedded task {spec.name!r} is made of the embedded corpus; with corpus.source set, name other tasks"
         )
-    task = EMBEDDED[spec.name](corpus)
+    task = EMBEDDED[spec.name](corpus.target)
     return replace(task, origin=_origin(task, [task.train, task.test], "embedded"))
 
 

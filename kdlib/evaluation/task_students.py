@@ -26,7 +26,8 @@ from kdlib.evaluation.finetuning import IGNORE, Rows, Tokens, answers, fit_linea
 from kdlib.evaluation.metrics import Metric, score
 from kdlib.evaluation.tf_idf import tf_idf
 from kdlib.files import fingerprint, new_file, read_or_none
-from kdlib.models.encoder import Encoder, mean_pool, text_vectors
+from kdlib.models.encoder import Encoder, text_vectors
+from kdlib.models.sentence import mean_pool
 
 log = logging.getLogger(__name__)
 SOFT, HARD = "student on soft labels", "student on labels"  # names in results

@@ -4,6 +4,9 @@ import pytest
 import tiny
 
 from kdlib import Study
+from kdlib.config import load_profile
+from kdlib.data.corpus import load_languages
+from kdlib.data.tasks import load_tasks
 from kdlib.files import read_json
 
 
@@ -61,3 +64,12 @@ def test_a_student_is_distilled_and_its_card_names_both_languages(study):
     assert study.student.parameters > 0
     card = (study.run.path / "student" / "README.md").read_text()
     assert "- ceb" in card and "- eng" in card
+
+
+def test_embedded_tasks_are_made_of_the_embedded_corpus_alone(tmp_path):
+    (tmp_path / "eng.txt").write_text("\n\n".join(f"Line {i} of some text." for i in range(40)))
+    several = {"language": ["tgl", "eng"], "corpora": {"eng": {"source": str(tmp_path / "eng.txt")}}}
+    profile = load_profile("workshop", several)
+    corpus = load_languages(profile, lambda texts: sum(len(text.split()) for text in texts))
+    alone = load_tasks(profile.tasks, corpus.parts["tgl"])
+    assert [(t.train, t.test) for t in load_tasks(profile.tasks, corpus)] == [(t.train, t.test) for t in alone]

@@ -126,6 +126,7 @@ SPECIAL = {  # values that a rule on the type alone does not give
     "distill.objectives": {"distill.objectives": {"hidden": 1.0}},
     "distill.windows": {"distill.windows": [2]},
     "benchmark.seeds": {"benchmark.seeds": [5]},
+    "ablations.seeds": {"ablations.seeds": [5]},
     "benchmark.fewshot": {"benchmark.fewshot": [2]},
     "ablations.arms": {"ablations.arms": {"init": {"last": {"student.init": "last"}}}},
     "students": {"students": {"shallow": {"student.layers": 1}}},
