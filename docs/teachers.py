@@ -18,7 +18,7 @@ def table() -> str:
         with tempfile.TemporaryDirectory() as folder:
             failed = try_stages(family, Path(folder), *training_texts())
         lines.append([family, *("no" if name in failed else "yes" for name in STAGES)])
-        print(family, failed)
+        print(family, failed, flush=True)
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 

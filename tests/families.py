@@ -130,7 +130,8 @@ class Stages:
 
     def objective(self, name: str):
         """Distil with one objective; the loss falls."""
-        spec = config.Distill(objectives={name: 1.0}, epochs=3, batch_tokens=256, learning_rate=5e-3, evaluations=1)
+        sizes = dict(epochs=3, batch_tokens=256, learning_rate=5e-3, evaluations=1, relation_heads=HEADS)
+        spec = config.Distill(objectives={name: 1.0}, **sizes)
         student = kdlib.build_student(self.pruned.model, config.Student(layers=3))
         texts = prepare(self.pruned, self.corpus[:48], spec, self.folder / "cache", 3)
         work = self.folder / f"distill-{name}"
@@ -158,7 +159,11 @@ STAGES = {
     "condition": Stages.condition,
     "copy layers": Stages.copy,
     "narrow": Stages.narrow,
-    **{name: lambda stages, name=name: stages.objective(name) for name in OBJECTIVES},
+    **{
+        name: lambda stages, name=name: stages.objective(name)
+        for name, objective in OBJECTIVES.items()
+        if not objective.needs.translation  # they need parallel texts, and compare the states that others compare
+    },
     "save and load": Stages.save,
 }
 
