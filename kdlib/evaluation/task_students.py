@@ -27,7 +27,7 @@ from kdlib.evaluation.metrics import Metric, score
 from kdlib.evaluation.tf_idf import tf_idf
 from kdlib.files import fingerprint, new_file, read_or_none
 from kdlib.models.encoder import Encoder, text_vectors
-from kdlib.models.sentence import mean_pool
+from kdlib.models.sentence import SentenceVector, mean_pool
 
 log = logging.getLogger(__name__)
 SOFT, HARD = "student on soft labels", "student on labels"  # names in results
@@ -86,7 +86,7 @@ def teach(
     test, read = (Rows(tokens, task.kind, Split(some, [None] * len(some))) for some in (task.test.texts, found))
     vectors = np.empty((len(found), 0), np.float32)
     if hidden:
-        tuned = replace(tokens.encoder, model=model.encoder, vector_cache=None)
+        tuned = replace(tokens.encoder, model=model.encoder, vector_cache=None, sentence=SentenceVector())
         vectors = text_vectors(tuned, found, label=f"{teacher.name}: labelling for {task.name}")[:, 0]
     soft = SoftLabels(found, outputs(model, read, teacher.bf16), vectors)
     return answers(outputs(model, test, teacher.bf16), task.kind), soft
