@@ -221,7 +221,7 @@ class OnnxEncoder(Encoder):
     @property
     def megabytes(self) -> float:
         """Size of the file."""
-        return self.model.size / 1e6
+        return self.model.size / 1e6  # pyright: ignore[reportOperatorIssue] - an int
 
     def vectors(self, texts: Sequence) -> np.ndarray:
         """Sentence vectors: float32 [texts, width]."""

@@ -717,7 +717,8 @@ def model_files() -> dict[str, bytes]:
     encoder.head = mlm_head.new_head(encoder.model)
     with tempfile.TemporaryDirectory() as folder:
         encoder.save(Path(folder))
-        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+        files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @functools.cache
