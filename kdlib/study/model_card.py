@@ -114,7 +114,19 @@ def _numbers(results: pd.DataFrame | None, model: str) -> str:
         by = {row.model: f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" for row in group.itertuples()}
         first, scores = group.iloc[0], f"{by.get('teacher', '')} | {by.get(model, '')}"
         lines.append(f"| {method} | {task} | {first['metric']} | {scores} | {first['n']} |")
-    return "\n".join(lines) + "\n\nBrackets: 95% bootstrap intervals over seeds and test items."
+    kept = results[(results["metric"] == "retention") & (results["method"] == "probe") & (results["model"] == model)]
+    shares = [
+        f"{row['value']:.0%} [{row['low']:.0%}, {row['high']:.0%}] of {what}"
+        for what, mean in (("the tasks with room", "with room"), ("all tasks", "average"))
+        for _, row in kept[kept["task"] == mean].iterrows()
+    ]
+    text = "\n".join(lines) + "\n\nBrackets: 95% bootstrap intervals over seeds and test items."
+    if shares:
+        text += (
+            f"\nOf the teacher's probe score above chance the student keeps, averaged over tasks: {'; '.join(shares)}. "
+            "A task has room if the teacher is surely better than TF-IDF, static token vectors and random weights."
+        )
+    return text
 
 
 def _counted(number: float, one: str, more: str = "") -> str:

@@ -91,6 +91,13 @@ def test_numbers_stand_with_their_intervals(make):
     assert "95% bootstrap intervals" in card(make(rows=rows))
 
 
+def test_what_is_kept_above_chance_is_in_the_card(make):
+    kept = dict(task="with room", metric="retention", low=0.8, high=1.0)
+    text = card(make(rows=[result("student", 0.75), result("student", 0.9, **kept)]))
+    assert "the student keeps, averaged over tasks: 90% [80%, 100%] of the tasks with room." in text
+    assert "above chance" not in card(make(rows=[result("student", 0.75)]))
+
+
 def test_data_stand_with_source_commit_and_sizes(make, tmp_path):
     assert "No text was read yet." in card(make())
     corpus = {"source": "owner/texts", "revision": "a" * 40, "sha256": "b" * 64, "rows": {"train": 1200, "test": 30}}
