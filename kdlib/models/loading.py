@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from tokenizers import normalizers
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 from transformers.utils.hub import cached_file
@@ -210,6 +211,9 @@ def load_encoder(
             ", ".join(f"{key}: {text!r}" for key, text in sentence.prompts.items()),
         )  # fmt: skip
     _check(encoder, source, info["missing_keys"])
+    for pooler in (name for name in info["missing_keys"] if name.startswith("pooler.")):  # else random at every load
+        weight = model.get_parameter(pooler).detach()
+        nn.init.eye_(weight) if weight.dim() == 2 else nn.init.zeros_(weight)
     if cache_root is None:
         return encoder
     pooling = [sentence.pooling] if sentence.pooling != "mean" else []

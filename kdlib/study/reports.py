@@ -338,7 +338,7 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         rows = [row for name, encoder in encoders.items() for row in size_rows(encoder, name)]
         timed = {name: encoder for name, encoder in encoders.items() if name not in UNTIMED}
         texts = sentences(self.corpus.get().heldout)[:1000]
-        machine = dict(metric="threads", value=torch.get_num_threads(), arm=processor())
+        machine = dict(model="machine", metric="threads", value=torch.get_num_threads(), arm=processor())
         return [*rows, machine, *speed_rows(timed, texts, self.settings.benchmark.latency_runs)]
 
 

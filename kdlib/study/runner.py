@@ -255,9 +255,9 @@ def summary(run: Run, seconds: float, console: Console) -> None:
     except UserError:
         return
     table = Table(title=f"teacher and students ({run.profile.name}, {clock(seconds)})", box=box.SIMPLE)
-    table.add_column("")
-    for model in headline.index:
-        table.add_column(str(model).replace(" ", "\n"), justify="right", no_wrap=True)
-    for measure, values in headline.T.iterrows():
-        table.add_row(str(measure), *("" if pd.isna(value) else f"{value:,.1f}" for value in values))
+    table.add_column("", no_wrap=True)
+    for measure in headline.columns:
+        table.add_column(str(measure), justify="right")
+    for model, values in headline.iterrows():
+        table.add_row(str(model), *("" if pd.isna(value) else f"{value:,.1f}" for value in values))
     console.print(table)

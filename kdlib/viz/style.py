@@ -76,7 +76,7 @@ LOOKS = {
     "student int8": Look(PALETTE[1], "d", "**"),
 }
 SPARE_LOOKS = [Look(PALETTE[2], ">", "xx"), Look("#7b4f12", "8", "++"), Look("#005f5f", "*", "--")]
-BASELINES = ["majority", "word overlap", "chance"]
+BASELINES = ["majority", "word overlap", "chance", "constant", "machine"]  # rows that are no encoder
 SCORES = {"accuracy": "accuracy", "macro_f1": "macro F1", "f1": "entity F1", "score": "mean score"}
 
 

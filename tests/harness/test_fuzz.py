@@ -271,7 +271,7 @@ def test_table_of_a_million_columns_is_refused(name, line, tmp_path):
     with pytest.raises(UserError, match="1,000,001 columns"):
         read_file(tmp_path / name)
     (tmp_path / name).write_text(line * 5000 + "\na" * 100_000)
-    with pytest.raises(UserError, match="5,001 columns, most others far fewer"):
+    with pytest.raises(UserError, match=r"5,001 columns in [\d,]+ rows, most of them in few"):
         read_file(tmp_path / name)
     (tmp_path / name).write_text(line * 1000 + "\n" + line * 1000)
     assert read_file(tmp_path / name).shape == (1, 1001)

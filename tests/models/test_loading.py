@@ -257,3 +257,11 @@ def test_a_folders_own_head_must_fit_its_model(tmp_path):
     save_file(change, tmp_path / "b" / "mlm_head.safetensors", {"head": '{"eps": 1e-12, "activation": "gelu"}'})
     with pytest.raises(UserError, match="mlm_head.safetensors.*model needs"):
         load_encoder(tmp_path / "b", "m")
+
+
+def test_a_pooler_that_the_checkpoint_lacks_is_the_same_at_every_load(tmp_path):
+    encoder = tiny.encoder()
+    BertModel(encoder.model.config, add_pooling_layer=False).save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    first, second = (load_encoder(tmp_path).model.state_dict() for _ in range(2))
+    assert "pooler.dense.weight" in first and all(torch.equal(first[name], second[name]) for name in first)

@@ -1,6 +1,7 @@
 """The script for a GPU, in its tiny form on the CPU."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -12,6 +13,14 @@ sys.path.append(str(Path(__file__).parents[2]))  # the benchmarks are no part of
 from benchmarks import gpu
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def loud_again():
+    """The script silences the library's warnings, which other tests read."""
+    level = logging.getLogger("kdlib").level
+    yield
+    logging.getLogger("kdlib").setLevel(level)
 
 
 @pytest.mark.slow
