@@ -39,7 +39,7 @@ def for_book(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         cell.source = cell.source.replace("](../docs/", "](../")
         if cell.metadata.get("jupyter", {}).get("source_hidden"):
-            cell.metadata.tags = [*cell.metadata.get("tags", []), "hide-input"]
+            cell.metadata.tags = list(dict.fromkeys([*cell.metadata.get("tags", []), "hide-input"]))
     return notebook
 
 

@@ -180,7 +180,7 @@ def relation_loss(student: ModelOutputs, teacher: ModelOutputs, heads: int = 12)
 
     The heads of each are joined and split again into `heads` relation heads of size d, so that widths and numbers of
     attention heads may differ. With R = softmax(X X^T / sqrt(d)) over the real tokens, X in {Q, K, V}:
-    sum over X of 1/3 * 1 / (heads * |x|) * sum over heads and tokens of KL(R_teacher || R_student), mean over texts.
+    sum over X of 1/3 * 1 / (heads * tokens) * sum over heads and tokens of KL(R_teacher || R_student), mean over texts.
 
     References:
         Wang et al. (2021), MiniLMv2, eq. 5 to 8, with their weights of 1/3.

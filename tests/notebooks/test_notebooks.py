@@ -131,7 +131,7 @@ def test_results_are_tidy_and_cover_every_stage(smoke):
 
 def test_terminal_ends_with_where_things_are_and_the_headline(smoke):
     out, printed = smoke
-    for word in ("student", "results.csv", "figures", "teacher", "distillation", "scratch"):
+    for word in ("student", "results.csv", "figures", "teacher", "no distillation", "random weights", "tf-idf"):
         assert word in printed
     assert (out / "figures").is_dir() and len(list((out / "figures").glob("*.png"))) >= 8
 
@@ -206,17 +206,15 @@ def test_start_here_runs(tmp_path):
     assert "Nothing to compare yet" in text, "the first experiment waits for its two runs"
 
 
-PLANTED = 3  # the cell that a test breaks; papermill adds one cell before it and counts from 1
-
-
 def broken_notebooks(folder):
     """The project's notebooks with a cell that fails in the second."""
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
     path = folder / "notebooks" / f"{NOTEBOOKS['prune']}.ipynb"
     notebook = nbformat.read(path, 4)
-    notebook.cells[PLANTED].source += "\nraise ValueError('planted')"
+    parameters = next(i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", []))
+    notebook.cells[parameters + 1].source += "\nraise ValueError('planted')"
     nbformat.write(notebook, path)
-    return folder / "notebooks"
+    return folder / "notebooks", parameters + 3  # papermill adds a cell before it, and counts from 1
 
 
 def test_failed_notebook_leaves_its_part_and_names_cell_and_error(tmp_path, monkeypatch, smoke):
@@ -224,16 +222,15 @@ def test_failed_notebook_leaves_its_part_and_names_cell_and_error(tmp_path, monk
 
     from kdlib.study import runner
 
-    monkeypatch.setattr(runner, "notebook_folder", lambda: broken_notebooks(tmp_path))
+    folder, broken = broken_notebooks(tmp_path)
+    monkeypatch.setattr(runner, "notebook_folder", lambda: folder)
     out = tmp_path / "run"
     shutil.copytree(smoke[0], out)
     (out / "stages" / "prune.json").unlink()
     with pytest.raises(runner.NotebookError) as error:
         runner.run_study(out, "smoke", [], console=Console(quiet=True))
     message = str(error.value)
-    assert (
-        "02_prune_the_vocabulary" in message and f"cell {PLANTED + 2}" in message and "ValueError: planted" in message
-    )
+    assert "02_prune_the_vocabulary" in message and f"cell {broken}:" in message and "ValueError: planted" in message
     partial = nbformat.read(out / "notebooks" / "02_prune_the_vocabulary.ipynb", 4)
     assert any(cell.get("outputs") for cell in partial.cells if cell.cell_type == "code")
 

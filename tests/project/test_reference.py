@@ -9,6 +9,7 @@ import pytest
 
 import kdlib
 from kdlib import config
+from kdlib.study.published import MARKED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -73,4 +74,5 @@ def test_links_between_the_pages_lead_somewhere(page):
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 1000
+    written = MARKED.sub("", (ROOT / "README.md").read_text("utf-8"))  # without the tables of a run
+    assert len(written.split()) <= 1000
