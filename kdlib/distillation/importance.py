@@ -42,12 +42,12 @@ def most_important(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The heads and the feed-forward neurons that every layer keeps, equally many in each layer.
 
-    A part's score is ``|sum of weight x gradient|`` over the weights that carry its output on, which is to first order what
-    the loss loses without the part; mean over batches. The least important parts go in ROUNDS equal steps, and the rest
-    is scored again after each. The loss is the MSE to the last states of the unpruned model, plus noise as large as
-    their standard deviation. Without noise the gradient of the first round would be 0; with it, scores have the
-    size of the change of the states. Padding has no part in any mean. A student's parts are chosen after its layers, in
-    the model that has no others.
+    A part's score is ``|sum of weight x gradient|`` over the weights that carry its output on, which is to first order
+    what the loss loses without the part; mean over batches. The least important parts go in ROUNDS equal steps, and the
+    rest is scored again after each. The loss is the MSE to the last states of the unpruned model, plus noise as large
+    as their standard deviation. Without noise the gradient of the first round would be 0; with it, scores have the size
+    of the change of the states. Padding has no part in any mean. A student's parts are chosen after its layers, in the
+    model that has no others.
 
     Args:
         model: the unpruned model, in eval mode. It is not changed.

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from kdlib.evaluation.paired_tests import LEVEL
 from kdlib.viz import style
@@ -112,8 +112,8 @@ def _room_label(task: str, room: pd.DataFrame) -> str:
     if task not in room.index:
         return style.wrap(task)
     row = room.loc[task]
-    clear = "" if row["low"] > 0 else ", not sure"
-    return f"{style.wrap(task)}\n{row['value'] * 100:+.0f} on {row['arm']}{clear}"
+    clear = "" if row["low"] > 0 else ": no room" if row["high"] < 0 else ", not sure"
+    return f"{style.wrap(task)}\n{row['value'] * 100:+.0f} over {row['arm']}{clear}"
 
 
 @style.styled
@@ -237,14 +237,17 @@ def efficiency(table: pd.DataFrame) -> Figure:
                 color=looks[model].colour, markeredgecolor="white", capsize=3,
             )  # fmt: skip
         ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.xaxis.set_minor_formatter(lambda value, _: "")
         ax.set_xlabel(label)
-    style.percent(axes[0].yaxis, "average probe score (%), with 95% interval")
+    style.percent(axes[0].yaxis, "average probe score (%)\nwith 95% interval")
     machine = table[(table["stage"] == "benchmark") & (table["metric"] == "threads")]
     if len(machine):
         axes[1].set_xlabel(f"{costs['latency_ms']}\n{machine['arm'].iloc[0]}, {machine['value'].iloc[0]:g} threads")
-    handles = style.model_handles(points.index, looks)
+    handles = style.model_handles(
+        set(scores.index) & {*measured["megabytes"].index, *measured["latency_ms"].index}, looks
+    )
     style.legend(figure, [*handles, Line2D([], [], color=GREY, linestyle="--", label="no model is smaller and better")])
     return figure
 
