@@ -244,6 +244,7 @@ class BenchmarkSettings(Settings):
 
 # Models that a method leaves out. The pruned teacher computes what the teacher does on text of the corpus; files with
 # 8-bit weights and tables of token vectors are not trained, and have one layer to look at.
+MAKE = "make"  # a unit of work that makes a model and tries nothing
 LEFT_OUT = {
     "probe": (),
     "best layer": ("pruned teacher", "tf-idf", *STATIC, *INT8, *UNDISTILLED),
@@ -294,6 +295,7 @@ class BenchmarkReport(Report[BenchmarkSettings]):
             only: these models; none: all.
         """
         models = {name: self.models[name] for name in only} or self._compared(method)
+        self.context.ahead(self.name, [(MAKE, name) for name in models])  # each by one worker, before its trials
         self.context.ahead(
             self.name,
             [
@@ -305,8 +307,11 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         )
         return self._trials(method, models, self.settings.tasks[method], self.settings.benchmark)
 
-    def unit(self, method: str, model: str, task: str, seed: int) -> None:
-        """The trials of one model on one task with one seed; they are kept."""
+    def unit(self, method: str, model: str, task: str = "", seed: int = 0) -> None:
+        """The trials of one model on one task with one seed; they are kept. `MAKE`: the model alone."""
+        if method == MAKE:
+            self.contestants[model].get()
+            return
         spec = self.settings.benchmark.model_copy(update={"seeds": [seed]})
         self._trials(method, {model: self.contestants[model]}, [task], spec)
 
