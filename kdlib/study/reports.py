@@ -310,10 +310,10 @@ class BenchmarkReport(Report[BenchmarkSettings]):
     def unit(self, method: str, model: str, task: str = "", seed: int = 0) -> None:
         """The trials of one model on one task with one seed; they are kept. `MAKE`: the model alone."""
         if method == MAKE:
-            self.contestants[model].get()
+            self.models[model].get()
             return
         spec = self.settings.benchmark.model_copy(update={"seeds": [seed]})
-        self._trials(method, {model: self.contestants[model]}, [task], spec)
+        self._trials(method, {model: self.models[model]}, [task], spec)
 
     def _compared(self, method: str) -> dict[str, Keyed[Any]]:
         return {name: model for name, model in self.contestants.items() if name not in LEFT_OUT[method]}
