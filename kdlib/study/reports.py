@@ -220,6 +220,11 @@ class DistillReport(Report[NoSettings]):
             if not pd.isna(point[metric])  # of translations, where no batch since the last point had any
         ]
         rows = [dict(model="student") | row for row in rows + [dict(metric=m, value=v) for m, v in facts.items()]]
+        for metric, layers in (
+            ("copied_layer", self.student.copied_layers),
+            ("compared_layer", self.student.compared_layers),
+        ):
+            rows += [dict(model="student", metric=metric, x=i, value=layer) for i, layer in enumerate(layers, 1)]
         held = self.heldout.get()
         states = self.student.prepare(held).cached
         if states and "hidden" in losses:
