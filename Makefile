@@ -95,7 +95,7 @@ offline-bundle: .venv/docs
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt -w $(BUNDLE)/wheelhouse torch '.[notebooks]'
 	$(BIN)/python docs/book.py --run runs/$(lastword $(RUNS)) --out build/book
 	cp -r README.md LICENSE docs figures build/book offline/* $(BUNDLE)
-	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
+	tar -c --exclude=cache --exclude=.lock --exclude=.ipynb_checkpoints notebooks results $(RUNS:%=runs/%) | tar -x -C $(BUNDLE)/handout
 	tar -cf $(BUNDLE).tar -C dist kdlib-offline
 	@du -sh $(BUNDLE)/* $(BUNDLE).tar
 

@@ -9,10 +9,11 @@ import pandas as pd
 
 from kdlib.errors import UserError
 from kdlib.evaluation.paired_tests import verdicts
+from kdlib.evaluation.task_students import HARD, SOFT
 from kdlib.files import new_file, new_folder, read_json
 from kdlib.progress import clock
 from kdlib.study.run import Run
-from kdlib.viz.tables import benchmark_rows, headline
+from kdlib.viz.tables import benchmark_rows, headline, headline_rows, summary
 
 KEPT = ("results.csv", "profile.yaml", "sources.json", "stages")
 MARKED = re.compile(r"(<!-- from the run: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -48,6 +49,14 @@ def keep(run: Run, to: Path) -> Path:
             else:
                 shutil.copy(run.path / name, folder / name)
     return to / run.profile.name
+
+
+def kept_run(name: str = "full") -> Run | None:
+    """The results of a finished run that come with the project, in `results/<name>`; None where they are missing."""
+    for base in (Path(__file__).parents[2], Path.cwd(), Path.cwd().parent):
+        if (base / "results" / name / "results.csv").is_file():
+            return Run(base / "results" / name)
+    return None
 
 
 def fill(file: Path, run: Run) -> bool:
@@ -197,6 +206,47 @@ def _ablations(run: Run) -> str:
     return _markdown(tested)
 
 
+def _task_students(run: Run) -> str:
+    """A row for each task and number of labelled rows: the models of notebook 04b, and what soft labels changed."""
+    table = run.results().query("stage == 'task' and method == 'task' and task != 'average'")
+    scores = summary(headline_rows(run.results(), table), "task", "x", "model")
+    tested = verdicts(table, run.profile.benchmark.margin)
+    tested = tested[(tested["model"] == SOFT) & (tested["arm"] == HARD)].reset_index(drop=True)
+    if tested.empty:
+        raise UserError(f"{run.path}: no students of tasks; run the stage 'task' first")
+    found = pd.DataFrame({"task": tested["task"], "rows per class": [f"{x:g}" for x in tested["x"]]})
+    cells = scores.assign(cell=[_percent(row) for _, row in scores.iterrows()]).set_index(["task", "x", "model"])[
+        "cell"
+    ]
+    for model in ("tf-idf", "teacher", HARD, SOFT):
+        found[model] = [cells.get((row.task, row.x, model), "") for row in tested.itertuples()]
+    return _markdown(pd.concat([found, _tested(tested).add_prefix("soft labels − labels: ")], axis=1))
+
+
+def _task_arms(run: Run) -> str:
+    """A row for each arm of task distillation: what a filter, a balance and hidden states changed."""
+    table = run.results().query("stage == 'task' and method == 'task' and task != 'average'")
+    tested = verdicts(table, run.profile.benchmark.margin)
+    tested = tested[tested["model"].str.startswith(f"{SOFT}: ")].reset_index(drop=True)
+    if tested.empty:
+        raise UserError(f"{run.path}: no arms of students of tasks; run the stage 'task' first")
+    found = pd.DataFrame({"task": tested["task"], "rows per class": [f"{x:g}" for x in tested["x"]]})
+    found["arm"] = tested["model"].str.removeprefix(f"{SOFT}: ")
+    return _markdown(pd.concat([found, _tested(tested)], axis=1))
+
+
+def _transfer(run: Run) -> str:
+    """A row for each arm that was scored on English: are its vectors where the teacher's vectors of English are?"""
+    rows = run.results().query("stage == 'ablations' and metric == 'transfer' and seed.isna()")
+    rows = rows[rows["low"].notna()]
+    if rows.empty:
+        raise UserError(f"{run.path}: no transfer was measured; run the ablations first")
+    rows = rows.assign(cell=[_percent(row) for _, row in rows.iterrows()], arm=rows["arm"].fillna(rows["model"]))
+    wide = rows.drop_duplicates(["arm", "task"]).pivot(index="arm", columns="task", values="cell").fillna("")
+    return _markdown(wide.loc[list(dict.fromkeys(rows["arm"]))].reset_index().rename_axis(columns=None))
+
+
 PARTS: dict[str, Callable[[Run], str]] = {
     "about": _about, "headline": _headline, "tasks": _tasks, "claims": _claims, "ablations": _ablations,
+    "task_students": _task_students, "task_arms": _task_arms, "transfer": _transfer,
 }  # fmt: skip

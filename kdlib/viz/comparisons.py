@@ -43,13 +43,31 @@ def _benchmark_figure(table: pd.DataFrame, method: str, title: str) -> Figure:
     rows, looks = benchmark_rows(table, method), style.looks(table)
     labels = _task_labels(rows)
     rows = rows[rows["task"].isin(labels)]
-    figure = style.new_figure(title, 1.7 + 0.85 * len(labels))
+    models = rows["model"].nunique()
+    figure = style.new_figure(f"{title}\n{_first(rows)}", 2.2 + (0.5 + 0.07 * models) * len(labels))
     ax = figure.subplots()
     style.dots(ax, rows, "task", labels, looks)
+    handles = style.model_handles(rows["model"], looks)
+    chance = table[(table["metric"] == "chance") & table["task"].isin(labels)].drop_duplicates("task")
+    for task, value in zip(chance["task"], chance["value"], strict=True):
+        place = list(labels).index(task)
+        ax.plot([value, value], [place - 0.45, place + 0.45], color=INK, linestyle=":", linewidth=1.5)
+    if len(chance):
+        handles.append(Line2D([], [], color=INK, linestyle=":", linewidth=1.5, label="chance"))
     style.percent(ax.xaxis, "score (%), with 95% intervals over seeds and test items")
     ax.set_ylabel("task")
-    style.legend(figure, style.model_handles(rows["model"], looks))
+    style.legend(figure, handles)
     return figure
+
+
+def _first(rows: pd.DataFrame) -> str:
+    """The student, the teacher and the best model without a trained transformer, by mean score."""
+    means = rows[rows["task"] == "average"].set_index("model")["value"]
+    if means.empty:  # one task
+        means = rows.set_index("model")["value"]
+    shown = [name for name in ("teacher", "student", "tf-idf") if name in means.index]
+    mean = "mean of tasks" if "average" in set(rows["task"]) else rows["task"].iloc[0]
+    return f"{mean}: " + ", ".join(f"{name} {means[name] * 100:.1f}" for name in shown)
 
 
 @style.styled
@@ -130,9 +148,11 @@ def task_students(table: pd.DataFrame) -> Figure:
 
 
 def _label_curves(table: pd.DataFrame, stage: str, method: str, title: str) -> Figure:
-    rows = headline_rows(table, select(table, stage, "few-shot score", method=method))
-    rows = summary(need(rows, stage, "few-shot score"), "task", "model", "x")
+    what = f"{method} score"
+    rows = headline_rows(table, select(table, stage, what, method=method))
+    rows = summary(need(rows, stage, what), "task", "model", "x")
     tasks, looks = tasks_of(rows), style.looks(table)
+    title += f"\n{_with_fewest(rows, tasks)}"
     figure, axes, _ = style.panels(title, len(tasks), 3, 3.4, sharex=True)
     for ax, task in zip(axes, tasks):
         mine = rows[rows["task"] == task]
@@ -152,6 +172,13 @@ def _label_curves(table: pd.DataFrame, stage: str, method: str, title: str) -> F
         style.percent(ax.yaxis, style.score_label(mine))
     style.legend(figure, style.model_handles(rows["model"], looks))
     return figure
+
+
+def _with_fewest(rows: pd.DataFrame, tasks: list[str]) -> str:
+    """The best model of each task with the fewest rows."""
+    few = rows[rows["x"] == rows["x"].min()].set_index(["task", "model"])["value"]
+    best = {task: few[task].idxmax() for task in tasks if task != "average"}
+    return f"best with {rows['x'].min():g} rows per class: " + ", ".join(f"{m} ({task})" for task, m in best.items())
 
 
 METHODS = {"probe": "linear probe", "best layer": "probe, best layer", "finetune": "fine-tuned", "fewshot": "few-shot"}
@@ -224,7 +251,7 @@ def efficiency(table: pd.DataFrame) -> Figure:
         metric: select(table, "benchmark", metric, metric=metric).drop_duplicates("model").set_index("model")["value"]
         for metric in costs
     }
-    figure = style.new_figure("Which model is best for its size, and for its speed?", 5.6)
+    figure = style.new_figure(_smallest(table, measured), 5.9)
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (metric, label) in zip(axes, costs.items(), strict=True):
         points = scores.join(measured[metric].rename("cost"), how="inner").sort_values(["cost", "value"])
@@ -250,6 +277,22 @@ def efficiency(table: pd.DataFrame) -> Figure:
     )
     style.legend(figure, [*handles, Line2D([], [], color=GREY, linestyle="--", label="no model is smaller and better")])
     return figure
+
+
+def _smallest(table: pd.DataFrame, costs: dict[str, pd.Series]) -> str:
+    """The smallest and the fastest model that keep most of the teacher's score."""
+    rows = table[(table["metric"] == "retention") & (table["task"] == "average") & (table["method"] == "probe")]
+    kept = rows.set_index("model")["value"]
+    good = [
+        name for name in kept[kept >= TEACHER_SHARE / 100].index if all(name in cost.index for cost in costs.values())
+    ]
+    if not good:
+        return "Which model is best for its size, and for its speed?"
+    small, fast = (cost[good].idxmin() for cost in costs.values())
+    of = f"of the models that keep {TEACHER_SHARE}% of the teacher above chance (mean of tasks)"
+    if small == fast:
+        return f"The {small} is the smallest and the fastest\n{of}"
+    return f"The {small} is the smallest and the {fast} the fastest\n{of}"
 
 
 MEASURES = {"score": ("average", "mean probe score (%)"), "similarity": (None, "similarity to the teacher (%)")}

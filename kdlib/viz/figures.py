@@ -29,9 +29,10 @@ from kdlib.viz.comparisons import (
     efficiency,
     fewshot,
     retention,
+    task_students,
 )
 from kdlib.viz.style import GREY, INK, LINES, MARKERS, PALE, PALETTE
-from kdlib.viz.tables import check, need, select, tasks_of
+from kdlib.viz.tables import check, headline_rows, language_name, need, select, tasks_of
 
 LOSSES = {
     "loss": "loss (weighted sum, no unit)",
@@ -39,6 +40,8 @@ LOSSES = {
     "sentence": "sentence (1 − cosine)",
     "attention": "attention (MSE of scores)",
 }
+NEUTRAL = "digits and punctuation"  # letters of no script
+SMOOTH = 5  # points that a smoothed curve averages, about
 SPLITS = {"train": "training texts", "heldout": "held-out texts"}
 
 
@@ -85,14 +88,20 @@ def fertility(table: pd.DataFrame) -> Figure:
     select(table, "probe", "tokens per word", metric="fertility")
     rows = select(table, "probe", "tokens per word", metric=list(panels)).drop_duplicates(["metric", "language"])
     values = rows.pivot(index="language", columns="metric", values="value").sort_values("fertility", ascending=False)
-    found = [metric for metric in panels if metric in values]
-    own = table["language"].mode().iloc[0]
-    figure = style.new_figure("How many tokens does the teacher's tokenizer need for a word?", 2.2 + 0.5 * len(values))
+    found = [metric for metric in panels if metric in values and values[metric].any()]
+    own, least = table["language"].mode().iloc[0], values["fertility"].idxmin()
+    title = "How many tokens does the teacher's tokenizer need for a word?"
+    if own in values.index:
+        title = f"A word of {language_name(own)} takes {values.loc[own, 'fertility']:.2f} tokens"
+        title += f", of {language_name(least)} {values.loc[least, 'fertility']:.2f}" if least != own else ""
+    title += "" if "unknown_rate" in found else "\nno token is unknown"
+    figure = style.new_figure(title, 2.2 + 0.5 * len(values))
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
     for ax, metric in zip(axes, found):
         label, scale, number = panels[metric]
         colours = [PALETTE[0] if language == own else PALE for language in values.index]
-        bars = ax.barh([style.wrap(language, 14) for language in values.index], values[metric] * scale, color=colours)
+        names = [style.wrap(language_name(language), 14) for language in values.index]
+        bars = ax.barh(names, values[metric] * scale, color=colours)
         for bar, language in zip(bars, values.index):
             bar.set(edgecolor=INK, linewidth=0.8, hatch="" if language == own else "//")
         ax.bar_label(bars, fmt=number, padding=4)
@@ -111,17 +120,27 @@ def fertility(table: pd.DataFrame) -> Figure:
 def layer_probe(table: pd.DataFrame) -> Figure:
     """What a linear probe finds in each of the teacher's layers, task by task."""
     rows = select(table, "probe", "layer probe", method="layer probe")
-    states, chance = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
+    states, guess = rows[rows["layer"].notna()], rows[rows["model"] == "majority"]
     tasks = tasks_of(need(states, "probe", "layer probe"))
-    title = "Which layer of the teacher knows most about each task?"
-    figure, axes, _ = style.panels(title, len(tasks), 3, 3.0, sharex=True, sharey=True)
+    lines = {"chance": (table["metric"] == "chance", ":", "best guess without reading")}
+    lines["random"] = (table["model"] == "random weights", "--", "random weights")
+    scores = headline_rows(table, table[table["method"] == "probe"])
+    best = {task: states[states["task"] == task].set_index("layer")["value"].astype(float).idxmax() for task in tasks}
+    figure, axes, _ = style.panels(_best_layers(best), len(tasks), 3, 3.0, sharex=True)
+    drawn = set()
     for ax, task in zip(axes, tasks):
         mine = states[states["task"] == task]
         style.band(ax, mine, "layer", PALETTE[0], marker="o", markersize=4)
-        best = mine.loc[mine["value"].idxmax()]
-        ax.plot(float(best["layer"]), best["value"], "o", markersize=13, markerfacecolor="none", color=INK)
-        for value in chance.loc[chance["task"] == task, "value"]:
-            ax.axhline(value, color=GREY, linestyle="--", linewidth=1.3)
+        top = mine[mine["layer"] == best[task]].iloc[0]
+        ax.plot(float(top["layer"]), top["value"], "o", markersize=13, markerfacecolor="none", color=INK)
+        for name, (where, line, _) in lines.items():
+            found = table[where & (table["task"] == task) & (table["method"] == "probe") & table["seed"].isna()]
+            found = found if name == "chance" else found.loc[found.index.intersection(scores.index)]
+            if name == "chance" and found.empty:
+                found = guess[guess["task"] == task]
+            for value in found["value"].iloc[:1]:
+                ax.axhline(value, color=GREY, linestyle=line, linewidth=1.5)
+                drawn.add(name)
         ax.set_title(style.panel_title(task, mine))
         style.percent(ax.yaxis, style.score_label(mine))
         style.layer_axis(ax)
@@ -130,10 +149,22 @@ def layer_probe(table: pd.DataFrame) -> Figure:
         Patch(color=PALETTE[0], alpha=0.18, label="95% interval"),
         Line2D([], [], color=INK, marker="o", markersize=13, markerfacecolor="none", linestyle="", label="best layer"),
     ]
-    if not chance.empty:
-        handles.append(Line2D([], [], color=GREY, linestyle="--", linewidth=1.3, label="always the commonest label"))
+    handles += [
+        Line2D([], [], color=GREY, linestyle=line, linewidth=1.5, label=label)
+        for name, (_, line, label) in lines.items()
+        if name in drawn
+    ]
     style.legend(figure, handles)
     return figure
+
+
+def _best_layers(best: dict[str, float]) -> str:
+    """The layer where each task is known best."""
+    tasks: dict[float, list[str]] = {}
+    for task, layer in sorted(best.items(), key=lambda item: item[1]):
+        tasks.setdefault(layer, []).append(task)
+    parts = [f"layer {layer:g}: {', '.join(names)}" for layer, names in tasks.items()]
+    return "Where the teacher knows most about each task\n" + style.wrap("; ".join(parts), 90)
 
 
 @style.styled
@@ -147,24 +178,37 @@ def retrieval(table: pd.DataFrame) -> Figure:
     colours = [colour for colour in PALETTE if colour != GREY]
     looks = {language: (colours[i % 9], MARKERS[i % 10]) for i, language in enumerate(languages)}
     methods = [method for method in panels if method in set(states["method"])]
-    title = "In which layer is a sentence closest to its translation?"
+    means = states.astype({"value": float}).groupby(["method", "layer"])["value"].mean()
+    title = "In which layer is a sentence closest to its translation?\non average over languages: " + "; ".join(
+        f"layer {means[method].idxmax():g}, {means[method].max():.0%} ({panels[method]})" for method in methods
+    )
     figure, axes, _ = style.panels(title, len(methods), 2, 3.9, sharey=True)
     for ax, method in zip(axes, methods):
         mine = states[states["method"] == method]
         for language, (colour, marker) in looks.items():
             style.band(ax, mine[mine["language"] == language], "layer", colour, marker=marker, markersize=6)
-            for value in overlap.loc[overlap["language"] == language, "value"]:
-                ax.axhline(value, color=colour, linewidth=1.3, linestyle="--")
+            for value in overlap.loc[overlap["language"] == language, "value"]:  # at the side: it has no layer
+                ax.plot(
+                    1.02,
+                    value,
+                    transform=ax.get_yaxis_transform(),
+                    color=colour,
+                    marker=marker,
+                    clip_on=False,
+                    markerfacecolor="white",
+                    linestyle="",
+                )
         ax.set_title(f"{panels[method]}\n{style.count(mine['n'])}".strip())
         style.percent(ax.yaxis, "translation found first (%)")
         style.layer_axis(ax)
     handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=6, label=style.wrap(language))
+        Line2D([], [], color=colour, marker=marker, markersize=6, label=style.wrap(language_name(language)))
         for language, (colour, marker) in looks.items()
     ]
     handles.append(Patch(color=GREY, alpha=0.3, label="95% interval"))
     if not overlap.empty:
-        handles.append(Line2D([], [], color=INK, linewidth=1.3, linestyle="--", label="by shared words alone"))
+        label = "hollow, at the right: by shared words alone"
+        handles.append(Line2D([], [], color=INK, marker="o", markerfacecolor="white", linestyle="", label=label))
     style.legend(figure, handles)
     return figure
 
@@ -174,7 +218,10 @@ def cka(table: pd.DataFrame) -> Figure:
     """How similar the representations of every two layers are."""
     rows = select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
     values = rows.pivot_table(index="layer", columns="x", values="value")
-    figure = style.new_figure("Which layers of the teacher have similar representations?", 6.4, 8)
+    apart = values.where(np.abs(np.subtract.outer(values.index, values.columns)) == 1)
+    step = int(apart.min().idxmin())
+    title = f"Neighbouring layers of the teacher differ most between {_neighbour(apart, step)} and {step}"
+    figure = style.new_figure(title, 6.8, 8)
     ax = figure.subplots()
     lowest = min(
         np.floor(values.min().min() * 10) / 10, 0.9
@@ -184,11 +231,21 @@ def cka(table: pd.DataFrame) -> Figure:
     )
     floor = table[(table["stage"] == "probe") & (table["metric"] == "cka_floor")]["value"]
     if len(floor):
-        ax.set_title(f"sentences in another order, so nothing in common: {floor.iloc[0]:.2f}")
+        ax.set_title(f"floor, with the sentences in another order: {floor.iloc[0]:.2f}")
+    copied = table[(table["stage"] == "distill") & (table["metric"] == "copied_layer")]["value"]
+    places = [list(values.index).index(layer) + 0.5 for layer in copied.astype(int) if layer in values.index]
+    if places:
+        ax.plot(places, places, "D", color="white", markeredgecolor=INK, label="copied into the student")
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12))
     ax.invert_yaxis()
     ax.set(xlabel="layer (0 = embeddings)", ylabel="layer (0 = embeddings)")
     ax.tick_params(rotation=0)
     return figure
+
+
+def _neighbour(apart: pd.DataFrame, step: int) -> int:
+    """The layer beside `step` that it is least like."""
+    return int(apart[step].idxmin())
 
 
 @style.styled
@@ -198,7 +255,12 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     kept = select(table, "prune", "kept rows by script", metric=["rows_kept", "rows_cut"])
     rows = select(table, "prune", "size of the pruned vocabulary", model="pruned teacher", metric="rows")
     size = rows["value"].iloc[0]
-    figure = style.new_figure("How much of the vocabulary does the language need?", 5.2)
+    whole = kept["value"].sum()
+    held = coverage[coverage["method"] == "heldout"].sort_values("x")
+    title = f"{size / whole:.0%} of the vocabulary covers the language"
+    if len(held):
+        title += f", but for {1 - held['value'].iloc[-1]:.2%} of new text"
+    figure = style.new_figure(title, 5.2)
     left, right = figure.subplots(1, 2)
     left.axvline(size, color=INK, linewidth=1.2, linestyle=":", label=f"after pruning: {size:,.0f} rows")
     several = coverage["language"].nunique() > 1
@@ -207,15 +269,20 @@ def vocabulary(table: pd.DataFrame) -> Figure:
         look = {"color": PALETTE[i], "linestyle": LINES[i % 4], "marker": MARKERS[i]}
         label = {"heldout": "held-out texts"}.get(method, style.wrap(method))
         label += f", {code}" if several and method == "heldout" else ""
-        left.plot(mine["x"], mine["value"], **look | {"marker": ""})
-        left.plot(size, np.interp(size, mine["x"], mine["value"]), **look, markeredgecolor="white", label=label)
+        missed = 1 - mine["value"]
+        left.plot(mine["x"], missed.where(missed > 0), **look | {"marker": ""}, label=label)
+        if (rest := 1 - np.interp(size, mine["x"], mine["value"])) > 0:
+            left.plot(size, rest, **look, markeredgecolor="white")
+            left.annotate(f"{rest:.2%}", (size, rest), xytext=(-10, 8), textcoords="offset points", ha="right")
     left.set_xscale("log")
+    left.set_yscale("log")
     wide = coverage["x"].max() > 30 * coverage["x"].min()
     left.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
     left.xaxis.set_minor_locator(NullLocator())
     left.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    left.set_xlabel("rows, the most frequent first (log scale)")
-    style.percent(left.yaxis, "running tokens covered (%)")
+    left.set_xlabel("rows: single characters, then the most frequent tokens")
+    left.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g}")
+    left.set_ylabel("running tokens that are not covered (%)")
 
     rows = kept.pivot_table(index="arm", columns="metric", values="value", aggfunc="sum", fill_value=0)
     rows = rows.reindex(columns=["rows_kept", "rows_cut"], fill_value=0)
@@ -223,7 +290,7 @@ def vocabulary(table: pd.DataFrame) -> Figure:
     if len(rows) > 9:
         rest = rows.iloc[8:].sum().to_frame(f"{len(rows) - 8} others").T
         rows = pd.concat([rows.iloc[:8], rest])
-    names = [style.wrap(script_name(arm, arm), 14) for arm in rows.index]
+    names = [style.wrap(NEUTRAL if arm == "neutral" else script_name(arm, arm), 14) for arm in rows.index]
     right.barh(names, rows["rows_kept"] / 1000, color=PALETTE[3], edgecolor=INK, linewidth=0.8, label="kept")
     cut = right.barh(
         names, rows["rows_cut"] / 1000, left=rows["rows_kept"] / 1000, color=PALE, edgecolor=INK, linewidth=0.8,
@@ -247,7 +314,13 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     curve = rows.pivot_table(index=["method", "n", "x"], columns="metric", values="value").reset_index()
     curve = curve.rename(columns={"method": "split", "n": "step", "x": "seconds"}).sort_values("seconds")
     constant = table[(table["stage"] == "distill") & (table["model"] == "constant")]["value"]
-    return live_curve(curve, float(constant.iloc[0]) if len(constant) else None)
+    shown = "hidden" if "hidden" in curve else "loss"
+    last = curve[curve["split"] == "heldout"][shown].iloc[-1:]
+    title = "How closely does the student follow the teacher?"
+    if shown == "hidden" and len(last):
+        title = f"The student misses {last.iloc[0]:.0%} of the variance of the teacher's states"
+        title += f"; always answering the mean misses {constant.iloc[0]:.0%}" if len(constant) else ""
+    return _curves(curve, [shown], title, float(constant.iloc[0]) if len(constant) else None)
 
 
 @style.styled
@@ -263,7 +336,12 @@ def live_curve(curve: pd.DataFrame, constant: float | None = None) -> Figure:
     objectives = [name for name in curve.columns if name not in ("split", "step", "seconds", "loss")]
     # A single objective is the loss itself.
     names = ["loss", *objectives] if len(objectives) > 1 else ["loss"]
-    figure, axes, _ = style.panels("How closely does the student follow the teacher?", len(names), 3, 3.6)
+    return _curves(curve, names, "How closely does the student follow the teacher?", constant)
+
+
+def _curves(curve: pd.DataFrame, names: list[str], title: str, constant: float | None) -> Figure:
+    """A panel for each of these columns of a curve."""
+    figure, axes, _ = style.panels(title, len(names), 3, 3.6 if len(names) > 1 else 4.2)
     for ax, name in zip(axes, names):
         points = curve[["split", "seconds", name]].dropna()
         for split, mine in points.groupby("split", sort=False):
@@ -271,7 +349,7 @@ def live_curve(curve: pd.DataFrame, constant: float | None = None) -> Figure:
             ax.plot(mine["seconds"] / 60, mine[name], **look)
         if constant is not None and name == "hidden":
             ax.axhline(constant, color=GREY, linestyle=":", label="always answering the mean")
-            ax.legend(loc="upper right")
+            ax.legend(loc="best")
         lowest, highest = points[name].min(), points[name].max()
         if 0 < lowest and highest > 10 * lowest:
             ax.set_yscale("log")
@@ -289,33 +367,46 @@ def live_curve(curve: pd.DataFrame, constant: float | None = None) -> Figure:
 
 
 @style.styled
-def conditioning_curve(curve: pd.DataFrame) -> Figure:
-    """Perplexity against time, also during training.
+def conditioning_curve(curve: pd.DataFrame, unigram: float | None = None) -> Figure:
+    """Perplexity against steps, also during training.
 
     Args:
-        curve: split ("warm-up" of a new head, "train" or "heldout"), seconds, perplexity; of held-out points low and
-            high.
+        curve: split ("warm-up" of a new head, "train" or "heldout"), step, perplexity; of held-out points low and high.
+        unigram: perplexity of guessing by the frequency of tokens.
     """
     parts = [part for part in ("warm-up", "train") if part in set(curve["split"])] or ["train"]
-    figure, axes, _ = style.panels("How well does the teacher guess hidden words?", len(parts), 2, 3.6)
+    held = curve[curve["split"] == "heldout"].rename(columns={"perplexity": "value"}).sort_values("step")
+    title = "How well does the teacher guess hidden words?"
+    if unigram is not None and len(held):
+        last = held.iloc[-1]
+        clear = last["high"] < unigram, last["low"] > unigram
+        verdict = "better than" if clear[0] else "worse than" if clear[1] else "not told apart from"
+        title = (
+            f"The conditioned teacher's perplexity is {last['value']:,.0f}:\n"
+            f"{verdict} guessing by word frequency ({unigram:,.0f})"
+        )
+    figure, axes, _ = style.panels(title, len(parts), 2, 3.6)
     for ax, part in zip(axes, parts):
-        mine = curve[curve["split"] == part]
-        ax.plot(mine["seconds"] / 60, mine["perplexity"], color=PALETTE[0], linewidth=1.5)
+        mine = curve[curve["split"] == part].sort_values("step")
+        ax.plot(mine["step"], mine["perplexity"], color=PALETTE[0], linewidth=0.8, alpha=0.4)
+        ax.plot(mine["step"], np.exp(np.log(mine["perplexity"]).ewm(span=SMOOTH).mean()), color=PALETTE[0])
         if part == "train":
-            held = curve[curve["split"] == "heldout"].rename(columns={"perplexity": "value"})
-            ax.errorbar(
-                held["seconds"] / 60, held["value"], yerr=style.whiskers(held), color=PALETTE[3], marker="D", capsize=3
-            )
+            ax.errorbar(held["step"], held["value"], yerr=style.whiskers(held), color=PALETTE[3], marker="D", capsize=3)
+        if unigram is not None:
+            ax.axhline(unigram, color=GREY, linestyle=":")
         ax.set_title({"warm-up": "a new head, the encoder frozen", "train": "the whole teacher"}[part])
-        ax.set(xlabel="training time (minutes)", ylabel="perplexity per hidden token")
+        ax.set(xlabel="steps", ylabel="perplexity per hidden token")
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     handles = [
-        Line2D([], [], color=PALETTE[0], linewidth=1.5, label=SPLITS["train"]),
+        Line2D([], [], color=PALETTE[0], label=f"{SPLITS['train']}, smoothed"),
         Line2D([], [], color=PALETTE[3], marker="D", label=f"{SPLITS['heldout']}, with 95% interval"),
     ]
+    if unigram is not None:
+        handles.append(Line2D([], [], color=GREY, linestyle=":", label="guessing by word frequency"))
     style.legend(figure, handles)
     return figure
 
@@ -324,7 +415,9 @@ def conditioning_curve(curve: pd.DataFrame) -> Figure:
 def conditioning(table: pd.DataFrame) -> Figure:
     """Perplexity of the teacher while it is conditioned."""
     rows = select(table, "condition", "perplexity", metric="perplexity")
-    return conditioning_curve(rows.rename(columns={"method": "split", "x": "seconds", "value": "perplexity"}))
+    unigram = table[(table["stage"] == "condition") & (table["metric"] == "perplexity_unigram")]["value"]
+    curve = rows.rename(columns={"method": "split", "n": "step", "value": "perplexity"})
+    return conditioning_curve(curve, float(unigram.iloc[0]) if len(unigram) else None)
 
 
 @style.styled
@@ -366,6 +459,6 @@ FIGURES: dict[str, Callable[[pd.DataFrame], Figure]] = {
     draw.__name__: draw
     for draw in (
         fertility, layer_probe, retrieval, cka, vocabulary, conditioning, learning_curve, benchmark_probe,
-        benchmark_finetune, fewshot, retention, differences, efficiency,
+        benchmark_finetune, fewshot, task_students, retention, differences, efficiency,
     )
 }  # fmt: skip

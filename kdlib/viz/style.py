@@ -125,9 +125,9 @@ def looks(table: pd.DataFrame) -> dict[str, Look]:
 
 
 def new_figure(title: str, height: float, width: float = WIDTH) -> Figure:
-    """A figure of this size in inches, with its title."""
+    """A figure of this size in inches, with its title; long lines of the title are broken."""
     figure = _Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
-    figure.suptitle(title)
+    figure.suptitle("\n".join(wrap(line, round(9 * width)) for line in title.split("\n")))
     return figure
 
 

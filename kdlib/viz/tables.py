@@ -2,14 +2,25 @@
 
 from collections.abc import Sequence
 
+import langcodes
 import numpy as np
 import pandas as pd
+from langcodes.tag_parser import LanguageTagError
 
 from kdlib.errors import UserError
 from kdlib.viz import style
 
 NUMBERS = ["x", "value", "low", "high", "n"]
 TEACHER_SHARE = 95  # percent of the teacher's score that a student should keep
+
+
+def language_name(code: str) -> str:
+    """The English name of a language; the code where it has none."""
+    try:
+        known = langcodes.get(code)
+    except LanguageTagError:
+        return code
+    return known.display_name() if known.is_valid() else code
 
 
 def check(table: pd.DataFrame) -> None:
@@ -36,7 +47,8 @@ def need(rows: pd.DataFrame, stage: str, what: str) -> pd.DataFrame:
 
 def headline_rows(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with their task's headline metric, or the average over tasks."""
-    scores = table[table["task"].notna() & (table["task"] != "average") & (table["metric"] != "transfer")]
+    scores = table[table["task"].notna() & (table["task"] != "average")]
+    scores = scores[~scores["metric"].isin(["transfer", "retention", "room", "chance"])]
     # The layer probe names no other metric; the other stages name the headline first.
     scores = scores.sort_values("stage", key=lambda stage: stage != "probe", kind="stable")
     headline = scores.drop_duplicates("task").set_index("task")["metric"].to_dict() | {"average": "score"}

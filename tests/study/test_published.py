@@ -8,8 +8,9 @@ import pytest
 
 from kdlib.config import load_profile
 from kdlib.errors import UserError
+from kdlib.evaluation.task_students import HARD, SOFT
 from kdlib.files import write_json
-from kdlib.study.published import CLAIMS, MARKED, PARTS, fill, filled, keep
+from kdlib.study.published import CLAIMS, MARKED, PARTS, fill, filled, keep, kept_run
 from kdlib.study.run import Run
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +46,21 @@ def run(tmp_path):
     run.record("benchmark", rows)
     found = dict(difference=-0.1, p_holm=0.01, tost_p_holm=1.0, detectable=0.05)
     at = dict(model="student", method="init", arm="random", low=-0.15, high=-0.05, n=100)
+    transfer = dict(task="topic from eng", metric="transfer", value=0.5, low=0.4, high=0.6, n=100)
     run.record(
-        "ablations", [at | dict(task=task, metric=m, value=v) for task in ("average", None) for m, v in found.items()]
+        "ablations",
+        [at | dict(task=task, metric=m, value=v) for task in ("average", None) for m, v in found.items()]
+        + [transfer | dict(model="teacher", method="reference"), at | transfer | dict(value=0.25)],
     )
+    rows = []
+    for model, value in {"tf-idf": 0.3, "teacher": 0.7, HARD: 0.5, SOFT: 0.6, f"{SOFT}: balanced": 0.55}.items():
+        scores = dict(model=model, method="task", task="topic", x=8, metric="accuracy", value=value)
+        rows.append(scores | dict(low=value - 0.1, high=value + 0.1, n=100))
+    for first, second, gap in ((SOFT, "teacher", -0.1), (SOFT, HARD, 0.1), (f"{SOFT}: balanced", SOFT, -0.05)):
+        at = dict(model=first, arm=second, method="task", task="topic", x=8, low=gap - 0.02, high=gap + 0.02, n=100)
+        compared = dict(difference=gap, p_holm=0.001, tost_p_holm=1.0, detectable=0.03)
+        rows += [at | dict(metric=metric, value=value) for metric, value in compared.items()]
+    run.record("task", rows)
     write_json(run.folder("stages") / "benchmark.json", {"seconds": 120})
     return run
 
@@ -85,6 +98,26 @@ def test_the_tables_show_chance_controls_and_room_beside_the_student(run):
     )
     assert "2 threads of a processor" in about
     assert "| init | random − alternate | probe | -10.0 |" in written(run, "ablations")
+
+
+def test_the_students_of_tasks_are_shown_with_what_soft_labels_and_each_arm_changed(run):
+    line = written(run, "task_students").splitlines()[-2]
+    assert line.startswith(
+        "| topic | 8 | 30.0 [20.0, 40.0] | 70.0 [60.0, 80.0] | 50.0 [40.0, 60.0] | 60.0 [50.0, 70.0] |"
+    )
+    assert line.endswith("| +10.0 | +8.0 to +12.0 | 0.001, 1.000 | 3.0 | better |")
+    assert written(run, "task_arms").splitlines()[-2].startswith("| topic | 8 | balanced | -5.0 |")
+
+
+def test_transfer_is_shown_for_every_arm_and_the_teacher(run):
+    assert written(run, "transfer").splitlines()[3:5] == [
+        "| teacher | 50.0 [40.0, 60.0] |",
+        "| random | 25.0 [40.0, 60.0] |",
+    ]
+
+
+def test_results_that_come_with_the_project_are_found_and_others_are_not():
+    assert kept_run("workshop").profile.name == "workshop" and kept_run("nothing") is None
 
 
 def test_an_unknown_part_and_a_run_without_its_numbers_are_refused(run, tmp_path):

@@ -132,6 +132,16 @@ def make_condition():
     return [{"model": "conditioned teacher", "metric": "perplexity"} | row for row in rows]
 
 
+def make_task(rng, tasks):
+    rows = []
+    for i, model in enumerate(("tf-idf", "teacher", "student on labels", "student on soft labels")):
+        for task, metric in list(tasks.items())[:2]:
+            for x in (8, 64):
+                common = {"model": model, "method": "task", "task": task, "metric": metric, "x": x}
+                rows.append(common | scored(rng, 0.4 + 0.05 * i + 0.002 * x, ITEMS.get(task, 100)))
+    return rows
+
+
 def make_ablations(rng, tasks):
     arms = {
         "fraction": {"10%": 0.1, "30%": 0.3, "50%": 0.5, "100%": 1.0},
@@ -174,6 +184,7 @@ def make_table(path, tasks=TASKS, languages=("tgl", "eng", "spa", "ind", "ceb"),
         "condition": make_condition(),
         "distill": make_distill(rng),
         "benchmark": make_benchmark(rng, tasks, models),
+        "task": make_task(rng, tasks),
         "ablations": make_ablations(rng, tasks),
     }
     defaults = {"model": "teacher", "language": languages[0]}
@@ -246,6 +257,7 @@ def test_axes_are_labelled_letters_are_large_and_nothing_is_cut(shown, name):
         "condition": ["conditioning"],
         "distill": ["learning_curve"],
         "benchmark": ["benchmark_probe", "benchmark_finetune", "fewshot", "retention", "differences", "efficiency"],
+        "task": ["task_students"],
     }.items(),
 )
 def test_a_missing_stage_is_named(table, stage, names):
@@ -332,7 +344,7 @@ def test_any_language_task_and_model_can_be_drawn(tmp_path):
     comparisons.ablation(table, "init")
     figure = comparisons.benchmark_probe(table)
     figures.save(figure, tmp_path, "benchmark_probe")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(models)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*models, "chance"]
     assert style.legible("主题 分类") + "\nmacro F1, n = 100" in texts(figure)
 
 
@@ -354,9 +366,41 @@ def test_the_headline_metric_is_drawn_whatever_the_order_of_rows(table):
 
 def test_curves_go_forward_in_time_whatever_the_order_of_rows(table):
     figure = figures.learning_curve(table.sample(frac=1, random_state=0))
-    assert len(figure.axes) == 3
+    assert [axes.get_ylabel() for axes in figure.axes] == ["hidden (MSE / teacher's variance)"]
     for line in (line for axes in figure.axes for line in axes.lines):
         assert (np.diff(line.get_xdata()) > 0).all()
+
+
+def test_the_answer_is_in_the_title(table):
+    def title(draw, rows=table):
+        return " ".join(draw(rows).get_suptitle().split())
+
+    own = f"A word of Filipino takes {1.2:.2f} tokens"
+    assert title(figures.fertility) == own  # the fewest of all languages
+    none = table.assign(value=table["value"].where(table["metric"] != "unknown_rate", 0.0))
+    assert title(figures.fertility, none) == f"{own} no token is unknown"
+    assert "layer 8, 88%" not in title(figures.retrieval) and "layer 12" in title(figures.retrieval)
+    assert title(figures.vocabulary).endswith("but for 2.00% of new text")
+    unigram = table[table["stage"] == "condition"].iloc[:1].assign(metric="perplexity_unigram", value=500.0)
+    assert "better than guessing by word frequency (500)" in title(figures.conditioning, pd.concat([table, unigram]))
+    assert "misses 8% of the variance" in title(figures.learning_curve)
+    assert "mean of tasks: teacher 8" in title(comparisons.benchmark_probe)
+    assert "best with 8 rows per class: student on soft labels" in title(comparisons.task_students)
+    assert title(comparisons.efficiency).startswith("The pruned teacher is the smallest")
+
+
+def test_chance_is_marked_at_every_task(table):
+    axes = comparisons.benchmark_probe(table).axes[0]
+    marks = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert len(marks) == len(TASKS) and {line.get_xdata()[0] for line in marks} == {0.3}
+    assert "with room" not in " ".join(texts(axes.figure))
+
+
+def test_the_copied_layers_are_marked_in_the_comparison_of_layers(table):
+    copied = [{"stage": "distill", "model": "student", "metric": "copied_layer", "x": 1, "value": 3}]
+    marked = figures.cka(pd.concat([table, pd.DataFrame(copied)])).axes[0]
+    assert [list(line.get_xdata()) for line in marked.lines] == [[3.5]]
+    assert not figures.cka(table).axes[0].lines
 
 
 def test_a_short_range_of_rows_has_numbers_on_its_axis(table):
