@@ -32,6 +32,7 @@ from kdlib.study.plan import Graph
 from kdlib.study.reports import LEFT_OUT
 from kdlib.study.stage import Context
 
+FIT = 0.5  # seconds of fitting and testing a linear probe
 START = 6.0  # seconds of a notebook besides its work: figures, tables, loading models
 SAMPLE = 300  # texts that are tokenised to know the mean length
 REPEATS = 3
@@ -202,6 +203,8 @@ class Plan:
         for texts in graph.parallel.get().values():
             probed += len(texts) * self._length(texts)
         add("probe", f"teacher reads {probed:,.0f} tokens", self._read(self.teacher, probed, 48))
+        fits = len(self.tasks) * (self.teacher.layers + 1 + 4 * len(spec.seeds))  # every layer; teacher and controls
+        add("probe", f"{fits} linear probes", fits * FIT)
         pruned = Shape(self.teacher.layers, self.teacher.hidden, self.teacher.ffn, self.rows)
         add("prune", f"{self.rows:,} of {self.teacher.rows:,} rows", 0.0, pruned.gigabytes)
         texts = graph.texts(profile.condition.max_texts).get()
@@ -241,14 +244,21 @@ class Plan:
                         steps = spec.fewshot_steps if size else 0
                         seconds += len(spec.seeds) * self._tune(shape, task, drawn, steps, spec.finetune_epochs)
                         trials += len(spec.seeds)
-            add("benchmark", f"{method}: {trials} trials", seconds)
+            add("benchmark", f"{method}: {trials} trials", seconds + (trials * FIT if method == "probe" else 0))
         for made in (graph.task_student(task) for task in profile.tasks if task.distill):
             seconds = self._task(made.task, made.texts.get(), student)
             add("task", made.settings.task, seconds, student.gigabytes)
         families: dict[str, list[float]] = {}
+        graded = [task for task in self.tasks if task.name in {t.name for t in profile.tasks if t.ablate}]
+        rows = sum(items(task, spec.probe_rows, spec.probe_test_rows) for task in graded)
+        fits = FIT * len(graded) * len(spec.seeds)
+        made = set()  # the first arms of several families are one
         for arm, stages in graph.grid:
-            seconds, _ = self._distill(arm.profile, profile.ablations.max_texts, known)
-            families.setdefault(arm.family, []).append(len(stages) * seconds)
+            new = [stage for stage in stages if stage.key not in made]
+            made |= {stage.key for stage in new}
+            seconds = [self._distill(arm.profile, profile.ablations.max_texts, known)[0] for _ in new]
+            scored = self._read(self.student(arm.profile), rows, 48) + fits
+            families.setdefault(arm.family, []).append(sum(seconds) + len(new) * scored)
         for family, found in families.items():
             add("ablations", f"{family}: {len(found)} arms x {len(profile.ablations.seeds)}", sum(found))
         return [line for lines in by.values() for line in lines]
