@@ -49,6 +49,7 @@ def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], 
     units = list(units)
     if len(units) < 2:
         return
+    _forget_progress(run)  # of workers that were killed
     profile = run / "profile.yaml"
     calls = [delayed(_work)(study, str(run.resolve()), checksum(profile), stage, unit) for unit in units]
     for _ in range(ATTEMPTS):
@@ -63,9 +64,13 @@ def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], 
         except TerminatedWorkerError:
             log.warning("a worker died (killed, or out of memory); its work is done again")
         finally:
-            for file in progress_folder(run).glob("*.json"):
-                file.unlink(missing_ok=True)
+            _forget_progress(run)
     raise UserError(f"stage {stage}: workers died {ATTEMPTS} times (out of memory?); set fewer compute.jobs")
+
+
+def _forget_progress(run: Path) -> None:
+    for file in progress_folder(run).glob("*.json"):
+        file.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -45,6 +45,31 @@ def test_two_workers_give_the_rows_of_one_process(tmp_path, given, sequential):
     assert not list(compute.progress_folder(tmp_path).glob("*.json"))
 
 
+def test_the_progress_of_workers_that_were_killed_is_forgotten(tmp_path):
+    stale = compute.progress_folder(tmp_path) / "gone-1.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    (tmp_path / "profile.yaml").write_text("name: x")
+
+    class Looks:
+        def __init__(self, run, profile):
+            self.context = type("Context", (), {})()
+
+        def report(self, stage):
+            return self
+
+        def unit(self, number):
+            assert not stale.exists()
+
+    compute.spread(tmp_path, config.Compute(jobs=2), "probe", [(0,), (1,)], Looks)
+
+
+def test_a_worker_that_tries_tf_idf_makes_no_student(tmp_path, given):
+    study = Study(tmp_path, "smoke", given())
+    study.report("benchmark").unit("probe", "tf-idf", study.tasks[0].name, 0)
+    assert (tmp_path / "benchmark").is_dir() and not list(tmp_path.glob("artefacts/student-*"))
+
+
 @pytest.mark.slow
 def test_a_dask_cluster_gives_the_rows_of_one_process(tmp_path, given, sequential):
     distributed = pytest.importorskip("distributed")
