@@ -1,5 +1,6 @@
 """Settings of Sphinx for `make docs`: the pages of this folder, and the API from the docstrings of kdlib."""
 
+import re
 from importlib import metadata
 
 from docutils import nodes
@@ -38,6 +39,15 @@ def _block(page, node):
     raise nodes.SkipNode
 
 
+def _know_anchors(app, page):
+    """Links to `page.md#name` may lead to an `<a id="name">` there. MyST itself knows the headings alone."""
+    known = app.env.metadata[app.env.docname].setdefault("myst_slugs", {})
+    for node in page.findall(nodes.raw):
+        for name in re.findall(r'<a id="([^"]+)"', node.astext()):
+            known.setdefault(name, (node.line or 0, name, name))  # line, id, text of a link that has none
+
+
 def setup(app):
-    """Formulas become MathML when the pages are built."""
+    """Formulas become MathML when the pages are built, and links find anchors."""
+    app.connect("doctree-read", _know_anchors)
     app.add_html_math_renderer("mathml", inline_renderers=(_inline, None), block_renderers=(_block, None))

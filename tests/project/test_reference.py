@@ -5,6 +5,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
 
 import kdlib
@@ -13,6 +14,8 @@ from kdlib.study.published import MARKED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "offline" / "INSTALL.md"])
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +63,43 @@ def test_the_api_page_names_every_module():
     assert sorted(named) == sorted(found - {"kdlib.__main__", "kdlib.cli"})  # the command line is in reference.md
 
 
-@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), ROOT / "offline" / "INSTALL.md"]))
+def prose(page):
+    """The text of a page, or the markdown of a notebook."""
+    if page.suffix == ".md":
+        return page.read_text("utf-8")
+    return "\n".join(cell.source for cell in nbformat.read(page, 4).cells if cell.cell_type == "markdown")
+
+
+def anchors(page):
+    """What a link to a page can name after the #: its headings, and what it marks with <a id="...">."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+    return slugs + re.findall(r'<a id="([^"]+)"></a>', prose(page))
+
+
+@pytest.mark.parametrize("page", PAGES + NOTEBOOKS, ids=lambda page: page.name)
 def test_links_between_the_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if "://" not in target:
-            name, _, heading = target.partition("#")
+            name, _, anchor = target.partition("#")
             there = page.parent / name if name else page
             assert there.exists(), f"{page.name}: {target}"
-            if heading:
-                titles = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.M)
-                anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-                assert heading in anchors, f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(there), f"{page.name}: {target}"
+
+
+def test_every_term_of_the_glossary_has_an_anchor_of_its_own():
+    terms = re.findall(r"^- .+$", prose(DOCS / "glossary.md"), re.M)
+    # Lower case and hyphens: the same name on GitHub, in JupyterLab and in the book.
+    assert [term for term in terms if not re.match(r'- <a id="[a-z0-9]+(-[a-z0-9]+)*"></a>\*\*', term)] == []
+    names = anchors(DOCS / "glossary.md")
+    assert len(names) == len(set(names)) == len(terms) + 1  # and the title
+
+
+@pytest.mark.parametrize("name", ("00", "01", "02", "02b", "03", "04", "04b", "05"))
+def test_a_notebook_links_to_its_terms_in_the_glossary(name):
+    (notebook,) = (path for path in NOTEBOOKS if path.stem.startswith(f"{name}_"))
+    terms = re.findall(r"\]\(\.\./docs/glossary\.md#([^)\s]+)\)", prose(notebook))
+    assert terms and len(terms) == len(set(terms)), "each term once, where it is first used"
 
 
 def test_the_readme_is_short():
