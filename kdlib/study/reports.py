@@ -301,23 +301,21 @@ class BenchmarkReport(Report[BenchmarkSettings]):
         """
         models = {name: self.models[name] for name in only} or self._compared(method)
         self.context.ahead(self.name, [(MAKE, name) for name in models])  # each by one worker, before its trials
+        # Probes with other seeds use the same vectors: one worker reads the texts once.
+        seeds = self.settings.benchmark.seeds if method in ("finetune", "fewshot") else [None]
+        tasks = self.settings.tasks[method]
         self.context.ahead(
-            self.name,
-            [
-                (method, name, task, seed)
-                for name in models
-                for task in self.settings.tasks[method]
-                for seed in self.settings.benchmark.seeds
-            ],
+            self.name, [(method, name, task, seed) for name in models for task in tasks for seed in seeds]
         )
         return self._trials(method, models, self.settings.tasks[method], self.settings.benchmark)
 
-    def unit(self, method: str, model: str, task: str = "", seed: int = 0) -> None:
-        """The trials of one model on one task with one seed; they are kept. `MAKE`: the model alone."""
+    def unit(self, method: str, model: str, task: str = "", seed: int | None = None) -> None:
+        """The trials of one model on one task with one seed, or with all; they are kept. `MAKE`: the model alone."""
         if method == MAKE:
             self.models[model].get()
             return
-        spec = self.settings.benchmark.model_copy(update={"seeds": [seed]})
+        spec = self.settings.benchmark
+        spec = spec if seed is None else spec.model_copy(update={"seeds": [seed]})
         self._trials(method, {model: self.models[model]}, [task], spec)
 
     def _compared(self, method: str) -> dict[str, Keyed[Any]]:
