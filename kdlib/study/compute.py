@@ -19,6 +19,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 from kdlib import config, progress
+from kdlib.device import AGREED
 from kdlib.errors import UserError
 from kdlib.files import SHARED, checksum
 
@@ -31,7 +32,9 @@ def progress_folder(run: Path) -> Path:
     return run / "cache" / "progress"
 
 
-def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], study: Callable[..., Any]) -> None:
+def spread(
+    run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], study: Callable[..., Any], bf16: bool
+) -> None:
     """Compute units of a stage's report in workers. What they make is in the run folder.
 
     A worker that dies is replaced. Units that were finished are not computed again.
@@ -42,6 +45,7 @@ def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], 
         stage: whose report has the method `unit`.
         units: the arguments of its calls.
         study: makes a study of a run folder and a profile (`Study`), in the worker.
+        bf16: whether the precision "auto" means bfloat16.
 
     Raises:
         UserError: where a unit raises it, the cluster cannot be reached, or workers die again and again.
@@ -51,7 +55,7 @@ def spread(run: Path, spec: config.Compute, stage: str, units: Iterable[tuple], 
         return
     _forget_progress(run)  # of workers that were killed
     profile = run / "profile.yaml"
-    calls = [delayed(_work)(study, str(run.resolve()), checksum(profile), stage, unit) for unit in units]
+    calls = [delayed(_work)(study, str(run.resolve()), checksum(profile), stage, unit, bf16) for unit in units]
     for _ in range(ATTEMPTS):
         try:
             with _backend(spec):
@@ -93,9 +97,18 @@ def _backend(spec: config.Compute) -> Iterator[None]:
         yield
 
 
-def _work(study: Callable[..., Any], run: str, profile: int, stage: str, unit: tuple) -> None:
-    """Compute one unit, in a worker. `profile`: checksum of the run's profile; a worker may outlive a change of it."""
-    os.environ[SHARED] = "1"
+def _work(study: Callable[..., Any], run: str, profile: int, stage: str, unit: tuple, bf16: bool) -> None:
+    """Compute one unit, in a worker.
+
+    Args:
+        study: makes the study.
+        run: the run folder.
+        profile: checksum of the run's profile; a worker may outlive a change of it.
+        stage: whose report has the unit.
+        unit: what to compute.
+        bf16: what "auto" means. A busy worker could measure something else, and then its results would have other keys.
+    """
+    os.environ[SHARED], os.environ[AGREED] = "1", str(bf16)
     folder = progress_folder(Path(run))
     folder.mkdir(parents=True, exist_ok=True)
     os.environ[progress.FILE] = str(folder / f"{socket.gethostname()}-{os.getpid()}.json")

@@ -77,7 +77,9 @@ class Study:
         self.graph = Graph(self.profile, self.context, links=base is None, student="student" if base is None else "")
         self.graph.check()
         if base is None and (self.profile.compute.jobs > 1 or self.profile.compute.address):
-            self.context.ahead = lambda stage, units: spread(self.run.path, self.profile.compute, stage, units, Study)
+            self.context.ahead = lambda stage, units: spread(
+                self.run.path, self.profile.compute, stage, units, Study, self.context.bf16("auto")
+            )
 
     def variant(self, overrides: Any) -> "Study":
         """This study with some parameters changed, in the same run folder. Unchanged stages are shared."""

@@ -7,8 +7,10 @@ import threading
 import time
 
 import pytest
+import torch
 
 from kdlib import config
+from kdlib.device import use_bf16
 from kdlib.errors import UserError
 from kdlib.files import SHARED, locked
 from kdlib.study import compute
@@ -61,7 +63,24 @@ def test_the_progress_of_workers_that_were_killed_is_forgotten(tmp_path):
         def unit(self, number):
             assert not stale.exists()
 
-    compute.spread(tmp_path, config.Compute(jobs=2), "probe", [(0,), (1,)], Looks)
+    compute.spread(tmp_path, config.Compute(jobs=2), "probe", [(0,), (1,)], Looks, False)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_workers_compute_in_the_precision_of_the_process_that_asked(tmp_path, bf16):
+    (tmp_path / "profile.yaml").write_text("name: x")
+
+    class Computes:
+        def __init__(self, run, profile):
+            self.context = type("Context", (), {})()
+
+        def report(self, stage):
+            return self
+
+        def unit(self, number):
+            assert use_bf16("auto", torch.device("cpu")) is bf16  # whatever this busy worker would measure
+
+    compute.spread(tmp_path, config.Compute(jobs=2), "probe", [(0,), (1,)], Computes, bf16)
 
 
 def test_a_worker_that_tries_tf_idf_makes_no_student(tmp_path, given):
@@ -106,7 +125,7 @@ def test_an_unknown_cluster_is_one_line(tmp_path, given, monkeypatch):
     spec = config.Compute(backend="dask", address="tcp://127.0.0.1:9")
     (tmp_path / "profile.yaml").write_text("")
     with pytest.raises(UserError, match=r"compute.address tcp://127.0.0.1:9: no dask scheduler there"):
-        compute.spread(tmp_path, spec, "ablations", [("a", "b"), ("a", "c")], Study)
+        compute.spread(tmp_path, spec, "ablations", [("a", "b"), ("a", "c")], Study, False)
 
 
 def test_dask_needs_an_address_when_the_profile_is_read():
