@@ -13,6 +13,7 @@ from kdlib.evaluation.task_students import HARD, SOFT
 from kdlib.files import new_file, new_folder, read_json
 from kdlib.progress import clock
 from kdlib.study.run import Run
+from kdlib.study.study import STAGES
 from kdlib.viz.tables import benchmark_rows, headline, headline_rows, summary
 
 KEPT = ("results.csv", "profile.yaml", "sources.json", "stages")
@@ -112,11 +113,13 @@ def _kept(run: Run) -> tuple[pd.DataFrame, str]:
 def _about(run: Run) -> str:
     """One paragraph: what ran, how long, and the student in a sentence."""
     table, (kept, mean) = run.results(), _kept(run)
-    seconds = sum(read_json(file)["seconds"] for file in (run.path / "stages").glob("*.json"))
+    done = {file.stem: read_json(file)["seconds"] for file in (run.path / "stages").glob("*.json")}
+    missing = [name for name in STAGES if name not in done]
+    how = f"not run to the end ({', '.join(missing)})" if missing else clock(sum(done.values()))
     machine = table[table["metric"] == "threads"]
     where = f", on {machine['value'].iloc[0]:g} threads of {machine['arm'].iloc[0]}" if len(machine) else ""
     sizes = table[(table["metric"] == "parameters") & (table["stage"] == "benchmark")].set_index("model")["value"]
-    text = f"Profile `{run.profile.name}`, language `{run.profile.target}`: {clock(seconds)}{where}."
+    text = f"Profile `{run.profile.name}`, language `{run.profile.target}`: {how}{where}."
     if "student" in kept.index:
         room = table.query("metric == 'room' and method == 'probe' and low > 0")["task"]
         over = f"the tasks with room ({', '.join(room)})" if mean == "with room" else "all tasks"

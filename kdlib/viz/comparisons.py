@@ -384,6 +384,7 @@ def _reference_line(model: str) -> str:
 
 
 def ablation_families(table: pd.DataFrame) -> list[str]:
-    """The families of arms in the table, in its order."""
+    """The families in the table that have arms to compare, in its order."""
     rows = table[(table["stage"] == "ablations") & (table["method"] != "reference")]
-    return list(rows["method"].dropna().unique())
+    arms = rows.groupby("method", sort=False)["arm"].nunique()
+    return list(arms[arms > 1].index)

@@ -12,6 +12,7 @@ from kdlib.evaluation.task_students import HARD, SOFT
 from kdlib.files import write_json
 from kdlib.study.published import CLAIMS, MARKED, PARTS, fill, filled, keep, kept_run
 from kdlib.study.run import Run
+from kdlib.study.study import STAGES
 
 ROOT = Path(__file__).parents[2]
 SCORES = {"teacher": 0.8, "pruned teacher": 0.8, "student": 0.75, "tf-idf": 0.6, "no distillation": 0.4}
@@ -97,6 +98,10 @@ def test_the_tables_show_chance_controls_and_room_beside_the_student(run):
         "keeps 90.0 [80.0, 100.0]% of its probe score above chance, averaged over the tasks with room (topic)" in about
     )
     assert "2 threads of a processor" in about
+    assert "not run to the end (probe, prune," in about and "benchmark" not in about.split(")")[0]
+    for stage in STAGES:
+        write_json(run.folder("stages") / f"{stage}.json", {"seconds": 60})
+    assert f": {len(STAGES)} min 00 s, on 2 threads" in written(run, "about")
     assert "| init | random − alternate | probe | -10.0 |" in written(run, "ablations")
 
 
