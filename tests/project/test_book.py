@@ -76,7 +76,7 @@ def test_a_translation_follows_its_original(book, run, tmp_path):
     assert names[:3] == ["00_start_here.ipynb", "fil/00_magsimula_rito.ipynb", "01_probe_the_teacher.ipynb"]
     pages = book.stage(run, tmp_path / "source")
     text = "".join(cell.source for cell in nbformat.read(pages / "notebooks" / names[1], 4).cells)
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in link]
     assert links and all((pages / "notebooks" / "fil" / link.removeprefix("path:")).is_file() for link in links)
     assert "notebooks/00_start_here\nnotebooks/fil/00_magsimula_rito\n" in (pages / "index.md").read_text("utf-8")
 
