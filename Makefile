@@ -30,7 +30,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb notebooks/*/*.ipynb
 
 # Rewrites the table of parameters in docs/reference.md, then builds the pages in build/docs.
 docs: .venv/docs

@@ -4,6 +4,7 @@ python docs/book.py --run runs/workshop --out build/book
 """
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,27 +18,32 @@ from kdlib.study.run import Run
 from kdlib.study.runner import NotebookError, execute, notebook_folder
 
 ROOT = Path(__file__).parents[1]
-FIRST = "00_start_here.ipynb"  # no stage of a run, so it runs for the book
+FIRST = ("00_start_here.ipynb", "fil/00_magsimula_rito.ipynb")  # no stages of a run, so they run for the book
 OTHERS = ("README.md", "LICENSE", "CONTRIBUTING.md", "kdlib/data/bundled/README.md")  # pages link to them
 
 
 def executed(run: Run) -> list[Path]:
-    """The executed notebooks of a run in order, with the first one, which is executed here if it was not before."""
+    """The executed notebooks of a run in order, with the first ones: those are executed here if absent."""
     folder = run.path / "notebooks"
     if len(list(folder.glob("0*.ipynb"))) < 2:
         raise UserError(f"{folder}: no executed notebooks; finish the run first: kdlib run --out {run.path}")
-    if not (folder / FIRST).is_file():
-        from rich.console import Console
+    for first in FIRST:
+        if not (folder / first).is_file():
+            from rich.console import Console
 
-        given = {"profile": str(run.path.resolve() / "profile.yaml"), "run_dir": str(run.path.resolve())}
-        execute(notebook_folder() / FIRST, folder / FIRST, given, Console())
-    return sorted(folder.glob("0*.ipynb"))
+            (folder / first).parent.mkdir(exist_ok=True)
+            given = {"profile": str(run.path.resolve() / "profile.yaml"), "run_dir": str(run.path.resolve())}
+            execute(notebook_folder() / first, folder / first, given, Console())
+    english, others = sorted(folder.glob("0*.ipynb")), sorted(folder.glob("[!.]*/0*.ipynb"))
+    return sorted([*english, *others], key=lambda path: path.name.partition("_")[0])  # a translation after its original
 
 
 def for_book(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """The notebook with links to the book's pages, and with folded code where the notebook folds it."""
     for cell in notebook.cells:
-        cell.source = cell.source.replace("](../docs/", "](../")
+        cell.source = re.sub(r"(\]\((?:\.\./)+)docs/", r"\1", cell.source)
+        outside = "](path:../../../CONTRIBUTING.md"  # no page of the book: a file to download, one folder deeper
+        cell.source = cell.source.replace("](../../CONTRIBUTING.md", outside)
         if cell.metadata.get("jupyter", {}).get("source_hidden"):
             cell.metadata.tags = list(dict.fromkeys([*cell.metadata.get("tags", []), "hide-input"]))
     return notebook
@@ -51,12 +57,12 @@ def stage(run: Run, folder: Path) -> Path:
     for name in OTHERS:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    (pages / "notebooks").mkdir()
-    notebooks = executed(run)
-    for path in notebooks:
-        nbformat.write(for_book(nbformat.read(path, 4)), pages / "notebooks" / path.name)
+    notebooks = {path: path.relative_to(run.path).with_suffix("") for path in executed(run)}
+    for path, name in notebooks.items():
+        (pages / name).parent.mkdir(exist_ok=True)
+        nbformat.write(for_book(nbformat.read(path, 4)), pages / f"{name}.ipynb")
     index = pages / "index.md"
-    names = "\n".join(f"notebooks/{path.stem}" for path in notebooks)
+    names = "\n".join(name.as_posix() for name in notebooks.values())
     shown = f"run `{run.path.name}`: profile `{run.profile.name}`, language `{run.profile.language}`"
     made = f"The notebooks show the {shown}."
     toctree = f"{made}\n\n```{{toctree}}\n:maxdepth: 1\n:caption: Notebooks\n\n{names}\n```\n\n"

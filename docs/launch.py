@@ -15,19 +15,29 @@ ROOT = Path(__file__).parents[1]
 CELL = "install"  # id and tag of the install cell
 MARK = "<!-- launch -->"  # begins the line of badges
 INSTALL = """\
-# Installs the kit on Binder, Colab or Kaggle. Where it is installed, this does nothing.
+# {does}
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 if importlib.util.find_spec("kdlib") is None:
-    here = next((folder for folder in (Path(), Path("..")) if (folder / "pyproject.toml").is_file()), None)
+    here = next((folder for folder in {places} if (folder / "pyproject.toml").is_file()), None)
     source = f"{{here.resolve()}}[notebooks]" if here else "{packed}"
     if not source:
-        raise SystemExit("kdlib is not installed. In a checkout of the project: pip install '.[notebooks]'")
+        raise SystemExit("{absent}: pip install '.[notebooks]'")
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
     importlib.invalidate_caches()"""
+WORDS = {  # what the install cell says, by the folder of the notebooks: "" are the English ones
+    "": {
+        "does": "Installs the kit on Binder, Colab or Kaggle. Where it is installed, this does nothing.",
+        "absent": "kdlib is not installed. In a checkout of the project",
+    },
+    "fil": {
+        "does": "Ini-install ang kit sa Binder, Colab o Kaggle. Kung naka-install na ito, wala itong ginagawa.",
+        "absent": "Hindi naka-install ang kdlib. Sa isang checkout ng proyekto",
+    },
+}
 
 
 def repository() -> str:
@@ -35,9 +45,11 @@ def repository() -> str:
     return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["kdlib"]["repository"].rstrip("/")
 
 
-def install_source(address: str) -> str:
-    """The code of the install cell for a repository's address."""
-    return INSTALL.format(packed=f"kdlib[notebooks] @ git+{address}" if address else "")
+def install_source(address: str, language: str = "") -> str:
+    """The code of the install cell for a repository's address, in a notebook of that folder."""
+    places = 'map(Path, (".", "..", "../.."))' if language else '(Path(), Path(".."))'
+    packed = f"kdlib[notebooks] @ git+{address}" if address else ""
+    return INSTALL.format(packed=packed, places=places, **WORDS[language])
 
 
 def badges(address: str, path: str) -> str:
@@ -66,14 +78,20 @@ def launchable(notebook: nbformat.NotebookNode, address: str, path: str) -> nbfo
         cell = nbformat.v4.new_code_cell(id=CELL, metadata={"tags": [CELL, "hide-input"]})
         notebook.cells.insert(1, cell)
     cell.metadata.setdefault("jupyter", {})["source_hidden"] = True
-    cell.source = install_source(address)
+    cell.source = install_source(address, "/".join(path.split("/")[1:-1]))
     return notebook
 
 
+def notebooks(folder: Path) -> list[Path]:
+    """The notebooks of a folder and, in its own folder for each language, their translations."""
+    return [path for language in WORDS for path in sorted((folder / language).glob("*.ipynb"))]
+
+
 def main(folder: Path) -> None:
-    """Rewrite the notebooks of a folder."""
-    for path in sorted(folder.glob("*.ipynb")):
-        nbformat.write(launchable(nbformat.read(path, 4), repository(), f"notebooks/{path.name}"), path)
+    """Rewrite the notebooks of a folder, and their translations."""
+    for path in notebooks(folder):
+        name = path.relative_to(folder).as_posix()
+        nbformat.write(launchable(nbformat.read(path, 4), repository(), f"notebooks/{name}"), path)
 
 
 if __name__ == "__main__":

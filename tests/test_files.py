@@ -16,7 +16,7 @@ from kdlib import files
 from kdlib.config import load_profile
 from kdlib.errors import UserError
 from kdlib.files import fingerprint, new_file, new_folder, write_json
-from kdlib.study.run import COLUMNS, Run, find_run, read_results, run_folder
+from kdlib.study.run import COLUMNS, Run, find_run, project_folder, read_results, run_folder
 
 
 def listing(folder):
@@ -210,13 +210,21 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def test_run_folder_from_the_project_and_from_its_notebooks(tmp_path, monkeypatch):
-    (tmp_path / "notebooks").mkdir()
-    for place in (tmp_path, tmp_path / "notebooks"):
+    (tmp_path / "notebooks" / "fil").mkdir(parents=True)
+    (tmp_path / "notebooks" / "00_start_here.ipynb").touch()
+    for place in (tmp_path, tmp_path / "notebooks", tmp_path / "notebooks" / "fil"):
         monkeypatch.chdir(place)
         assert run_folder(None, "smoke") == tmp_path / "runs" / "smoke"
         assert run_folder(None, "my/own.yaml") == tmp_path / "runs" / "own"
         assert run_folder("runs/x", "smoke") == tmp_path / "runs" / "x"
         assert run_folder(tmp_path / "y", "smoke") == tmp_path / "y"
+
+
+def test_a_project_in_a_folder_named_notebooks_is_no_translation(tmp_path, monkeypatch):
+    (tmp_path / "notebooks" / "kdlib" / "notebooks").mkdir(parents=True)
+    for place in (tmp_path / "notebooks" / "kdlib", tmp_path / "notebooks" / "kdlib" / "notebooks"):
+        monkeypatch.chdir(place)
+        assert project_folder() == tmp_path / "notebooks" / "kdlib"
 
 
 # -- runs

@@ -10,7 +10,7 @@ from kdlib.errors import UserError
 from kdlib.models.encoder import Encoder
 from kdlib.models.loading import load_encoder, load_teacher, prefix_of
 from kdlib.study.export import student_folder
-from kdlib.study.run import Run
+from kdlib.study.run import Run, project_folder
 
 SENTENCES = 300  # to search: the teacher reads them in a few seconds
 
@@ -42,7 +42,7 @@ def load_demo(run_dir: str | Path | None = None) -> Demo:
     Raises:
         UserError: where there is no run, or its student is absent or damaged.
     """
-    base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
+    base = project_folder()
     folder = base / run_dir if run_dir else newest_run(base / "runs")
     student = student_folder(folder)
     run = Run(folder)

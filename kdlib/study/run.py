@@ -174,14 +174,24 @@ def read_results(path: Path) -> pd.DataFrame:
     return table
 
 
+def project_folder() -> Path:
+    """The current folder, or the project when that is its `notebooks/`, as in a notebook opened by hand.
+
+    A folder of translations in `notebooks/` counts too. The first notebook beside it tells it from a project that is
+    itself in a folder of that name.
+    """
+    here = Path.cwd()
+    if here.parent.name == "notebooks" and (here.parent / "00_start_here.ipynb").is_file():
+        here = here.parent
+    return here.parent if here.name == "notebooks" else here
+
+
 def run_folder(run_dir: str | Path | None, profile: str) -> Path:
     """The run folder of a notebook or command: `run_dir`, or runs/<profile>.
 
-    Relative paths start at the current folder, or at the project when that is its `notebooks/`, as in a notebook opened
-    by hand.
+    Relative paths start at `project_folder()`.
     """
-    base = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
-    return base / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))
+    return project_folder() / (run_dir or Path("runs") / (Path(profile).stem.strip(". ") or "profile"))
 
 
 def copy_figures(run: Run, target: Path) -> list[Path]:

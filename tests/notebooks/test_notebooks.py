@@ -23,7 +23,7 @@ from kdlib.viz.panel import VIEW
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOURCES = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("notebooks/[!.]*/*.ipynb")])
 ABSOLUTE = re.compile(r"(?<![\w.])/(home|opt|private|root|tmp|usr|var|Users)/|\b[A-Z]:\\")
 SCRIPT = re.compile(r"<script|javascript:|<[^>]+\son\w+=", re.IGNORECASE)
 
@@ -188,9 +188,14 @@ def test_a_notebook_runs_alone_by_papermill_from_its_folder(tmp_path, monkeypatc
     assert (tmp_path / "alone" / "student" / "model.safetensors").is_file()
 
 
-def test_start_here_runs(tmp_path):
+@pytest.mark.parametrize(
+    "name, nothing",
+    [("00_start_here", "Nothing to compare yet"), ("fil/00_magsimula_rito", "Wala pang maihahambing")],
+    ids=["english", "filipino"],
+)
+def test_start_here_runs(tmp_path, name, nothing):
     papermill.execute_notebook(
-        ROOT / "notebooks" / "00_start_here.ipynb",
+        ROOT / "notebooks" / f"{name}.ipynb",
         tmp_path / "out.ipynb",
         {"profile": "smoke", "run_dir": str(tmp_path / "r")},
         progress_bar=False,
@@ -203,7 +208,7 @@ def test_start_here_runs(tmp_path):
     for part in ("train", "heldout", "test"):
         assert f"<td>{len(getattr(study.corpus, part))}</td>" in text, "the sizes of the corpus"
     assert study.corpus.train[0].sentences[0] in text, "a document"
-    assert "Nothing to compare yet" in text, "the first experiment waits for its two runs"
+    assert nothing in text, "the first experiment waits for its two runs"
 
 
 def broken_notebooks(folder):

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import importlib.util
+import re
 import shutil
 import threading
 from base64 import b64encode
@@ -17,6 +18,7 @@ from kdlib.errors import UserError
 from kdlib.study.run import Run
 
 ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ROOT / "notebooks"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update".split()
 DOTS = b64encode((ROOT / "docs" / "screenshots" / "tokeniser.png").read_bytes()).decode()
@@ -38,14 +40,15 @@ def book():
 def run(tmp_path_factory):
     """A run folder with the notebooks as if they had been executed: every code cell has a picture and a table."""
     run = Run(tmp_path_factory.mktemp("runs") / "mine", load_profile("smoke"))
-    for path in sorted((ROOT / "notebooks").glob("0[0-6]*.ipynb")):
+    run.folder("notebooks/fil")
+    for path in sorted([*NOTEBOOKS.glob("0[0-6]*.ipynb"), *NOTEBOOKS.glob("fil/*.ipynb")]):
         notebook = nbformat.read(path, 4)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 data = {"image/png": DOTS, "text/plain": "<Image>"}
                 table = {"text/html": "<table><tr><td>0.5</td></tr></table>", "text/plain": "0.5"}
                 cell.outputs = [nbformat.v4.new_output("display_data", data=content) for content in (data, table)]
-        nbformat.write(notebook, run.folder("notebooks") / path.name)
+        nbformat.write(notebook, run.folder("notebooks") / path.relative_to(NOTEBOOKS))
     return run
 
 
@@ -57,11 +60,25 @@ def test_a_run_without_executed_notebooks_is_refused(book, tmp_path):
 
 @needs_packages
 def test_solutions_are_folded_and_links_lead_into_the_book(book):
-    notebook = nbformat.read(ROOT / "notebooks" / "00_start_here.ipynb", 4)
+    notebook = nbformat.read(NOTEBOOKS / "00_start_here.ipynb", 4)
     found = book.for_book(notebook)
     assert "](../docs/" not in "".join(cell.source for cell in found.cells)
+    translated = book.for_book(nbformat.read(NOTEBOOKS / "fil" / "00_magsimula_rito.ipynb", 4))
+    text = "".join(cell.source for cell in translated.cells)
+    assert "](../../glossary.md)" in text and "](path:../../../CONTRIBUTING.md)" in text and "/docs/" not in text
     solutions = [cell for cell in found.cells if "solution" in cell.metadata.get("tags", [])]
     assert solutions and all("hide-input" in cell.metadata.tags for cell in solutions)
+
+
+@needs_packages
+def test_a_translation_follows_its_original(book, run, tmp_path):
+    names = [path.relative_to(run.path / "notebooks").as_posix() for path in book.executed(run)]
+    assert names[:3] == ["00_start_here.ipynb", "fil/00_magsimula_rito.ipynb", "01_probe_the_teacher.ipynb"]
+    pages = book.stage(run, tmp_path / "source")
+    text = "".join(cell.source for cell in nbformat.read(pages / "notebooks" / names[1], 4).cells)
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)", text) if "://" not in link]
+    assert links and all((pages / "notebooks" / "fil" / link.removeprefix("path:")).is_file() for link in links)
+    assert "notebooks/00_start_here\nnotebooks/fil/00_magsimula_rito\n" in (pages / "index.md").read_text("utf-8")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

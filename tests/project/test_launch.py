@@ -60,14 +60,19 @@ def test_install_cell_installs_the_checkout_else_the_repository(launch, monkeypa
         exec(launch.install_source(""), {})
     (tmp_path / "elsewhere" / "pyproject.toml").write_text("")
     exec(launch.install_source(""), {})
-    assert installed == [f"kdlib[notebooks] @ git+{ADDRESS}", f"{tmp_path / 'elsewhere'}[notebooks]"]
+    (tmp_path / "elsewhere" / "notebooks" / "fil").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere" / "notebooks" / "fil")
+    exec(launch.install_source("", "fil"), {})
+    checkout = f"{tmp_path / 'elsewhere'}[notebooks]"
+    assert installed == [f"kdlib[notebooks] @ git+{ADDRESS}", checkout, checkout]
 
 
 def test_notebooks_of_the_project_have_the_current_install_cell(launch):
     """Change it in docs/launch.py, or the address in pyproject.toml, then run docs/launch.py."""
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    paths = launch.notebooks(ROOT / "notebooks")
+    assert {path.parent.name for path in paths} == {"notebooks", "fil"}
+    for path in paths:
         notebook = nbformat.read(path, 4)
         before = nbformat.writes(notebook)
-        assert nbformat.writes(launch.launchable(notebook, launch.repository(), f"notebooks/{path.name}")) == before, (
-            path
-        )
+        name = path.relative_to(ROOT).as_posix()
+        assert nbformat.writes(launch.launchable(notebook, launch.repository(), name)) == before, path
