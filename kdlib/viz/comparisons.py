@@ -376,7 +376,7 @@ def _answer(rows: pd.DataFrame, arms: list[str]) -> str:
     ]
     least = of["detectable"].max() * 100
     parts = parts or [f"no arm differs from {arms[0]} beyond chance"]
-    return style.wrap(f"{'; '.join(parts)} (by probe; {least:.1f} points could have been seen)", 95)
+    return f"{'; '.join(parts)} (by probe; {least:.1f} points could have been seen)"
 
 
 def _reference_line(model: str) -> str:

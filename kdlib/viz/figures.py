@@ -219,8 +219,9 @@ def cka(table: pd.DataFrame) -> Figure:
     rows = select(table, "probe", "comparison of layers (CKA)", metric="cka").astype({"layer": int, "x": int})
     values = rows.pivot_table(index="layer", columns="x", values="value")
     apart = values.where(np.abs(np.subtract.outer(values.index, values.columns)) == 1)
-    step = int(apart.min().idxmin())
-    title = f"Neighbouring layers of the teacher differ most between {_neighbour(apart, step)} and {step}"
+    layer = int(apart.min().idxmin())
+    pair = sorted((layer, int(apart[layer].idxmin())))
+    title = "Neighbouring layers of the teacher differ most between {} and {}".format(*pair)
     figure = style.new_figure(title, 6.8, 8)
     ax = figure.subplots()
     lowest = min(
@@ -241,11 +242,6 @@ def cka(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="layer (0 = embeddings)", ylabel="layer (0 = embeddings)")
     ax.tick_params(rotation=0)
     return figure
-
-
-def _neighbour(apart: pd.DataFrame, step: int) -> int:
-    """The layer beside `step` that it is least like."""
-    return int(apart[step].idxmin())
 
 
 @style.styled

@@ -387,7 +387,8 @@ def test_damaged_curve_of_a_run_is_named(content, tmp_path):
 
 @pytest.mark.parametrize("family", ["/../../x", "../x", "a/b", "a\\b", "x" * 300, "\0", "\n"])
 def test_figure_of_a_family_stays_in_its_folder(family, tmp_path):
-    rows = [dict.fromkeys(COLUMNS) | {"stage": "ablations", "method": family, "value": 0.5}]
+    row = dict.fromkeys(COLUMNS) | {"stage": "ablations", "method": family, "value": 0.5}
+    rows = [row | {"arm": arm} for arm in ("one", "two")]
     (name,) = set(figures.drawers(pd.DataFrame(rows))) - set(figures.FIGURES)
     paths = figures.save(figures.Figure((1, 1)), tmp_path / "figures", name)
     assert {path.parent for path in paths} == {tmp_path / "figures"} and os.listdir(tmp_path) == ["figures"]

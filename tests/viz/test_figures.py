@@ -403,6 +403,11 @@ def test_the_copied_layers_are_marked_in_the_comparison_of_layers(table):
     assert not figures.cka(table).axes[0].lines
 
 
+def test_a_family_with_one_arm_has_no_figure(table):
+    alone = table[(table["stage"] != "ablations") | (table["arm"] == "alternate")]
+    assert comparisons.ablation_families(alone) == []
+
+
 def test_a_short_range_of_rows_has_numbers_on_its_axis(table):
     few = table[(table["metric"] != "coverage") | table["x"].between(2000, 20400)]
     labels = [text.get_text() for text in figures.vocabulary(few).axes[0].get_xticklabels(which="both")]
