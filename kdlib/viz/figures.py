@@ -178,7 +178,7 @@ def retrieval(table: pd.DataFrame) -> Figure:
     colours = [colour for colour in PALETTE if colour != GREY]
     looks = {language: (colours[i % 9], MARKERS[i % 10]) for i, language in enumerate(languages)}
     methods = [method for method in panels if method in set(states["method"])]
-    means = states.astype({"value": float}).groupby(["method", "layer"])["value"].mean()
+    means = states.astype({"value": float}).pivot_table(index="layer", columns="method", values="value")
     title = "In which layer is a sentence closest to its translation?\non average over languages: " + "; ".join(
         f"layer {means[method].idxmax():g}, {means[method].max():.0%} ({panels[method]})" for method in methods
     )
