@@ -39,9 +39,9 @@ def use_bf16(precision: str, device: torch.device) -> bool:
             at least 1.5 times as fast. A worker takes the answer of the process that started it (`AGREED`).
         device: where the computation runs.
     """
-    if precision == "auto" and AGREED in os.environ:
-        return os.environ[AGREED] == "True"
     if precision == "auto":
+        if AGREED in os.environ:
+            return os.environ[AGREED] == "True"
         return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_bf16_wins()
     return precision == "bf16"
 

@@ -12,7 +12,7 @@ from kdlib.evaluation.paired_tests import verdicts
 from kdlib.evaluation.task_students import HARD, SOFT
 from kdlib.files import new_file, new_folder, read_json
 from kdlib.progress import clock
-from kdlib.study.run import Run
+from kdlib.study.run import Run, project_folder
 from kdlib.study.study import STAGES
 from kdlib.viz.tables import benchmark_rows, headline, headline_rows, summary
 
@@ -54,7 +54,7 @@ def keep(run: Run, to: Path) -> Path:
 
 def kept_run(name: str = "full") -> Run | None:
     """The results of a finished run that come with the project, in `results/<name>`; None where they are missing."""
-    for base in (Path(__file__).parents[2], Path.cwd(), Path.cwd().parent):
+    for base in (Path(__file__).parents[2], project_folder()):
         if (base / "results" / name / "results.csv").is_file():
             return Run(base / "results" / name)
     return None

@@ -384,7 +384,7 @@ def _reference_line(model: str) -> str:
 
 
 def ablation_families(table: pd.DataFrame) -> list[str]:
-    """The families in the table that have arms to compare, in its order."""
+    """The families with at least two arms. They keep the order of the table."""
     rows = table[(table["stage"] == "ablations") & (table["method"] != "reference")]
     arms = rows.groupby("method", sort=False)["arm"].nunique()
     return list(arms[arms > 1].index)

@@ -47,40 +47,40 @@ def test_two_workers_give_the_rows_of_one_process(tmp_path, given, sequential):
     assert not list(compute.progress_folder(tmp_path).glob("*.json"))
 
 
+def in_two_workers(folder, check, bf16=False):
+    """Call `check` in two workers, as the units of a report."""
+
+    class Calls:
+        def __init__(self, run, profile):
+            self.context = type("Context", (), {})()
+
+        def report(self, stage):
+            return self
+
+        def unit(self, number):
+            check()
+
+    (folder / "profile.yaml").write_text("name: x")
+    compute.spread(folder, config.Compute(jobs=2), "probe", [(0,), (1,)], Calls, bf16)
+
+
 def test_the_progress_of_workers_that_were_killed_is_forgotten(tmp_path):
     stale = compute.progress_folder(tmp_path) / "gone-1.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("{}")
-    (tmp_path / "profile.yaml").write_text("name: x")
 
-    class Looks:
-        def __init__(self, run, profile):
-            self.context = type("Context", (), {})()
+    def check():
+        assert not stale.exists()
 
-        def report(self, stage):
-            return self
-
-        def unit(self, number):
-            assert not stale.exists()
-
-    compute.spread(tmp_path, config.Compute(jobs=2), "probe", [(0,), (1,)], Looks, False)
+    in_two_workers(tmp_path, check)
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 def test_workers_compute_in_the_precision_of_the_process_that_asked(tmp_path, bf16):
-    (tmp_path / "profile.yaml").write_text("name: x")
+    def check():
+        assert use_bf16("auto", torch.device("cpu")) is bf16  # whatever this busy worker would measure
 
-    class Computes:
-        def __init__(self, run, profile):
-            self.context = type("Context", (), {})()
-
-        def report(self, stage):
-            return self
-
-        def unit(self, number):
-            assert use_bf16("auto", torch.device("cpu")) is bf16  # whatever this busy worker would measure
-
-    compute.spread(tmp_path, config.Compute(jobs=2), "probe", [(0,), (1,)], Computes, bf16)
+    in_two_workers(tmp_path, check, bf16)
 
 
 def test_a_worker_that_tries_tf_idf_makes_no_student(tmp_path, given):
